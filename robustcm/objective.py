@@ -1,0 +1,137 @@
+"""One objective out of interchangeable parts: levels x coupler x distance x c x weight x extra term.
+
+Usable in any loop::
+
+    objective = Objective(distance=cauchy, c=MeasuredC(), coupler=exact, couple_above=3.0)
+    state = objective.init(device)
+    for step in range(total_steps):
+        draws = draw(seed, step, x.shape)                            # all randomness of the step
+        batch = objective.prepare(x, draws, step, total_steps)       # CPU: levels, coupling
+        terms = objective(f, batch.to(device), state)                # device: no synchronisation
+        terms.loss.backward()
+        state = terms.state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustcm.consistency import ConsistencyFunction, temporal_difference
+from robustcm.couplers import Coupler, gated_noise, independent
+from robustcm.losses import Distance, Scale, cauchy, sample_r2
+from robustcm.scales import CSchedule, MeasuredC
+from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
+
+ExtraTerm = Callable[[Tensor, Tensor, LevelPairs], Tensor]
+"""``(student [b, ...], x [b, ...], pairs) -> [b]``, added to the weighted distance."""
+
+
+class Draws(NamedTuple):
+    """The random numbers of one step, for the whole (global) batch."""
+
+    z: Tensor
+    """Standard noise, the shape of the batch, float32, CPU."""
+    uniform: Tensor
+    """``[b]`` in [0, 1), float64, CPU: picks the noise levels."""
+    generator: torch.Generator
+    """For what draws a varying amount (an entropic coupler); placed behind the two tensors above."""
+
+
+def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
+    """All random numbers of ``step``, a pure function of its arguments: a resumed run has nothing to restore.
+
+    Args:
+        seed: of the run.
+        step: 0-based.
+        shape: ``[b, ...]`` of the global batch; a rank takes its slice of what comes back.
+    """
+    generator = step_generator(seed, step)
+    z = torch.randn(shape, generator=generator)
+    return Draws(z, torch.rand(shape[0], generator=generator, dtype=torch.float64), generator)
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator for (seed, step, stream); different triples give unrelated streams."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**64  # neighbours must not share the seed's high bits
+    return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) % 2**63)
+
+
+class Batch(NamedTuple):
+    """What a step trains on: data, its noise, its pairs of levels."""
+
+    x: Tensor
+    z: Tensor
+    pairs: LevelPairs
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on ``device``."""
+        t_hi, t_lo, depth, num_levels = self.pairs
+        x, z, t_hi, t_lo, depth = (v.to(device, non_blocking=True) for v in (self.x, self.z, t_hi, t_lo, depth))
+        return Batch(x, z, LevelPairs(t_hi, t_lo, depth, num_levels))
+
+
+class Terms(NamedTuple):
+    """What an objective gives for one batch."""
+
+    loss: Tensor
+    """0-dim: the mean over the batch of ``consistency + extra``."""
+    consistency: Tensor
+    """``[b]``: weight * distance; carries the gradient."""
+    extra: Tensor
+    """``[b]``: the extra term, 0 without one."""
+    r: Tensor
+    """``[b]``: residual norm of each sample, detached."""
+    c: Scale
+    """The scale that was used."""
+    student: Tensor
+    """``[b, ...]``: the student's output, for diagnostics such as ``gradient_share``."""
+    teacher: Tensor
+    """``[b, ...]``, detached."""
+    state: Tensor
+    """The c schedule's state after this batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Consistency training on batches of data; each field is one choice, none knows of the others.
+
+    Every field takes the library's parts or any callable of the same signature.
+    """
+
+    distance: Distance = cauchy
+    c: CSchedule = MeasuredC()
+    levels: PairLaw = LevelGrid()
+    weight: PairWeight = inverse_gap
+    coupler: Coupler = independent
+    couple_above: float = 0.0
+    """The coupled noise goes to samples with t_hi above this sigma, the others keep their own."""
+    extra: ExtraTerm | None = None
+
+    def init(self, device: torch.device | str | None = None) -> Tensor:
+        """The state before the first step."""
+        return self.c.init(device)
+
+    def prepare(self, x: Tensor, draws: Draws, step: int, total_steps: int, *, labels: Tensor | None = None) -> Batch:
+        """Levels and coupling for ``x [b, ...]`` (CPU). ``labels [b]`` reach couplers that need them."""
+        pairs = self.levels(step, total_steps, draws.uniform)
+        if self.coupler is independent:
+            return Batch(x, draws.z, pairs)
+        perm = self.coupler(x, draws.z, labels=labels, generator=draws.generator)
+        return Batch(x, gated_noise(draws.z, perm, pairs.t_hi, self.couple_above), pairs)
+
+    def __call__(self, f: ConsistencyFunction, batch: Batch, state: Tensor) -> Terms:
+        """The loss of ``f`` on ``batch``, both on one device; no synchronisation."""
+        x, z, pairs = batch
+        student, teacher = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo)
+        r = sample_r2(student.detach(), teacher).sqrt()
+        state = self.c.observe(state, r, pairs)
+        c = self.c(state, pairs, x[0].numel())
+        consistency = self.weight(pairs.t_hi, pairs.t_lo) * self.distance(student, teacher, c)
+        extra = torch.zeros_like(r) if self.extra is None else self.extra(student, x, pairs)
+        return Terms((consistency + extra).mean(), consistency, extra, r, c, student, teacher, state)

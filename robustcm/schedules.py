@@ -1,0 +1,279 @@
+"""Noise levels: Karras sigmas, curricula N(k), the law that draws a level, and the weight of a pair of levels.
+
+A step of consistency training needs, for each sample, a student level ``t_hi`` and a teacher level ``t_lo`` below
+it. ``LevelGrid`` (iCT: a stage-wise finer grid) and ``RatioLevels`` (ECT: t -> r) both give them as ``LevelPairs``
+from one uniform number a sample, so that the randomness stays in the caller's hands. Everything is a frozen
+dataclass one calls; levels are in units of the data (sigma_data = 0.5), index 0 is the largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+SIGMA_MIN = 0.002  # Karras et al. 2022 (EDM), Table 1; kept by CM, iCT and sLCT.
+SIGMA_MAX = 80.0
+RHO = 7.0
+
+
+def karras_sigmas(
+    num_levels: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> Tensor:
+    """Noise levels ``[num_levels]``, float64, falling from exactly ``sigma_max`` to exactly ``sigma_min``.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, Eq. (5); the order of the authors' code (checked).
+
+    Raises:
+        ValueError: fewer than two levels, or not 0 < sigma_min < sigma_max.
+    """
+    if num_levels < 2:
+        raise ValueError(f"num_levels must be at least 2 (a student and a teacher level), got {num_levels}")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    levels: Tensor = (high + ramp * (low - high)) ** rho
+    levels[0], levels[-1] = (
+        sigma_max,
+        sigma_min,
+    )  # the powers round; f(x, sigma_min) = x needs the exact value
+    return levels
+
+
+def karras_depth(t: Tensor, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Tensor:
+    """Where ``t`` lies on the Karras ramp: 0 at ``sigma_max``, 1 at ``sigma_min``, any shape (the ramp's inverse)."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    depth: Tensor = (t ** (1 / rho) - high) / (low - high)
+    return depth
+
+
+class LevelPairs(NamedTuple):
+    """The noise levels of one step."""
+
+    t_hi: Tensor
+    """Student level ``[b]``, float32."""
+    t_lo: Tensor
+    """Teacher level ``[b]``, float32, ``t_lo < t_hi``."""
+    depth: Tensor
+    """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N."""
+    num_levels: int
+    """N of the current stage. For ``RatioLevels`` the N of the Karras grid with the same mean step in depth."""
+
+
+# --- Curricula: (step, total_steps) -> N -----------------------------------------------------------------------------
+
+Curriculum: TypeAlias = Callable[[int, int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoublingCurriculum:
+    """iCT's exponential curriculum: N - 1 doubles from ``s0`` to ``s1`` in stages of equal length.
+
+    ``N(k) = min(s0 * 2^floor(k / K'), s1) + 1``, ``K' = floor(K / (log2(floor(s1 / s0)) + 1))``.
+
+    Source: Song and Dhariwal 2023, arXiv 2310.14189, section 3.4; checked in the sLCT authors' code.
+    """
+
+    s0: int = 10
+    s1: int = 640
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.s0 <= self.s1:
+            raise ValueError(f"need 1 <= s0 <= s1, got s0 = {self.s0}, s1 = {self.s1}")
+
+    def __call__(self, step: int, total_steps: int) -> int:
+        stage_steps = max(1, math.floor(total_steps / (math.log2(self.s1 // self.s0) + 1)))
+        doublings: int = min(step // stage_steps, self.s1.bit_length())  # 2^large would only be cut to s1 below
+        return min(self.s0 << doublings, self.s1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveCurriculum:
+    """CM's curriculum: N grows like a square root, from ``s0`` at the start to ``s1`` at the end.
+
+    ``N(k) = ceil(sqrt(k / K * ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1``.
+
+    Source: Song et al. 2023, arXiv 2303.01469, appendix C.
+    """
+
+    s0: int = 2
+    s1: int = 150
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.s0 <= self.s1:
+            raise ValueError(f"need 2 <= s0 <= s1, got s0 = {self.s0}, s1 = {self.s1}")
+
+    def __call__(self, step: int, total_steps: int) -> int:
+        grown = step / total_steps * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
+        return math.ceil(math.sqrt(grown) - 1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCurriculum:
+    """The same N at every step."""
+
+    num_levels: int = 21
+
+    def __post_init__(self) -> None:
+        if self.num_levels < 2:
+            raise ValueError(f"num_levels must be at least 2, got {self.num_levels}")
+
+    def __call__(self, step: int, total_steps: int) -> int:
+        return self.num_levels
+
+
+# --- Level laws: which of the N - 1 pairs a sample trains on ----------------------------------------------------------
+
+LevelLaw: TypeAlias = Callable[[Tensor], Tensor]
+"""``law(levels [N]) -> probabilities [N - 1]`` of drawing the pair (i, i + 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LognormalLaw:
+    """Discretised lognormal: the mass of N(p_mean, p_std^2) in ln t between neighbouring levels.
+
+    Source: Song and Dhariwal 2023, arXiv 2310.14189, section 3.5; the numbers checked in the sLCT code.
+    """
+
+    p_mean: float = -1.1
+    p_std: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.p_std > 0:
+            raise ValueError(f"p_std must be positive, got {self.p_std}")
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        cdf = torch.erf((levels.double().log() - self.p_mean) / (math.sqrt(2) * self.p_std))
+        mass = cdf[:-1] - cdf[1:]
+        return mass / mass.sum()
+
+
+@dataclass(frozen=True)
+class UniformLaw:
+    """Every pair of neighbouring levels equally often (Song et al. 2023)."""
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        return torch.full((len(levels) - 1,), 1 / (len(levels) - 1), dtype=torch.float64)
+
+
+# --- Pairs of levels --------------------------------------------------------------------------------------------------
+
+
+class PairLaw(Protocol):
+    """Gives every sample its pair of noise levels."""
+
+    def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
+        """``uniform``: ``[b]`` in [0, 1), the caller's randomness."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelGrid:
+    """Pairs of neighbours on a Karras grid that a curriculum refines (CM, iCT, sLCT)."""
+
+    curriculum: Curriculum = DoublingCurriculum()
+    law: LevelLaw = LognormalLaw()
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    rho: float = RHO
+
+    def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
+        num_levels = self.curriculum(step, total_steps)
+        levels = karras_sigmas(num_levels, self.sigma_min, self.sigma_max, self.rho)
+        cdf = self.law(levels).cumsum(0)
+        i = torch.searchsorted(cdf, uniform.double().cpu(), right=True).clamp(max=num_levels - 2)
+        t_hi, t_lo, depth = (v.float().to(uniform.device) for v in (levels[i], levels[i + 1], i / num_levels))
+        return LevelPairs(t_hi, t_lo, depth, num_levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioLevels:
+    """ECT's continuous pairs: t lognormal, ``t_lo = t * (1 - n(t) / q^(stage + 1))``, so that t_lo / t rises to 1.
+
+    ``n(t) = 1 + k * sigmoid(-b t)``. Where that would fall below ``sigma_min`` the teacher level is ``sigma_min``:
+    early in training most samples learn to denoise, late ones to be consistent.
+
+    Source: Geng et al. 2024, arXiv 2406.14548; n(t) and the decay checked in the authors' code, which cuts at 0
+    instead (and takes the clean sample there). ``stages`` as equal parts of the run is ours.
+    """
+
+    q: float = 2.0
+    stages: int = 8
+    k: float = 8.0
+    b: float = 1.0
+    p_mean: float = -1.1
+    p_std: float = 2.0
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    rho: float = RHO
+
+    def __post_init__(self) -> None:
+        if not (self.q > 1 and self.stages >= 1 and self.p_std > 0):
+            raise ValueError(f"need q > 1, stages >= 1, p_std > 0, got {self.q}, {self.stages}, {self.p_std}")
+
+    def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
+        stage = min(step * self.stages // total_steps, self.stages - 1)
+        # Truncated to the range of levels by squeezing the uniform number between the ends' quantiles.
+        low, high = (self._quantile_of(t) for t in (self.sigma_min * (1 + 1e-3), self.sigma_max))
+        t_hi = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + (high - low) * uniform.double()))
+        gap = (1 + self.k * torch.sigmoid(-self.b * t_hi)) / self.q ** (stage + 1)
+        t_lo = (t_hi * (1 - gap)).clamp(min=self.sigma_min)
+        depth = karras_depth(t_hi, self.sigma_min, self.sigma_max, self.rho)
+        return LevelPairs(t_hi.float(), t_lo.float(), depth.clamp(0, 1).float(), self._num_levels(stage))
+
+    def _quantile_of(self, t: float) -> float:
+        return 0.5 * (1 + math.erf((math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)))
+
+    def _num_levels(self, stage: int) -> int:
+        # At the median level, so that c schedules that depend on N have an honest equivalent.
+        t = torch.tensor(math.exp(self.p_mean), dtype=torch.float64)
+        gap = min(1.0, (1 + self.k * float(torch.sigmoid(-self.b * t))) / self.q ** (stage + 1))
+        low = (t * (1 - gap)).clamp(min=self.sigma_min)
+        step = karras_depth(low, self.sigma_min, self.sigma_max, self.rho) - karras_depth(
+            t, self.sigma_min, self.sigma_max, self.rho
+        )
+        return max(2, round(1 / float(step)) + 1)
+
+
+# --- Weights of a pair: (t_hi, t_lo) -> [b] ---------------------------------------------------------------------------
+
+PairWeight: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def inverse_gap(t_hi: Tensor, t_lo: Tensor) -> Tensor:
+    """``1 / (t_hi - t_lo)``: iCT's weight, per unit of noise (arXiv 2310.14189, section 3.1; checked)."""
+    return 1 / (t_hi - t_lo)
+
+
+def equal_weight(t_hi: Tensor, t_lo: Tensor) -> Tensor:
+    """1 for every pair (Song et al. 2023)."""
+    return torch.ones_like(t_hi)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnrPlusWeight:
+    """``1 / t_hi^2 + 1 / sigma_data^2``: ECT's weight, of the student level alone (arXiv 2406.14548; checked)."""
+
+    sigma_data: float = 0.5
+
+    def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
+        return 1 / t_hi**2 + 1 / self.sigma_data**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedInverseGap:
+    """``1 / (t_hi - t_lo + floor)``: iCT's weight for gaps above ``floor``, constant below it.
+
+    Under Pseudo-Huber and Cauchy nearly all of the gradient of iCT's weight comes from the smallest levels; this
+    bounds their share. Ours, no paper.
+    """
+
+    floor: float = 0.05
+
+    def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
+        return 1 / (t_hi - t_lo + self.floor)
