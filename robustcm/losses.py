@@ -6,7 +6,7 @@ Three layers, each usable alone::
 
     cauchy(student, teacher, c)                                  # [b], on the norm of the whole sample
     cauchy_of_r2(token_r2(student, teacher), c)                  # [b, h, w], one distance a pixel or token
-    per_token(cauchy_of_r2)(student, teacher, c)                 # [b], those summed: a distance again
+    PerToken(cauchy_of_r2)(student, teacher, c)                  # [b], those summed: a distance again
 
 ``c`` has the units of the residual norm r = ||student - teacher|| *at the granularity of the call*, never
 those of r^2: an element's residual is about sqrt(d) times smaller than the whole sample's, so a c that
@@ -19,6 +19,7 @@ inputs are computed and returned in float32. r / c may lie anywhere in 1e-18 .. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -140,28 +141,35 @@ def squared_l2(student: Tensor, teacher: Tensor, c: Scale = 1.0) -> Tensor:
     return squared_l2_of_r2(sample_r2(student, teacher), c)
 
 
-def per_token(rho: Rho) -> Distance:
+@dataclass(frozen=True)
+class PerToken:
     """The distance that sums ``rho`` over the pixels or tokens of a sample; ``c`` is in units of a token's norm.
 
     A sum, so that the granularity makes no difference to ``squared_l2_of_r2``.
     """
-    return _summed(rho, token_r2, "per_token")
+
+    rho: Rho
+
+    def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
+        """``[b, ch, h, w], [b, ch, h, w] -> [b]``."""
+        return _summed(self.rho, token_r2(student, teacher), c)
 
 
-def per_element(rho: Rho) -> Distance:
+@dataclass(frozen=True)
+class PerElement:
     """The distance that sums ``rho`` over the elements of a sample; ``c`` is in units of one element."""
-    return _summed(rho, element_r2, "per_element")
+
+    rho: Rho
+
+    def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
+        """``[b, ...], [b, ...] -> [b]``."""
+        return _summed(self.rho, element_r2(student, teacher), c)
 
 
-def _summed(rho: Rho, r2_of: Callable[[Tensor, Tensor], Tensor], name: str) -> Distance:
-    def distance(student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
-        r2 = r2_of(student, teacher)
-        if isinstance(c, Tensor) and c.dim() == 1:  # one scale a sample
-            c = c.reshape(-1, *[1] * (r2.dim() - 1))
-        return rho(r2, c).flatten(1).sum(1)
-
-    distance.__name__ = f"{name}({getattr(rho, '__name__', repr(rho))})"
-    return distance
+def _summed(rho: Rho, r2: Tensor, c: Scale) -> Tensor:
+    if isinstance(c, Tensor) and c.dim() == 1:  # one scale a sample
+        c = c.reshape(-1, *[1] * (r2.dim() - 1))
+    return rho(r2, c).flatten(1).sum(1)
 
 
 def _squared_residual(student: Tensor, teacher: Tensor) -> Tensor:

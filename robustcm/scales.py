@@ -120,12 +120,12 @@ class MeasuredC:
 
     def observe(self, state: Tensor, r: Tensor, pairs: LevelPairs) -> Tensor:
         seen = self.histogram.count(r.detach() * (pairs.num_levels - 1), self._bin(pairs), self.bins)
-        return seen + state * 0.5 ** (1 / self.halflife_steps)
+        fade: float = 0.5 ** (1 / self.halflife_steps)
+        return state * fade + seen
 
     def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> Tensor:
         per_bin = self.multiple / (pairs.num_levels - 1) * self.histogram.quantile(state, self.q)
-        c: Tensor = per_bin.float()[self._bin(pairs)]
-        return c
+        return per_bin.float()[self._bin(pairs)]
 
     def _bin(self, pairs: LevelPairs) -> Tensor:
         return (pairs.depth * self.bins).long().clamp(0, self.bins - 1)
