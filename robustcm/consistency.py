@@ -35,7 +35,8 @@ class Preconditioning:
     sigma_min: float = SIGMA_MIN
 
     def c_skip(self, t: Tensor) -> Tensor:
-        return self.sigma_data**2 / ((t - self.sigma_min) ** 2 + self.sigma_data**2)
+        # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, and that need not be 1 at sigma_min.
+        return 1 / (((t - self.sigma_min) / self.sigma_data) ** 2 + 1)
 
     def c_out(self, t: Tensor) -> Tensor:
         return (t - self.sigma_min) * self.sigma_data / torch.sqrt(t**2 + self.sigma_data**2)

@@ -66,7 +66,7 @@ class NonScalingLayerNorm(nn.Module):
             raise ValueError(f"expected [b, {self.shape[0]}, ...], got {tuple(x.shape)}")
         # Not F.group_norm(x, 1, None, bias): its backward raises when the weight is None (torch 2.13, CPU).
         y = F.layer_norm(x, x.shape[1:], eps=self.eps)
-        return y if self.bias is None else y + self.bias.reshape(-1, *[1] * (x.dim() - 2))
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.shape))}, eps={self.eps}, layout={self.layout}, bias={self.bias is not None}"

@@ -94,7 +94,7 @@ class DoublingCurriculum:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveCurriculum:
-    """CM's curriculum: N grows like a square root, from ``s0`` at the start to ``s1`` at the end.
+    """CM's curriculum: N grows like a square root, from ``s0`` at the start to ``s1 + 1`` at the end.
 
     ``N(k) = ceil(sqrt(k / K * ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1``.
 
@@ -221,6 +221,7 @@ class RatioLevels:
         # Truncated to the range of levels by squeezing the uniform number between the ends' quantiles.
         low, high = (self._quantile_of(t) for t in (self.sigma_min * (1 + 1e-3), self.sigma_max))
         t_hi = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + (high - low) * uniform.double()))
+        t_hi = t_hi.clamp(self.sigma_min * (1 + 1e-3), self.sigma_max)  # a quantile that rounds to 0 or 1 is infinite
         gap = (1 + self.k * torch.sigmoid(-self.b * t_hi)) / self.q ** (stage + 1)
         t_lo = (t_hi * (1 - gap)).clamp(min=self.sigma_min)
         depth = karras_depth(t_hi, self.sigma_min, self.sigma_max, self.rho)

@@ -1,0 +1,42 @@
+"""What all tests share: tolerances by dtype, the devices, and deterministic hypothesis in CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# CI replays the same examples each time; a person's runs keep looking for new ones.
+settings.register_profile("person", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "person")
+
+RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """``assert_close(actual, expected, dtype=actual.dtype, atol=0)``: equal to the rounding of ``dtype``."""
+
+    def check(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, atol: float = 0.0) -> None:
+        rtol = RELATIVE_TOLERANCE[dtype or actual.dtype]
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+    return check
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)

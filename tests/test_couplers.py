@@ -1,0 +1,243 @@
+"""The couplers: permutations that are optimal, or drawn from the law they claim, against brute force and POT."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import ot
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, gated_noise, independent
+
+COUPLERS = [independent, exact, Entropic(), Entropic(reg=1e-6), WithinClasses(), WithinClasses(Entropic())]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pair(b: int, seed: int = 0, shape: tuple[int, ...] = (2, 3)) -> tuple[Tensor, Tensor]:
+    x, z = torch.randn(2, b, *shape, generator=generator(seed))
+    return x, z
+
+
+def name(coupler) -> str:
+    return getattr(coupler, "__name__", repr(coupler).split("<")[0])
+
+
+def cost_matrix(x: Tensor, z: Tensor) -> Tensor:
+    return torch.cdist(x.flatten(1).double(), z.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+
+def cost(x: Tensor, z: Tensor, perm: Tensor) -> float:
+    return float((x - z[perm]).double().square().sum())
+
+
+# --- All of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupler", COUPLERS, ids=name)
+@pytest.mark.parametrize("b", [1, 2, 33])
+def test_every_noise_is_used_exactly_once(coupler, b):
+    x, z = pair(b)
+    perm = coupler(x, z, labels=torch.arange(b) % 3, generator=generator())
+    assert perm.dtype == torch.int64
+    assert perm.sort().values.tolist() == list(range(b))
+
+
+@pytest.mark.parametrize("coupler", COUPLERS, ids=name)
+def test_data_and_noise_are_left_as_they_were(coupler):
+    x, z = pair(8)
+    copies = x.clone(), z.clone()
+    coupler(x, z, labels=torch.arange(8) % 2, generator=generator())
+    assert torch.equal(x, copies[0])
+    assert torch.equal(z, copies[1])
+
+
+@pytest.mark.parametrize("coupler", [Entropic(), WithinClasses(Entropic())], ids=name)
+def test_what_is_drawn_is_a_function_of_the_generator_alone(coupler):
+    x, z = pair(33)
+    draws = [coupler(x, z, labels=torch.arange(33) % 2, generator=generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("coupler", COUPLERS, ids=name)
+@pytest.mark.parametrize("shapes", [((4, 2), (5, 2)), ((4, 1, 2), (4, 2, 2)), ((4,), (4,))], ids=str)
+def test_shapes_that_would_broadcast_are_refused(coupler, shapes):
+    with pytest.raises(ValueError, match=r"x and z must have one shape \[b, \.\.\.\], got"):
+        coupler(*map(torch.zeros, shapes), labels=torch.zeros(4, dtype=torch.int64), generator=generator())
+
+
+def test_independent_is_the_identity():
+    assert independent(*pair(7)).tolist() == list(range(7))
+
+
+# --- Exact -----------------------------------------------------------------------------------------------------------
+
+
+@given(b=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_exact_is_the_cheapest_of_all_permutations(b, seed):
+    x, z = pair(b, seed)
+    best = min(cost(x, z, torch.tensor(perm)) for perm in itertools.permutations(range(b)))
+    assert cost(x, z, exact(x, z)) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("b", [2, 16, 128])
+def test_exact_costs_what_pots_emd_costs(b):
+    x, z = pair(b)
+    uniform = np.full(b, 1 / b)
+    theirs = b * ot.emd2(uniform, uniform, cost_matrix(x, z).numpy())
+    assert cost(x, z, exact(x, z)) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_exact_follows_a_shuffle_of_the_noise_and_of_the_data():
+    x, z = pair(50)
+    shuffle = torch.randperm(50, generator=generator(1))
+    perm = exact(x, z)
+    assert torch.equal(shuffle[exact(x, z[shuffle])], perm)
+    assert torch.equal(exact(x[shuffle], z), perm[shuffle])
+
+
+def test_exact_undoes_a_shuffle():
+    x, _ = pair(50)
+    shuffle = torch.randperm(50, generator=generator(1))
+    perm = exact(x, x[shuffle])
+    assert torch.equal(shuffle[perm], torch.arange(50))
+
+
+def test_exact_does_not_care_about_an_offset_of_the_data():
+    x, z = pair(50)
+    assert torch.equal(exact(x + 100, z), exact(x, z))
+
+
+# --- Entropic --------------------------------------------------------------------------------------------------------
+
+
+def frequencies(reg: float, x: Tensor, z: Tensor, draws: int) -> Counter:
+    rng = generator()
+    return Counter(tuple(Entropic(reg=reg)(x, z, generator=rng).tolist()) for _ in range(draws))
+
+
+def test_entropic_at_a_small_temperature_is_exact():
+    x, z = pair(16)
+    z = x[torch.randperm(16, generator=generator(1))] + 0.1 * z
+    assert torch.equal(Entropic(reg=1e-3)(x, z, generator=generator()), exact(x, z))
+
+
+def test_entropic_at_a_large_temperature_is_uniform_over_all_permutations():
+    seen = frequencies(1e6, *pair(3), draws=1200)
+    counts = [seen[perm] for perm in itertools.permutations(range(3))]
+    assert sum(counts) == 1200
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_entropic_draws_a_pair_of_two_as_often_as_the_plan_says():
+    x, z = pair(2, seed=3)
+    mean = cost_matrix(x, z).mean()
+    # For b = 2 the plan is [[p, 1/2 - p], [1/2 - p, p]] with p^2 / (1/2 - p)^2 = exp(saving / reg).
+    saving = cost(x, z, torch.tensor([1, 0])) - cost(x, z, torch.tensor([0, 1]))
+    share = float(torch.sigmoid(saving / mean / 0.5 / 2))
+    assert 0.1 < share < 0.9
+    seen = frequencies(0.5, x, z, draws=1000)[0, 1]
+    assert scipy.stats.binomtest(seen, 1000, share).pvalue > 1e-3
+
+
+def test_entropic_saves_less_the_warmer_it_is():
+    x, z = pair(64)
+    gains = [float(coupling_gain(x, z, Entropic(reg=reg)(x, z, generator=generator()))) for reg in (0.01, 0.1, 1.0)]
+    assert float(coupling_gain(x, z, exact(x, z))) >= gains[0] > gains[1] > gains[2]
+
+
+def test_entropic_survives_a_plan_that_underflows():
+    x, z = pair(32)
+    perm = Entropic(reg=1e-9, max_iterations=5)(100 * x, z, generator=generator())
+    assert perm.sort().values.tolist() == list(range(32))
+
+
+def test_entropic_needs_a_generator_and_a_temperature():
+    with pytest.raises(ValueError, match=r"Entropic draws its permutation: pass a torch\.Generator"):
+        Entropic()(*pair(2))
+    with pytest.raises(ValueError, match="reg must be positive, got 0; .* use the coupler `exact`"):
+        Entropic(reg=0)
+
+
+# --- Within classes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupler", [exact, Entropic()], ids=name)
+@given(labels=st.lists(st.integers(-2, 3), min_size=1, max_size=12))
+def test_within_classes_never_crosses_a_class(coupler, labels):
+    x, z = pair(len(labels))
+    labels = torch.tensor(labels)
+    perm = WithinClasses(coupler)(x, z, labels=labels, generator=generator())
+    assert torch.equal(labels[perm], labels)
+
+
+def test_within_classes_is_optimal_inside_each():
+    x, z = pair(40)
+    labels = torch.arange(40) % 3
+    perm = WithinClasses()(x, z, labels=labels)
+    for label in range(3):
+        m = torch.nonzero(labels == label).squeeze(1)
+        assert torch.equal(perm[m], m[exact(x[m], z[m])])
+
+
+def test_within_one_class_is_the_coupler_itself():
+    x, z = pair(20)
+    assert torch.equal(WithinClasses()(x, z, labels=torch.full((20,), 7)), exact(x, z))
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(3, dtype=torch.int64), torch.zeros(4, 1, dtype=torch.int64)])
+def test_within_classes_needs_a_label_for_each_sample(labels):
+    with pytest.raises(ValueError, match=r"WithinClasses needs labels \[4\], got"):
+        WithinClasses()(*pair(4), labels=labels)
+
+
+# --- Gate and gain ---------------------------------------------------------------------------------------------------
+
+
+def test_gate_gives_coupled_noise_above_it_and_own_noise_below(device):
+    z, perm, t = (
+        torch.arange(4.0)[:, None, None].expand(4, 2, 2),
+        torch.tensor([1, 2, 3, 0]),
+        torch.tensor([1, 3, 2, 5.0]),
+    )
+    z, perm, t = (v.to(device) for v in (z, perm, t))
+    assert gated_noise(z, perm, t, above=2)[:, 0, 0].tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize(("above", "coupled"), [(0, True), (float("inf"), False)])
+def test_gate_at_its_ends_couples_everywhere_and_nowhere(above, coupled):
+    _, z = pair(9)
+    perm = torch.randperm(9, generator=generator())
+    assert torch.equal(gated_noise(z, perm, torch.full((9,), 0.002), above), z[perm] if coupled else z)
+
+
+def test_gain_is_one_minus_the_cost_over_the_mean_of_the_cost_matrix():
+    x, z = pair(30)
+    x = x + 0.5  # a mean, so that the cross term counts
+    perm = exact(x, z)
+    matrix = cost_matrix(x, z)
+    expected = 1 - matrix[torch.arange(30), perm].mean() / matrix.mean()
+    torch.testing.assert_close(coupling_gain(x, z, perm), expected)
+
+
+def test_gain_averages_to_zero_over_all_permutations():
+    x, z = pair(4)
+    gains = [float(coupling_gain(x, z, torch.tensor(perm))) for perm in itertools.permutations(range(4))]
+    assert np.mean(gains) == pytest.approx(0, abs=1e-7)
+
+
+def test_gain_is_one_at_no_cost_and_near_zero_for_independent_noise():
+    x, z = pair(4096, shape=(16,))
+    shuffle = torch.randperm(4096, generator=generator(1))
+    assert float(coupling_gain(x, x[shuffle], shuffle.argsort())) == pytest.approx(1, abs=1e-12)
+    assert abs(float(coupling_gain(x, z, independent(x, z)))) < 0.02

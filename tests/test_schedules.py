@@ -1,0 +1,241 @@
+"""Noise levels, curricula, the law that draws a level, and weights: against diffusers, scipy and the papers' tables."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from diffusers import CMStochasticIterativeScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustcm.schedules import (
+    SIGMA_MAX,
+    SIGMA_MIN,
+    BoundedInverseGap,
+    DoublingCurriculum,
+    FixedCurriculum,
+    LevelGrid,
+    LognormalLaw,
+    ProgressiveCurriculum,
+    RatioLevels,
+    SnrPlusWeight,
+    UniformLaw,
+    equal_weight,
+    inverse_gap,
+    karras_depth,
+    karras_sigmas,
+)
+
+STAGES = [11, 21, 41, 81, 161, 321, 641]
+JUST_BELOW_ONE = 1 - 2**-53
+# The largest and smallest numbers that torch.rand can give are among them.
+UNIFORM = st.one_of(st.sampled_from([0.0, JUST_BELOW_ONE]), st.floats(0, JUST_BELOW_ONE))
+
+
+def uniform_numbers(n: int) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+# --- Karras levels ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    num_levels=st.integers(2, 1000), sigma_min=st.floats(1e-4, 0.1), sigma_max=st.floats(1, 200), rho=st.floats(1, 10)
+)
+def test_levels_fall_strictly_between_ends_that_are_exact(num_levels, sigma_min, sigma_max, rho):
+    levels = karras_sigmas(num_levels, sigma_min, sigma_max, rho)
+    assert levels.shape == (num_levels,)
+    assert levels.dtype == torch.float64
+    assert (levels[0].item(), levels[-1].item()) == (sigma_max, sigma_min)
+    assert (levels.diff() < 0).all()
+
+
+@pytest.mark.parametrize("num_levels", [2, *STAGES])
+def test_levels_are_those_of_diffusers(num_levels):
+    theirs = CMStochasticIterativeScheduler(num_train_timesteps=num_levels).sigmas
+    torch.testing.assert_close(karras_sigmas(num_levels), theirs, rtol=1e-12, atol=0)
+
+
+def test_two_levels_of_a_table():
+    # (80^(1/7) + 0.002^(1/7))^7 / 2^7, by hand
+    assert karras_sigmas(3)[1].item() == pytest.approx(2.5152, abs=1e-4)
+
+
+@given(num_levels=st.integers(2, 1000), rho=st.floats(1, 10))
+def test_depth_is_the_inverse_of_the_ramp(num_levels, rho):
+    depth = karras_depth(karras_sigmas(num_levels, rho=rho), rho=rho)
+    torch.testing.assert_close(depth, torch.linspace(0, 1, num_levels, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1,), "num_levels must be at least 2 .*, got 1"),
+        ((5, 0.0), "need 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
+        ((5, 3.0, 2.0), "need 0 < sigma_min < sigma_max, got 3.0 and 2.0"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        karras_sigmas(*arguments)
+
+
+# --- Curricula -------------------------------------------------------------------------------------------------------
+
+
+def test_icts_curriculum_has_the_published_stages_of_equal_length():
+    counts = np.unique([DoublingCurriculum()(k, 7000) for k in range(7000)], return_counts=True)
+    assert counts[0].tolist() == STAGES
+    assert counts[1].tolist() == [1000] * 7
+
+
+@given(s0=st.integers(1, 50), s1=st.integers(50, 2000), total=st.integers(1, 10**7), part=st.floats(0, 1))
+def test_icts_curriculum_equals_the_formula(s0, s1, total, part):
+    k = round(part * total)
+    stage_steps = max(1, math.floor(total / (math.log2(s1 // s0) + 1)))
+    expected = min(s0 * 2 ** min(k // stage_steps, 100), s1) + 1
+    assert DoublingCurriculum(s0=s0, s1=s1)(k, total) == expected
+
+
+@pytest.mark.parametrize("curriculum", [DoublingCurriculum(), ProgressiveCurriculum(), FixedCurriculum()], ids=repr)
+@pytest.mark.parametrize("total", [1, 3, 100, 5000])
+def test_number_of_levels_never_falls_and_has_two_at_least(curriculum, total):
+    numbers = [curriculum(k, total) for k in range(total)]
+    assert numbers == sorted(numbers)
+    assert numbers[0] >= 2
+
+
+def test_progressive_curriculum_goes_from_s0_to_s1_plus_one_as_a_square_root():
+    curriculum = ProgressiveCurriculum()
+    assert (curriculum(0, 1000), curriculum(1000, 1000)) == (2, 151)
+    # sqrt(1/4 * (151^2 - 2^2) + 2^2) = 75.52
+    assert curriculum(250, 1000) == 76
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DoublingCurriculum(s0=20, s1=10), "need 1 <= s0 <= s1, got s0 = 20, s1 = 10"),
+        (lambda: ProgressiveCurriculum(s0=1), "need 2 <= s0 <= s1, got s0 = 1, s1 = 150"),
+        (lambda: FixedCurriculum(num_levels=1), "num_levels must be at least 2, got 1"),
+        (lambda: LognormalLaw(p_std=0), "p_std must be positive, got 0"),
+        (lambda: RatioLevels(q=1), "need q > 1, stages >= 1, p_std > 0, got 1, 8, 2.0"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# --- Laws and pairs on the grid --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_levels", STAGES)
+@pytest.mark.parametrize(("p_mean", "p_std"), [(-1.1, 2.0), (0.4, 0.7)])
+def test_lognormal_law_is_scipys_mass_between_neighbouring_levels(num_levels, p_mean, p_std):
+    levels = karras_sigmas(num_levels)
+    cdf = scipy.stats.lognorm(s=p_std, scale=math.exp(p_mean)).cdf(levels.numpy())
+    expected = -np.diff(cdf) / (cdf[0] - cdf[-1])
+    ours = LognormalLaw(p_mean=p_mean, p_std=p_std)(levels).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("law", [LognormalLaw(), UniformLaw()], ids=repr)
+def test_sampled_levels_have_the_frequencies_of_the_law(law):
+    levels = karras_sigmas(21)
+    grid = LevelGrid(curriculum=FixedCurriculum(num_levels=21), law=law)
+    pairs = grid(0, 1, uniform_numbers(100_000))
+    index = torch.round(pairs.depth * 21).long()
+    observed = torch.bincount(index, minlength=20)
+    assert scipy.stats.chisquare(observed.numpy(), 100_000 * law(levels).numpy()).pvalue > 1e-3
+
+
+@given(
+    uniform=st.lists(UNIFORM, min_size=1), step=st.integers(0, 99), law=st.sampled_from([LognormalLaw(), UniformLaw()])
+)
+def test_pairs_are_neighbours_of_the_current_grid(uniform, step, law):
+    grid = LevelGrid(law=law)
+    pairs = grid(step, 100, torch.tensor(uniform, dtype=torch.float64))
+    assert pairs.num_levels == DoublingCurriculum()(step, 100)
+    levels = karras_sigmas(pairs.num_levels).float()
+    index = torch.round(pairs.depth * pairs.num_levels).long()
+    assert torch.equal(pairs.t_hi, levels[index])
+    assert torch.equal(pairs.t_lo, levels[index + 1])
+    assert (pairs.depth < 1).all()
+    assert {v.dtype for v in pairs[:3]} == {torch.float32}
+
+
+def test_larger_uniform_numbers_give_smaller_noise():
+    pairs = LevelGrid()(0, 1, torch.linspace(0, JUST_BELOW_ONE, 1000, dtype=torch.float64))
+    assert (pairs.t_hi.diff() <= 0).all()
+    assert pairs.t_hi[0] == SIGMA_MAX
+    assert pairs.t_lo[-1] == torch.tensor(SIGMA_MIN)
+
+
+# --- Ratio levels ----------------------------------------------------------------------------------------------------
+
+
+@given(uniform=UNIFORM, step=st.integers(0, 799), p_mean=st.floats(-3, 1), p_std=st.floats(0.1, 3), q=st.floats(1.1, 8))
+def test_ratio_levels_lie_in_the_range_with_the_teacher_below_the_student(uniform, step, p_mean, p_std, q):
+    levels = RatioLevels(p_mean=p_mean, p_std=p_std, q=q)
+    t_hi, t_lo, depth, num_levels = levels(step, 800, torch.tensor([uniform], dtype=torch.float64))
+    assert torch.tensor(SIGMA_MIN) <= t_lo < t_hi <= SIGMA_MAX
+    assert 0 <= depth < 1
+    assert num_levels >= 2
+
+
+def test_student_levels_of_ratio_levels_are_lognormal_within_the_range():
+    t_hi = RatioLevels()(0, 1, uniform_numbers(20_000)).t_hi.double()
+    ends = [(math.log(t) + 1.1) / 2.0 for t in (SIGMA_MIN, SIGMA_MAX)]
+    law = scipy.stats.truncnorm(*ends, loc=-1.1, scale=2.0)
+    assert scipy.stats.kstest(t_hi.log().numpy(), law.cdf).pvalue > 1e-3
+
+
+def test_ratio_levels_equal_ects_formula_where_the_teacher_is_above_sigma_min():
+    t_hi, t_lo, _, _ = RatioLevels()(500, 800, torch.tensor([0.9, 0.99], dtype=torch.float64))  # stage 5
+    expected = [t * (1 - (1 + 8 / (1 + math.exp(t))) / 2**6) for t in t_hi.double().tolist()]
+    torch.testing.assert_close(t_lo.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_ratio_of_the_levels_rises_to_one():
+    many = RatioLevels(stages=20)
+    ratios = torch.stack([torch.div(*reversed(many(k, 20, uniform_numbers(1000))[:2])) for k in range(20)])
+    assert (ratios.diff(dim=0) >= 0).all()
+    assert ratios[-1].min() > 0.999
+
+
+def test_number_of_levels_of_ratio_levels_is_that_of_a_grid_as_fine_at_the_median():
+    for k in range(3, 8):
+        num_levels = RatioLevels()(k, 8, torch.tensor([0.5])).num_levels
+        median, gap = math.exp(-1.1), (1 + 8 / (1 + math.exp(math.exp(-1.1)))) / 2 ** (k + 1)
+        grid = karras_sigmas(num_levels)
+        i = int((grid > median).sum()) - 1
+        assert float(grid[i] - grid[i + 1]) == pytest.approx(median * gap, rel=0.25)
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weight", "formula"),
+    [
+        (inverse_gap, lambda hi, lo: 1 / (hi - lo)),
+        (equal_weight, lambda hi, lo: 1.0),
+        (SnrPlusWeight(), lambda hi, lo: 1 / hi**2 + 4),
+        (SnrPlusWeight(sigma_data=1.0), lambda hi, lo: 1 / hi**2 + 1),
+        (BoundedInverseGap(floor=0.2), lambda hi, lo: 1 / (hi - lo + 0.2)),
+    ],
+)
+def test_weights_equal_their_formulas(weight, formula):
+    t_hi, t_lo = torch.tensor([0.5, 4.0]), torch.tensor([0.25, 1.0])
+    torch.testing.assert_close(weight(t_hi, t_lo), torch.tensor([formula(0.5, 0.25), formula(4.0, 1.0)]))
+
+
+def test_bounded_inverse_gap_bounds_what_inverse_gap_does_not():
+    pairs = LevelGrid(curriculum=FixedCurriculum(num_levels=641))(0, 1, uniform_numbers(1000))
+    assert inverse_gap(pairs.t_hi, pairs.t_lo).max() > 1e3
+    assert BoundedInverseGap(floor=0.05)(pairs.t_hi, pairs.t_lo).max() <= 20
