@@ -1,4 +1,4 @@
-"""A histogram of positive numbers on a logarithmic grid: quantiles with a relative error bound, merged by adding.
+"""A histogram of positive numbers on a nearly logarithmic grid: quantiles with a relative error bound, merged by adding.
 
 The counts are plain tensors the caller owns, so they live on any device, go into a checkpoint, and all-reduce.
 """
@@ -12,13 +12,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+SIGNIFICAND_BITS = 52  # of a float64
+
 
 @dataclass(frozen=True)
 class LogHistogram:
-    """Bins whose edges grow by a constant factor from ``smallest`` to ``largest``.
+    """Bins from ``smallest`` to ``largest``: every octave cut into ``2 ** octave_bits`` bins of equal width.
 
     A quantile read from the counts lies within ``relative_error`` of a value of that rank, for values inside the
     range; values outside count in the end bins. Same bound as DDSketch (Masson et al. 2019, arXiv 1908.10693).
+    The bin of a value is read off its bits (exponent and leading significand), so there is no logarithm whose last
+    digit could differ between devices, and it costs three integer operations. Up to 2 / ln 2 = 2.9 times the bins of
+    an exactly logarithmic grid pay for that.
     Adding whole numbers is exact in float64 up to 2^53, so the result does not depend on the order of the values.
     """
 
@@ -27,29 +32,35 @@ class LogHistogram:
     relative_error: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (0 < self.smallest < self.largest and 0 < self.relative_error < 1):
+        if not (0 < self.smallest < self.largest < math.inf and 0 < self.relative_error < 1):
             raise ValueError(
                 "need 0 < smallest < largest and 0 < relative_error < 1, got "
                 f"{self.smallest}, {self.largest}, {self.relative_error}"
             )
 
     @cached_property
-    def log_growth(self) -> float:
-        """ln of the ratio of neighbouring edges: the widest that keeps the bound at the bin's representative."""
-        return math.log((1 + self.relative_error) / (1 - self.relative_error))
+    def octave_bits(self) -> int:
+        """The fewest for which the first, relatively widest bin of an octave keeps the bound at its representative."""
+        return max(0, math.ceil(math.log2((1 - self.relative_error) / (2 * self.relative_error))))
 
     @cached_property
     def num_bins(self) -> int:
-        return math.ceil(math.log(self.largest / self.smallest) / self.log_growth)
+        return self._cell(self.largest) - self._first + 1
 
     def empty(self, groups: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Counts ``[groups, num_bins]``, float64, all zero."""
         return torch.zeros(groups, self.num_bins, dtype=torch.float64, device=device)
 
     def bins(self, values: Tensor) -> Tensor:
-        """Index of the bin of each value, int64, the shape of ``values``; zeros fall in the first bin."""
-        position = (values.double().log() - math.log(self.smallest)) / self.log_growth
-        return position.nan_to_num(neginf=0.0).clamp(0, self.num_bins - 1).long()
+        """Index of the bin of each value, int64, the shape of ``values``; zeros and NaN fall in the first bin."""
+        bits = values.double().nan_to_num(nan=0.0, posinf=math.inf, neginf=0.0).view(torch.int64)
+        return (bits >> self._shift).sub_(self._first).clamp_(0, self.num_bins - 1)
+
+    def representatives(self, index: Tensor) -> Tensor:
+        """The value that stands for each bin, float64: it has the same relative error to both edges of the bin."""
+        low = (index + self._first << self._shift).view(torch.float64)
+        high = (index + self._first + 1 << self._shift).view(torch.float64)
+        return low * (2 * high / (low + high))
 
     def count(self, values: Tensor, group: Tensor | None = None, groups: int = 1) -> Tensor:
         """The counts ``[groups, num_bins]`` of these values alone; add them to what was counted before.
@@ -72,7 +83,16 @@ class LogHistogram:
         # The first bin whose cumulated count exceeds q * total; for q = 1 the last one that holds anything.
         index = (cumulated <= q * total).sum(-1, keepdim=True)
         last = (cumulated < total).sum(-1, keepdim=True)
-        centre = torch.minimum(index, last).squeeze(-1).double() + 0.5
-        # 2 e / (1 + e) is the point of [1, e] with equal relative error to both ends; close to the middle in ln.
-        value = torch.exp(math.log(self.smallest) + centre * self.log_growth) / math.cosh(self.log_growth / 2)
+        value = self.representatives(torch.minimum(index, last).squeeze(-1).clamp(max=self.num_bins - 1))
         return torch.where(total.squeeze(-1) > 0, value, torch.nan)
+
+    @cached_property
+    def _shift(self) -> int:
+        return SIGNIFICAND_BITS - self.octave_bits
+
+    @cached_property
+    def _first(self) -> int:
+        return self._cell(self.smallest)
+
+    def _cell(self, value: float) -> int:
+        return int(torch.tensor(value, dtype=torch.float64).view(torch.int64)) >> self._shift
