@@ -35,7 +35,7 @@ class Preconditioning:
     sigma_min: float = SIGMA_MIN
 
     def c_skip(self, t: Tensor) -> Tensor:
-        # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, and that need not be 1 at sigma_min.
+        # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, which need not give 1 at sigma_min.
         return 1 / (((t - self.sigma_min) / self.sigma_data) ** 2 + 1)
 
     def c_out(self, t: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ settings.register_profile("person", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "person")
 
+torch.set_num_threads(1)  # the tensors are small: threads only wait for each other, above all under pytest-xdist
+
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 

@@ -146,8 +146,8 @@ def test_entropic_draws_a_pair_of_two_as_often_as_the_plan_says():
     saving = cost(x, z, torch.tensor([1, 0])) - cost(x, z, torch.tensor([0, 1]))
     share = float(torch.sigmoid(saving / mean / 0.5 / 2))
     assert 0.1 < share < 0.9
-    seen = frequencies(0.5, x, z, draws=1000)[0, 1]
-    assert scipy.stats.binomtest(seen, 1000, share).pvalue > 1e-3
+    seen = frequencies(0.5, x, z, draws=400)[0, 1]
+    assert scipy.stats.binomtest(seen, 400, share).pvalue > 1e-3
 
 
 def test_entropic_saves_less_the_warmer_it_is():
@@ -165,14 +165,14 @@ def test_entropic_survives_a_plan_that_underflows():
 def test_entropic_needs_a_generator_and_a_temperature():
     with pytest.raises(ValueError, match=r"Entropic draws its permutation: pass a torch\.Generator"):
         Entropic()(*pair(2))
-    with pytest.raises(ValueError, match="reg must be positive, got 0; .* use the coupler `exact`"):
+    with pytest.raises(ValueError, match=r"reg must be positive, got 0; .* use the coupler `exact`"):
         Entropic(reg=0)
 
 
 # --- Within classes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coupler", [exact, Entropic()], ids=name)
+@pytest.mark.parametrize("coupler", [exact, Entropic(reg=1.0)], ids=name)
 @given(labels=st.lists(st.integers(-2, 3), min_size=1, max_size=12))
 def test_within_classes_never_crosses_a_class(coupler, labels):
     x, z = pair(len(labels))
