@@ -1,0 +1,1 @@
+"""The reference trainer: full latent consistency training out of `robustcm`'s parts."""

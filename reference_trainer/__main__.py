@@ -1,0 +1,225 @@
+"""The command line. `python -m reference_trainer` trains, reports, and continues what was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.evaluate import as_table, choose_features, evaluate, write_report
+from reference_trainer.images import ImageFolder
+from reference_trainer.loop import elapsed, train
+from reference_trainer.options import CHOICES, describe, override
+from reference_trainer.presets import PRESETS
+from reference_trainer.report import tile
+from reference_trainer.run import RunFolder
+from reference_trainer.sample import load_model
+
+COMMANDS = ("train", "sample", "evaluate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in (*COMMANDS, "-h", "--help"):
+        given.insert(0, "train")
+    options = parser().parse_args(given)
+    try:
+        return int(options.run_command(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, with a help that teaches."""
+    top = argparse.ArgumentParser(
+        prog="python -m reference_trainer",
+        description=__doc__,
+        epilog="Without a command: train. `python -m reference_trainer train --help` shows presets and options.",
+    )
+    commands = top.add_subparsers(required=True, metavar="{train,sample,evaluate}")
+
+    training = commands.add_parser(
+        "train",
+        help="train, or continue, a run; then evaluate it and draw its pictures",
+        description="Train a latent consistency model. The same command again continues where the last one stopped.",
+        epilog=training_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    training.add_argument("preset", nargs="?", default=None, metavar="PRESET", help=f"default: {PRESETS[0].__name__}")
+    training.add_argument("options", nargs="*", metavar="path.to.field=value", help="change one field; see below")
+    training.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits)")
+    training.add_argument(
+        "--run", metavar="DIR", type=Path, help="run folder (default: runs/PRESET or runs/PRESET-DATA)"
+    )
+    training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    training.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    training.set_defaults(run_command=run_train)
+
+    sampling = commands.add_parser("sample", help="draw images from a run")
+    sampling.add_argument("run", type=Path, metavar="RUN")
+    sampling.add_argument("--n", type=int, default=64, help="number of images (default 64)")
+    sampling.add_argument("--evaluations", type=int, default=1, help="network evaluations an image (default 1)")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--out", type=Path, help="PNG to write (default: RUN/samples-N-NFE-SEED.png)")
+    sampling.set_defaults(run_command=run_sample)
+
+    evaluating = commands.add_parser("evaluate", help="measure a run: Frechet and kernel distance, precision, recall")
+    evaluating.add_argument("run", type=Path, metavar="RUN")
+    evaluating.add_argument(
+        "--features",
+        metavar="MODULE:FUNCTION",
+        help="an importable function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
+        "(default: a digit classifier for digits, the run's own autoencoder for other images)",
+    )
+    evaluating.add_argument("--seed", type=int, default=0)
+    evaluating.set_defaults(run_command=run_evaluate)
+
+    for command in (training, sampling, evaluating):
+        command.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    return top
+
+
+def training_help() -> str:
+    """Presets, fields with their defaults, and what each exchangeable field takes."""
+    lines = ["presets:"]
+    for preset in PRESETS:
+        lines.append(f"  {preset.__name__:10} {(preset.__doc__ or '').strip().splitlines()[0]}")
+    lines += ["", f"fields, with the defaults of the preset {PRESETS[0].__name__}:"]
+    lines += [f"  {path}={value}" for path, value in leaves(PRESETS[0]())]
+    lines += ["", "fields that take a part, written as in Python:"]
+    lines += [f"  {owner.__name__}.{field}: {describe(choices)}" for (owner, field), choices in CHOICES.items()]
+    lines += [
+        "",
+        "examples:",
+        "  python -m reference_trainer ilct",
+        "  python -m reference_trainer paper objective.couple_above=3 objective.c='MeasuredC(multiple=0.5)'",
+        "  python -m reference_trainer --data photos autoencoder.latent_channels=8 steps=20000 --run runs/photos",
+    ]
+    return "\n".join(lines)
+
+
+def leaves(part: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Every field below ``part`` that holds a plain value or a function, as (dotted path, value to show)."""
+    out: list[tuple[str, Any]] = []
+    for field in fields(part):
+        value, name = getattr(part, field.name), f"{path}.{field.name}" if path else field.name
+        if is_dataclass(value):
+            out += [(name, f"{type(value).__name__}(...)"), *leaves(value, name)]
+        else:
+            out.append((name, getattr(value, "__name__", value)))
+    return out
+
+
+def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
+    """Preset, data and options of the command line, resolved; with the name of the preset."""
+    changes = list(options.options)
+    if options.preset is not None and "=" in options.preset:  # no preset was given
+        changes.insert(0, options.preset)
+        options.preset = None
+    presets = {preset.__name__: preset for preset in PRESETS}
+    name = options.preset or PRESETS[0].__name__
+    if name not in presets:
+        raise UserError(f"unknown preset {name}: there are {', '.join(presets)}")
+    config = presets[name]()
+    if options.data is not None:
+        config = replace(config, data=ImageFolder(path=str(Path(options.data).expanduser().resolve())))
+    for change in changes:
+        config = override(config, change)
+    return name, config
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Train, evaluate, draw."""
+    started = time.monotonic()
+    name, config = configuration(options)
+    if options.show:
+        print("\n".join(f"{path}={value}" for path, value in leaves(config)))
+        return 0
+    suffix = f"-{Path(options.data).name}" if options.data is not None else ""
+    run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
+    images = config.data.load()
+    with run.locked():
+        run.claim(config)
+        if not train(config, run, images, cache_folder(), device):
+            print(f"stopped and saved in {run.root}; run the same command again to continue")
+            return 130
+        model = load_model(run, device)
+        evaluation = evaluate(model, images, choose_features(options.features, model, images, cache_folder()))
+        files = write_report(run, model, images, evaluation)
+    print(as_table(evaluation))
+    print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
+    return 0
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    """One PNG of samples."""
+    if options.n < 1:
+        raise UserError(f"--n must be at least 1, got {options.n}")
+    model = load_model(RunFolder(options.run), device_of(options.device))
+    pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
+    file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}.png"
+    save_picture(pixels, file)
+    print(f"{options.n} images with {options.evaluations} evaluations each: {file}")
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """The table, and the report anew."""
+    run = RunFolder(options.run)
+    model = load_model(run, device_of(options.device))
+    images = model.config.data.load()
+    features = choose_features(options.features, model, images, cache_folder())
+    evaluation = evaluate(model, images, features, options.seed)
+    files = write_report(run, model, images, evaluation)
+    print(as_table(evaluation))
+    print(f"look at {', '.join(str(file) for file in files)}")
+    return 0
+
+
+def save_picture(pixels: torch.Tensor, file: Path) -> None:
+    """uint8 ``[n, ch, h, w]`` as one PNG of square rows."""
+    from PIL import Image
+
+    columns = max(1, round(len(pixels) ** 0.5))
+    padding = -len(pixels) % columns
+    pixels = torch.cat([pixels, pixels.new_full((padding, *pixels.shape[1:]), 255)])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tile(pixels, columns)).save(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {file}: {error}") from error
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def cache_folder() -> Path:
+    """Where fitted autoencoders and classifiers are kept: $ROBUSTCM_CACHE, or robustcm in the user's cache folder."""
+    if chosen := os.environ.get("ROBUSTCM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustcm"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The space a model is trained in: a small KL autoencoder fitted once and cached, or the pixels themselves.
+
+Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from reference_trainer.errors import UserError
+from reference_trainer.images import ImageSet, to_unit
+from reference_trainer.store import load_tensors, save_tensors
+from robustcm.objective import step_generator
+
+
+class Codec(Protocol):
+    """Turns images into latents and back; deterministic."""
+
+    def to(self, device: torch.device) -> Codec:
+        """The same on ``device``."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """``[n, ch, h, w]`` in -1 .. 1 -> latents, not normalised."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents, not normalised -> ``[n, ch, h, w]``, about -1 .. 1."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored to build the codec again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpace:
+    """No autoencoder: consistency training on pixels, which are their own latents."""
+
+    def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
+        return _Pixels()
+
+    def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:
+        return _Pixels()
+
+
+class _Pixels:
+    def to(self, device: torch.device) -> _Pixels:
+        return self
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLAutoencoder:
+    """A small diffusers AutoencoderKL, fitted on the training images: reconstruction error + ``kl_weight`` * KL.
+
+    It sees the image with its ``patch`` x ``patch`` squares laid into channels: full-resolution convolutions are what
+    a small autoencoder spends its time on (measured: 5 times slower without).
+
+    Encoding takes the mean of the posterior. The fit is a function of (this configuration, the images) and is cached
+    under a name made of both.
+    """
+
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    """One entry a resolution: three entries shrink the patched image four times in each direction."""
+    patch: int = 2
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    kl_weight: float = 1e-3
+    steps: int = 800
+    batch_size: int = 64
+    lr: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(ch % self.norm_num_groups for ch in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups "
+                f"{self.norm_num_groups}"
+            )
+
+    def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
+        """Load the fit from ``cache``, or fit with a progress bar and store it there."""
+        key = json.dumps(asdict(self), sort_keys=True) + images.fingerprint()
+        file = cache / f"autoencoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        channels = images.pixels.shape[1]
+        if file.is_file():
+            try:
+                return self.build(channels, load_tensors(file)[0]).to(device)
+            except UserError as error:
+                tqdm.write(f"fitting the autoencoder again: {error}")
+        network = self._network(channels)
+        self._fit(network, images.train, device)
+        codec = _Kl(network, self.patch)
+        save_tensors(file, codec.tensors(), {})
+        return codec
+
+    def build(self, image_channels: int, tensors: dict[str, Tensor]) -> _Kl:
+        """The codec of a stored fit."""
+        network = self._network(image_channels)
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"these are not the weights of {self}: {str(error).splitlines()[-1].strip()}") from error
+        return _Kl(network, self.patch)
+
+    def _network(self, image_channels: int) -> Any:
+        from diffusers import AutoencoderKL  # slow to import
+
+        blocks = len(self.block_out_channels)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            return AutoencoderKL(
+                in_channels=image_channels * self.patch**2,
+                out_channels=image_channels * self.patch**2,
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                block_out_channels=self.block_out_channels,
+                layers_per_block=self.layers_per_block,
+                latent_channels=self.latent_channels,
+                norm_num_groups=self.norm_num_groups,
+                mid_block_add_attention=False,
+            )
+
+    def _fit(self, network: Any, pixels: Tensor, device: torch.device) -> None:
+        network.to(device).train()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps, pct_start=0.1)
+        bar = tqdm(range(self.steps), desc="fitting the autoencoder", unit="step")
+        for step in bar:
+            generator = step_generator(self.seed, step)
+            chosen = torch.randint(len(pixels), (min(self.batch_size, len(pixels)),), generator=generator)
+            images = to_unit(pixels[chosen]).to(device)
+            posterior = network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            decoded = F.pixel_shuffle(network.decode(posterior.mean + posterior.std * noise).sample, self.patch)
+            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+            loss = F.mse_loss(decoded, images) + self.kl_weight * kl
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            if step % 20 == 0:
+                bar.set_postfix(mse=f"{float(F.mse_loss(decoded.detach(), images)):.4f}", refresh=False)
+
+
+class _Kl:
+    def __init__(self, network: Any, patch: int) -> None:
+        self.patch = patch
+        self.network = network.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> _Kl:
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist.mean
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = F.pixel_shuffle(self.network.decode(latents).sample, self.patch)
+        return images
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.network.state_dict()

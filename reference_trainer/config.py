@@ -1,0 +1,108 @@
+"""What a run is made of: frozen dataclasses, one tree, every leaf an option."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.images import Digits, ImageFolder
+from reference_trainer.networks import UNet
+from robustcm.objective import Objective
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class LearningRate(Protocol):
+    """``(step, total_steps) -> learning rate``."""
+
+    def __call__(self, step: int, total_steps: int) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantLR:
+    """Linear warm-up, then constant: the paper's choice, with lr 1e-4."""
+
+    lr: float = 1e-4
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and self.warmup_steps >= 0, f"need lr > 0 and warmup_steps >= 0, got {self}")
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineLR:
+    """Linear warm-up, then half a cosine down to ``final`` times the peak."""
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    final: float = 0.005
+
+    def __post_init__(self) -> None:
+        _require(
+            self.lr > 0 and self.warmup_steps >= 0 and 0 <= self.final <= 1,
+            f"need lr > 0, warmup_steps >= 0 and 0 <= final <= 1, got {self}",
+        )
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / total_steps))
+        return self.lr * warm * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam:
+    """torch's RAdam (decoupled weight decay), with gradients clipped at ``max_norm``."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_norm: float = 100.0
+    on_nonfinite: Literal["stop", "zero"] = "stop"
+    """A NaN or infinite gradient stops the run with its step; ``zero`` is what the authors do: such elements count
+    as 0 before clipping, and the log says how many steps had any."""
+
+    def __post_init__(self) -> None:
+        _require(
+            all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.weight_decay >= 0,
+            f"need betas in [0, 1), eps > 0, weight_decay >= 0, got {self}",
+        )
+        _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
+        _require(self.on_nonfinite in ("stop", "zero"), f"on_nonfinite is 'stop' or 'zero', got {self.on_nonfinite!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. The same config and seed give the same weights, bit for bit, on the same machine."""
+
+    data: Digits | ImageFolder = Digits()
+    autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
+    network: UNet = UNet()
+    non_scaling_norm: bool = False
+    """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
+    objective: Objective = Objective()
+    optimizer: RAdam = RAdam()
+    learning_rate: ConstantLR | CosineLR = CosineLR()
+    ema_decay: float = 0.998
+    """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
+    batch_size: int = 128
+    steps: int = 2000
+    seed: int = 0
+    second_sigma: float = 0.821
+    """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
+    log_every: int = 50
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "log_every", "save_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(0.002 < self.second_sigma < 80, f"second_sigma must lie between 0.002 and 80, got {self.second_sigma}")

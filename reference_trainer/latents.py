@@ -1,0 +1,68 @@
+"""Latents in memory: encoded once, normalised per channel to mean 0 and std sigma_data, and back to images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reference_trainer.autoencoders import Codec
+from reference_trainer.errors import UserError
+from reference_trainer.images import to_pixels, to_unit
+
+SIGMA_DATA = 0.5
+"""Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """An autoencoder and the statistics that normalise its latents; the only way in and out of the model's space."""
+
+    codec: Codec
+    mean: Tensor
+    """``[ch]``, of the raw latents of the training images."""
+    std: Tensor
+    """``[ch]``."""
+
+    @staticmethod
+    def of(codec: Codec, raw_latents: Tensor) -> LatentSpace:
+        """Statistics of ``raw_latents [n, ch, h, w]``.
+
+        Raises:
+            UserError: latents that are not finite, or a channel that never changes.
+        """
+        bad = ~raw_latents.isfinite().flatten(1).all(1)
+        if bad.any():
+            raise UserError(
+                f"{int(bad.sum())} of {len(bad)} images have latents that are NaN or infinite (the first is image "
+                f"{int(torch.nonzero(bad)[0])}): the autoencoder does not fit these images"
+            )
+        std, mean = torch.std_mean(raw_latents.double(), dim=(0, 2, 3))
+        if not (std > 0).all():
+            constant = int(torch.nonzero(~(std > 0))[0])
+            raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
+        return LatentSpace(codec, mean.float(), std.float())
+
+    def normalise(self, raw_latents: Tensor) -> Tensor:
+        """``[n, ch, h, w] -> [n, ch, h, w]``."""
+        return (raw_latents - _map(self.mean, raw_latents)) * (SIGMA_DATA / _map(self.std, raw_latents))
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """The inverse of ``normalise``."""
+        return latents * (_map(self.std, latents) / SIGMA_DATA) + _map(self.mean, latents)
+
+    def decode(self, latents: Tensor, batch_size: int = 250) -> Tensor:
+        """Normalised latents -> uint8 ``[n, ch, h, w]`` on the CPU."""
+        return torch.cat([to_pixels(self.codec.decode(self.undo(part))).cpu() for part in latents.split(batch_size)])
+
+
+def encode(codec: Codec, pixels: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
+    """uint8 ``[n, ch, h, w]`` -> raw latents on the CPU."""
+    parts = tqdm(pixels.split(batch_size), desc="encoding", unit="batch", leave=False, delay=2)
+    return torch.cat([codec.encode(to_unit(part).to(device)).cpu() for part in parts])
+
+
+def _map(per_channel: Tensor, like: Tensor) -> Tensor:
+    return per_channel.to(like.device).reshape(1, -1, 1, 1)

@@ -1,0 +1,166 @@
+"""The training loop, to be read in one sitting."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.images import ImageSet
+from reference_trainer.latents import LatentSpace, encode
+from reference_trainer.meters import LevelMeter
+from reference_trainer.report import Logger
+from reference_trainer.run import RunFolder
+from reference_trainer.state import TrainState
+from reference_trainer.store import save_tensors
+from robustcm.consistency import Preconditioned
+from robustcm.objective import draw, step_generator
+
+
+def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, device: torch.device) -> bool:
+    """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
+
+    Returns:
+        Whether the run is complete (False: stopped by Ctrl-C, after saving).
+    Raises:
+        UserError: see its message; checkpoints written before stay good.
+    """
+    latents, _ = prepare_latents(config, run, images, cache, device)
+    if config.batch_size > len(latents):
+        raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
+    ch, h, w = latents.shape[1:]
+    state = TrainState.create(config, (ch, h, w), device)
+    if found := run.latest_checkpoint():
+        state.restore(*found)
+    run.keep_metrics_until(state.step)
+    objective, meter = config.objective, LevelMeter()
+    f = Preconditioned(state.network.train())
+
+    with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
+        while state.step < config.steps:
+            x = latents[batch_indices(config.seed, state.step, len(latents), config.batch_size)]
+            draws = draw(config.seed, state.step, x.shape)
+            batch = objective.prepare(x, draws, state.step, config.steps).to(device)
+            torch.manual_seed(int(torch.randint(2**62, (), generator=draws.generator)))  # for dropout
+
+            terms = objective(f, batch, state.c)
+            terms.loss.backward()
+            lr = config.learning_rate(state.step, config.steps)
+            state.optimizer_step(config.optimizer, lr)
+            state.update_ema(config.ema_decay)
+            state.c = terms.state
+            state.meter = meter.add(state.meter, terms, batch.pairs)
+            state.step += 1
+
+            last = state.step == config.steps or bool(stop_requested)
+            if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
+                check_finite(state, run)
+                row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
+                logger.log(state.step, row | meter.read(state.meter) | {"bad_steps": int(state.num_bad_steps)})
+                state.meter = meter.init(device)
+            if state.step % config.save_every == 0 or last:
+                check_finite(state, run)
+                run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
+            if last:
+                break
+            logger.advance()
+    return state.step == config.steps
+
+
+def prepare_latents(
+    config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, device: torch.device
+) -> tuple[Tensor, LatentSpace]:
+    """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space; kept in the run folder."""
+    codec = config.autoencoder.fit(images, device, cache)
+    raw = encode(codec, images.train, device)
+    space = LatentSpace.of(codec, raw)
+    tensors = {f"codec/{name}": tensor for name, tensor in codec.tensors().items()}
+    tensors |= {"mean": space.mean, "std": space.std}
+    save_tensors(
+        run.root / "autoencoder.safetensors",
+        tensors,
+        {"shape": list(raw.shape[1:]), "image_channels": images.pixels.shape[1]},
+    )
+    return space.normalise(raw), space
+
+
+def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:
+    """Which samples make the batch of ``step``: ``[batch_size]`` int64, every sample once an epoch.
+
+    A function of its arguments alone, so a resumed run continues the epoch where it was.
+    """
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // num_samples
+    orders = torch.stack(
+        [_epoch_order(seed, epoch, num_samples) for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)]
+    )
+    return orders[epochs - epochs[0], position % num_samples]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    return torch.randperm(num_samples, generator=step_generator(seed, epoch, stream=1))
+
+
+def mean_of(c: float | Tensor) -> float:
+    """The scale as one number for the log."""
+    return float(c.double().mean()) if isinstance(c, Tensor) else c
+
+
+def check_finite(state: TrainState, run: RunFolder) -> None:
+    """Stop before anything is saved if a gradient was not finite since the last look."""
+    if (bad := int(state.first_bad_step)) >= 0:
+        kept = run.checkpoints()
+        raise UserError(
+            f"the gradient became NaN or infinite at step {bad}; nothing was saved since, "
+            f"{kept[0].name if kept else 'no checkpoint'} is intact. Lower learning_rate.lr or optimizer.max_norm, "
+            "or set optimizer.on_nonfinite=zero (in a new --run)"
+        )
+
+
+class StopRequest:
+    """True once Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("stopping after this step; the run is saved (Ctrl-C again stops at once)")
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While inside, the first Ctrl-C (or SIGTERM) asks for a clean stop."""
+    request, previous = StopRequest(), {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+    except ValueError:  # not the main thread: the caller keeps its own handling
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def elapsed(since: float) -> str:
+    """Wall time since ``time.monotonic() == since``, for a person."""
+    seconds = round(time.monotonic() - since)
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"

@@ -1,0 +1,65 @@
+"""Distances between two sets of feature vectors: Frechet, kernel, precision and recall.
+
+Axes: real [n, k], fake [m, k]. None of these is an FID: that name belongs to Inception features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Squared 2-Wasserstein distance of the two Gaussians with their means and covariances; features squared."""
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    return _compute(metric, real, fake)
+
+
+def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
+    """1000 x squared MMD with the kernel (x y / k + 1)^3, unbiased, mean over 20 subsets of up to 1000."""
+    metric = KernelInceptionDistance(
+        feature=_Given(real.shape[1]), subsets=20, subset_size=min(1000, len(real), len(fake)), normalize=False
+    )
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    with torch.random.fork_rng([]):  # the subsets are drawn from the ambient generator
+        torch.manual_seed(seed)
+        return 1000 * float(metric.compute()[0])
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, limit: int = 2000) -> tuple[float, float]:
+    """Share of fakes inside the real manifold, share of reals inside the fake one; manifolds of k-nearest balls.
+
+    Each set is cut to its first ``limit`` vectors, since the values depend on the size.
+
+    Source: Kynkaanniemi et al. 2019, arXiv 1904.06991.
+    """
+    real, fake = real[:limit].float(), fake[:limit].float()
+    between = torch.cdist(real, fake)  # [n, m]
+    precision = (between <= _radii(real, neighbours)[:, None]).any(0).float().mean()
+    recall = (between <= _radii(fake, neighbours)[None, :]).any(1).float().mean()
+    return float(precision), float(recall)
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    # The nearest of all is the point itself.
+    return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
+
+
+def _compute(metric: FrechetInceptionDistance, real: Tensor, fake: Tensor) -> float:
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return float(metric.compute())
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics expects a network: our vectors are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features

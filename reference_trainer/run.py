@@ -1,0 +1,141 @@
+"""The run folder: one configuration, its checkpoints, its logs, its pictures."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.options import differences, from_json, to_json
+from reference_trainer.store import load_tensors, save_tensors, write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files below ``root``::
+
+    config.json                what was asked for
+    autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself
+    checkpoints/step_*.safetensors
+    metrics.jsonl, tensorboard/events.*, evaluation.json, *.png
+    """
+
+    root: Path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of this folder.
+
+        Raises:
+            UserError: another process trains here, or the folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.root}: {error.strerror}; give another folder with --run") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is training in {self.root}: wait for it, or give --run") from error
+            yield
+
+    def claim(self, config: TrainConfig) -> None:
+        """Make this the folder of ``config``: write config.json, or check the one that is there.
+
+        Raises:
+            UserError: it belongs to another configuration.
+        """
+        file = self.root / "config.json"
+        asked = json.loads(json.dumps(to_json(config)))
+        if file.exists():
+            there = self._json(file)
+            if changed := list(differences(there, asked)):
+                shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+                raise UserError(
+                    f"{self.root} holds a run of another configuration ({shown}): give --run another folder"
+                )
+            return
+        write_atomically(file, (json.dumps(asked, indent=2) + "\n").encode())
+
+    def config(self) -> TrainConfig:
+        """The configuration of the run.
+
+        Raises:
+            UserError: no run here.
+        """
+        file = self.root / "config.json"
+        if not file.exists():
+            raise UserError(f"no run at {self.root}: it has no config.json; train one there first")
+        config: TrainConfig = from_json(self._json(file))
+        return config
+
+    def checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.root / "checkpoints").glob("step_*.safetensors"), reverse=True)
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
+        """Write the checkpoint behind ``step`` steps, then drop all but the newest ``keep``."""
+        save_tensors(self.root / "checkpoints" / f"step_{step:08d}.safetensors", tensors, {"step": step})
+        for old in self.checkpoints()[keep:]:
+            old.unlink()
+
+    def latest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Step and tensors of the newest checkpoint that can be read; damaged ones are named and passed over.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
+        """
+        files = self.checkpoints()
+        for file in files:
+            try:
+                tensors, about = load_tensors(file)
+                return int(about["step"]), tensors
+            except UserError as error:
+                tqdm.write(f"falling back to the checkpoint before: {error}")
+        if files:
+            raise UserError(f"no checkpoint in {files[0].parent} can be read: delete that folder to start again")
+        return None
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the rows of metrics.jsonl behind ``step``: the run goes on from there and will write them again."""
+        file = self.root / "metrics.jsonl"
+        if file.exists():
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        try:
+            with (self.root / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.root / 'metrics.jsonl'}: {error.strerror}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
+        file = self.root / "metrics.jsonl"
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    @staticmethod
+    def _json(file: Path) -> Any:
+        try:
+            return json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,85 @@
+"""A trained run as something to sample from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.latents import LatentSpace
+from reference_trainer.run import RunFolder
+from reference_trainer.state import build_network
+from reference_trainer.store import load_tensors
+from robustcm.consistency import Preconditioned, sample
+from robustcm.objective import step_generator
+from robustcm.schedules import SIGMA_MAX
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The averaged weights of a run and the space they live in."""
+
+    config: TrainConfig
+    network: nn.Module
+    space: LatentSpace
+    shape: tuple[int, int, int]
+    """(ch, h, w) of the latents."""
+    step: int
+    device: torch.device
+
+    def sigmas(self, evaluations: int) -> tuple[float, ...]:
+        """Noise levels of the sampler: sigma_max, the run's second sigma, then halving it each time."""
+        if evaluations < 1:
+            raise UserError(f"need at least 1 evaluation, got {evaluations}")
+        return (SIGMA_MAX, *(self.config.second_sigma / 2**i for i in range(evaluations - 1)))
+
+    def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
+        """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
+        f = Preconditioned(self.network)
+        parts = []
+        bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
+        for index, start in enumerate(range(0, n, batch_size)):
+            generator = step_generator(seed, index, stream=2)
+            z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
+            parts.append(sample(f, z, sigmas=sigmas, generator=generator).cpu())
+            bar.update(len(z))
+        bar.close()
+        return torch.cat(parts)
+
+    def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> Tensor:
+        """uint8 ``[n, ch, h, w]``."""
+        return self.space.decode(self.latents(n, sigmas, seed).to(self.device))
+
+
+def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
+    """The newest readable checkpoint of ``run``.
+
+    Raises:
+        UserError: no run, no checkpoint, or one that does not fit.
+    """
+    config = run.config()
+    found = run.latest_checkpoint()
+    if found is None:
+        raise UserError(f"no checkpoint in {run.root}: train it first, with the same --run")
+    step, tensors = found
+    stored, about = load_tensors(run.root / "autoencoder.safetensors")
+    ch, h, w = about["shape"]
+    codec_tensors = {name.removeprefix("codec/"): t for name, t in stored.items() if name.startswith("codec/")}
+    codec = config.autoencoder.build(about["image_channels"], codec_tensors).to(device)
+    network = build_network(config, (ch, h, w))
+    try:
+        network.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint in {run.root} does not fit its config.json: {error}") from error
+    return TrainedModel(
+        config=config,
+        network=network.to(device).eval().requires_grad_(False),
+        space=LatentSpace(codec, stored["mean"], stored["std"]),
+        shape=(ch, h, w),
+        step=step,
+        device=device,
+    )

@@ -1,0 +1,127 @@
+"""What changes while training, and how it goes into a checkpoint and back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reference_trainer.config import RAdam, TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.meters import LevelMeter
+from robustcm.norms import convert_norms
+
+
+@dataclass
+class TrainState:
+    """Everything a step reads and writes. Randomness is not part of it: that is a function of (seed, step)."""
+
+    step: int
+    """Steps done."""
+    network: nn.Module
+    ema: nn.Module
+    """Same architecture, the averaged weights; for sampling."""
+    optimizer: torch.optim.RAdam
+    c: Tensor
+    """State of the objective's c schedule."""
+    meter: Tensor
+    """Sums since the last log, see ``LevelMeter``."""
+    first_bad_step: Tensor
+    """int64, 0-dim: first step with a non-finite gradient, -1 while there was none."""
+    num_bad_steps: Tensor
+    """int64, 0-dim."""
+
+    @staticmethod
+    def create(config: TrainConfig, shape: tuple[int, int, int], device: torch.device) -> TrainState:
+        """The state before the first step, for latents of ``shape`` (ch, h, w)."""
+        network = build_network(config, shape).to(device)
+        return TrainState(
+            step=0,
+            network=network,
+            ema=copy.deepcopy(network).eval().requires_grad_(False),
+            optimizer=torch.optim.RAdam(
+                network.parameters(),
+                lr=config.learning_rate(0, config.steps),
+                betas=config.optimizer.betas,
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+                decoupled_weight_decay=True,
+                foreach=True,
+            ),
+            c=config.objective.init(device),
+            meter=LevelMeter().init(device),
+            first_bad_step=torch.tensor(-1, device=device),
+            num_bad_steps=torch.tensor(0, device=device),
+        )
+
+    def optimizer_step(self, config: RAdam, lr: float) -> None:
+        """Clip, step, clear the gradients; remembers non-finite ones on the device, without synchronising."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if config.on_nonfinite == "zero":
+            finite = torch.stack([g.isfinite().all() for g in gradients]).all()
+            for gradient in gradients:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_norm)
+        else:
+            finite = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_norm).isfinite()
+            is_first = ~finite & (self.first_bad_step < 0)
+            self.first_bad_step = torch.where(is_first, self.step, self.first_bad_step)
+        self.num_bad_steps = self.num_bad_steps + (~finite).long()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps."""
+        ramped = min(decay, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - ramped)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state under readable names: ``network/..., ema/..., optimizer/NAME/exp_avg, ...``."""
+        names = [name for name, _ in self.network.named_parameters()]
+        out = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
+        out |= {f"ema/{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            out |= {f"optimizer/{names[index]}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+        return out | {name: getattr(self, name) for name in self._LOOSE}
+
+    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``tensors``.
+
+        Raises:
+            UserError: the tensors belong to another network.
+        """
+        try:
+            self.network.load_state_dict(_below("network/", tensors))
+            self.ema.load_state_dict(_below("ema/", tensors))
+            state = {}
+            for index, (name, _) in enumerate(self.network.named_parameters()):
+                if moments := _below(f"optimizer/{name}/", tensors):
+                    state[index] = moments
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            for name in self._LOOSE:
+                setattr(self, name, tensors[name].to(getattr(self, name).device))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"the checkpoint of step {step} does not fit this network: {error}") from error
+        self.step = step
+
+    _LOOSE = ("c", "meter", "first_bad_step", "num_bad_steps")
+
+
+def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
+    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), norms converted if asked."""
+    try:
+        network = config.network.build(shape, config.seed)
+    except ValueError as error:
+        raise UserError(f"network: {error}") from error
+    if config.non_scaling_norm:
+        convert_norms(network)
+    return network
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

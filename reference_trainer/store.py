@@ -1,0 +1,75 @@
+"""Tensors on disk: safetensors with a checksum, written atomically. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from reference_trainer.errors import UserError
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and the JSON-able ``about`` so that ``file`` is either the old one or whole.
+
+    Raises:
+        UserError: no permission, no space: what stood at ``file`` before still does.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"about": json.dumps(about), "crc32": f"{_checksum(contiguous):08x}"}
+    write_atomically(file, save(contiguous, metadata))
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``save_tensors`` wrote: tensors on the CPU, and ``about``.
+
+    Raises:
+        UserError: the file is missing, damaged or not one of ours.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if metadata.get("crc32") != f"{_checksum(tensors):08x}":
+        raise UserError(f"cannot read {file}: its checksum does not fit, the file is damaged")
+    return tensors, json.loads(metadata["about"])
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that after a crash at any moment it is either the old one or whole.
+
+    Raises:
+        UserError: it could not be written; nothing has changed.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {file}: {error.strerror}; make room or give another folder, then run the same command again"
+        ) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        data = tensors[name].contiguous()
+        crc = zlib.crc32(f"{name} {data.dtype} {tuple(data.shape)}".encode(), crc)
+        crc = zlib.crc32(data.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
