@@ -169,6 +169,15 @@ def test_pairs_are_neighbours_of_the_current_grid(uniform, step, law):
     assert {v.dtype for v in pairs[:3]} == {torch.float32}
 
 
+def test_a_pair_without_mass_is_never_drawn_whatever_the_uniform_number():
+    grid = LevelGrid(
+        curriculum=FixedCurriculum(num_levels=5),
+        law=lambda levels: torch.tensor([0.0, 0.5, 0.0, 0.5], dtype=torch.float64),
+    )
+    uniform = torch.tensor([0.0, 0.5 - 2**-53, 0.5, JUST_BELOW_ONE], dtype=torch.float64)
+    torch.testing.assert_close(grid(0, 1, uniform).depth * 5, torch.tensor([1.0, 1.0, 3.0, 3.0]))
+
+
 def test_larger_uniform_numbers_give_smaller_noise():
     pairs = LevelGrid()(0, 1, torch.linspace(0, JUST_BELOW_ONE, 1000, dtype=torch.float64))
     assert (pairs.t_hi.diff() <= 0).all()
