@@ -139,15 +139,22 @@ def test_entropic_at_a_large_temperature_is_uniform_over_all_permutations():
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_entropic_draws_a_pair_of_two_as_often_as_the_plan_says():
-    x, z = pair(2, seed=3)
-    mean = cost_matrix(x, z).mean()
-    # For b = 2 the plan is [[p, 1/2 - p], [1/2 - p, p]] with p^2 / (1/2 - p)^2 = exp(saving / reg).
-    saving = cost(x, z, torch.tensor([1, 0])) - cost(x, z, torch.tensor([0, 1]))
-    share = float(torch.sigmoid(saving / mean / 0.5 / 2))
-    assert 0.1 < share < 0.9
-    seen = frequencies(0.5, x, z, draws=400)[0, 1]
-    assert scipy.stats.binomtest(seen, 400, share).pvalue > 1e-3
+def test_entropic_draws_from_the_rows_of_the_plan_in_random_order_without_replacement():
+    x, z = pair(3)
+    plan = (-cost_matrix(x, z) / cost_matrix(x, z).mean() / 0.3).exp().numpy()
+    for _ in range(1000):  # Sinkhorn
+        plan /= plan.sum(1, keepdims=True)
+        plan /= plan.sum(0, keepdims=True)
+    perms = list(itertools.permutations(range(3)))
+    law = dict.fromkeys(perms, 0.0)
+    for order, perm in itertools.product(perms, perms):
+        chance, free = 1 / 6, [0, 1, 2]
+        for i in order:
+            chance *= plan[i, perm[i]] / plan[i, free].sum()
+            free.remove(perm[i])
+        law[perm] += chance
+    seen = frequencies(0.3, x, z, draws=1000)
+    assert scipy.stats.chisquare([seen[perm] for perm in perms], [1000 * law[perm] for perm in perms]).pvalue > 1e-3
 
 
 def test_entropic_saves_less_the_warmer_it_is():
