@@ -130,7 +130,11 @@ def read_square(file: Path, resolution: int) -> np.ndarray:
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # Cut before resizing: a resize with a box would let pixels from outside it bleed in.
+        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(square)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            # Cloned: what comes is a window on the file, and would change with it.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (no mapping)
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
@@ -60,7 +62,8 @@ def write_atomically(file: Path, content: bytes) -> None:
             os.fsync(opened.fileno())
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {file}: {error.strerror}; make room or give another folder, then run the same command again"
         ) from error

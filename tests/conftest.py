@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from torch import Tensor
 
 # CI replays the same examples each time; a person's runs keep looking for new ones.
@@ -42,3 +45,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def rng() -> torch.Generator:
     """A generator with a fixed seed."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """40 small colour PNGs: squares at different places."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        picture = np.full((20, 24, 3), 30, np.uint8)
+        top, left = generator.integers(0, 12, 2)
+        picture[top : top + 8, left : left + 8] = generator.integers(100, 255, 3)
+        Image.fromarray(picture).save(folder / f"{i:02}.png")
+    return folder

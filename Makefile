@@ -1,0 +1,22 @@
+# `make run` and `make test`, each from nothing on a fresh machine, in .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: run test install clean
+
+run: install
+	$(PY) -m reference_trainer
+
+test: install
+	$(PY) -m pytest
+
+install: .venv/.installed
+
+# constraints.txt pins torch: unpinned, pip would fetch gigabytes of CUDA on a machine without a GPU.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,297 @@
+"""Training continues bit-exactly after any end, and says what went wrong when something did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference_trainer import loop
+from reference_trainer.__main__ import main
+from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.config import ConstantLR, RAdam, TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.images import ImageFolder
+from reference_trainer.latents import LatentSpace
+from reference_trainer.loop import batch_indices, train
+from reference_trainer.networks import UNet
+from reference_trainer.run import RunFolder
+from reference_trainer.store import load_tensors
+from robustcm.couplers import exact
+from robustcm.early import EarlyDiffusion
+from robustcm.objective import Objective
+from robustcm.scales import MeasuredC
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(image_folder: Path) -> TrainConfig:
+    """12 steps that exercise all there is: dropout, coupling, a measured c, the early term, converted norms."""
+    return TrainConfig(
+        data=ImageFolder(path=str(image_folder), resolution=16),
+        autoencoder=KLAutoencoder(
+            latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, steps=2, batch_size=4
+        ),
+        network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1),
+        non_scaling_norm=True,
+        objective=Objective(c=MeasuredC(bins=2), coupler=exact, couple_above=0.5, extra=EarlyDiffusion()),
+        batch_size=8,
+        steps=12,
+        log_every=2,
+        save_every=3,
+    )
+
+
+def as_options(config: TrainConfig) -> list[str]:
+    """``config`` as one would type it."""
+    return [
+        f"--data={config.data.path}",
+        "data.resolution=16",
+        "autoencoder=KLAutoencoder(latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, steps=2, "
+        "batch_size=4)",
+        "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1)",
+        "non_scaling_norm=True",
+        "objective=Objective(c=MeasuredC(bins=2), coupler=exact, couple_above=0.5, extra=EarlyDiffusion())",
+        "batch_size=8",
+        f"steps={config.steps}",
+        "log_every=2",
+        "save_every=3",
+    ]
+
+
+def run(config: TrainConfig, root: Path) -> RunFolder:
+    """Train in ``root`` as the command line does, without the report."""
+    folder = RunFolder(root)
+    with folder.locked():
+        folder.claim(config)
+        train(config, folder, config.data.load(), root.parent / "cache", CPU)
+    return folder
+
+
+def final_tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
+    found = folder.latest_checkpoint()
+    assert found is not None
+    return found[1]
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different
+
+
+class CrashError(Exception):
+    """Stands for a crash at a chosen step."""
+
+
+def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10**9))
+
+    def counted(*arguments):
+        if next(calls) == step:
+            raise CrashError
+        return batch_indices(*arguments)
+
+    monkeypatch.setattr(loop, "batch_indices", counted)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 11])
+def test_a_run_that_crashed_continues_bit_exactly(
+    step: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        crash_at(step, patch)
+        with pytest.raises(CrashError):
+            run(config, tmp_path / "crashed")
+    crashed = run(config, tmp_path / "crashed")
+    assert_same(final_tensors(whole), final_tensors(crashed))
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in whole.metrics()]
+    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in crashed.metrics()]
+
+
+def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_run(
+    config: TrainConfig, tmp_path: Path
+):
+    config = replace(config, steps=300)
+    whole = run(config, tmp_path / "whole")
+    command = [sys.executable, "-m", "reference_trainer", *as_options(config), f"--run={tmp_path / 'killed'}"]
+    environment = os.environ | {"ROBUSTCM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    killed = RunFolder(tmp_path / "killed")
+    while len(killed.checkpoints()) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    step, _ = killed.latest_checkpoint()
+    assert step < 300
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert_same(final_tensors(whole), final_tensors(killed))
+    for name in ("config.json", "metrics.jsonl", "evaluation.json", "samples.png", "losses.png"):
+        assert (killed.root / name).stat().st_size > 0
+    assert list((killed.root / "tensorboard").iterdir())
+    assert "held-out" in again.stdout
+
+
+def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run(config, tmp_path / "whole")
+
+    def pressing(seed: int, step: int, *rest: int) -> torch.Tensor:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return batch_indices(seed, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "batch_indices", pressing)
+        stopped = run(config, tmp_path / "stopped")
+    assert stopped.latest_checkpoint()[0] == 5
+    assert_same(final_tensors(whole), final_tensors(run(config, tmp_path / "stopped")))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = run(config, tmp_path / "run")
+    intact = final_tensors(folder)
+    newest, before = folder.checkpoints()
+    damaged = bytearray(newest.read_bytes())
+    damaged[-100] ^= 1
+    newest.write_bytes(damaged)
+    assert folder.latest_checkpoint()[0] == load_tensors(before)[1]["step"] == 9
+    assert newest.name in capsys.readouterr().out
+    assert_same(intact, final_tensors(run(config, tmp_path / "run")))
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_restart(config: TrainConfig, tmp_path: Path):
+    folder = run(config, tmp_path / "run")
+    for file in folder.checkpoints():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="delete that folder"):
+        run(config, tmp_path / "run")
+
+
+def test_a_folder_of_another_configuration_is_refused_and_the_difference_named(config: TrainConfig, tmp_path: Path):
+    run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="batch_size: 8 -> 4"):
+        run(replace(config, batch_size=4), tmp_path / "run")
+
+
+def test_two_processes_cannot_train_in_one_folder(config: TrainConfig, tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(UserError, match="another process"), folder.locked():
+        pass
+
+
+def test_a_batch_larger_than_the_data_is_said(config: TrainConfig, tmp_path: Path):
+    with pytest.raises(UserError, match="batch_size=37 is larger than the 36 training images"):
+        run(replace(config, batch_size=37), tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step_and_saves_nothing_after(
+    config: TrainConfig, tmp_path: Path
+):
+    config = replace(config, learning_rate=ConstantLR(lr=1e30), optimizer=RAdam(max_norm=float("inf")), save_every=1)
+    with pytest.raises(UserError, match=r"NaN or infinite at step (\d+)") as caught:
+        run(config, tmp_path / "run")
+    bad = int(str(caught.value).split("at step ")[1].split(";")[0])
+    step, tensors = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert step <= bad
+    assert int(tensors["num_bad_steps"]) == 0
+
+
+def test_zeroing_bad_gradients_counts_them(config: TrainConfig, tmp_path: Path):
+    def poisoned(student: torch.Tensor, x: torch.Tensor, pairs) -> torch.Tensor:
+        return (student * torch.nan).flatten(1).sum(1)
+
+    objective = replace(config.objective, extra=poisoned)
+    config = replace(config, objective=objective, optimizer=RAdam(on_nonfinite="zero"))
+    folder = run(config, tmp_path / "run")
+    assert folder.metrics()[-1]["bad_steps"] == 12
+    assert all(t.isfinite().all() for name, t in final_tensors(folder).items() if name.startswith("network/"))
+
+
+def test_nan_latents_are_said():
+    raw = torch.randn(5, 2, 4, 4)
+    raw[3, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"1 of 5 images .* image 3"):
+        LatentSpace.of(PixelSpace().build(2, {}), raw)
+
+
+def test_latents_are_normalised_and_back(rng: torch.Generator):
+    raw = 3 + 2 * torch.randn(50, 2, 4, 4, generator=rng) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1)
+    space = LatentSpace.of(PixelSpace().build(2, {}), raw)
+    latents = space.normalise(raw)
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std, torch.full((2,), 0.5))
+    torch.testing.assert_close(space.undo(latents), raw, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(10, 3), (10, 10), (7, 4)])
+def test_every_sample_is_seen_once_an_epoch(num_samples: int, batch_size: int):
+    stream = torch.cat([batch_indices(0, step, num_samples, batch_size) for step in range(num_samples * 3)])
+    epochs = stream[: num_samples * 3].reshape(3, num_samples)
+    assert torch.equal(epochs.sort(1).values, torch.arange(num_samples).expand(3, -1))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuchpreset"], "unknown preset"),
+        (["--data", "/no/such/folder"], "no folder of images"),
+        (["batch_size=0"], "at least 1"),
+        (["sample", "/no/such/run"], "no run at"),
+        (["evaluate", "/no/such/run"], "no run at"),
+        (["--device", "nonsense"], "--device nonsense"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = run(config, tmp_path / "run").root
+    assert main(["sample", str(root), "--n=5", "--evaluations=3", f"--out={tmp_path / 'x.png'}"]) == 0
+    first = (tmp_path / "x.png").read_bytes()
+    assert main(["sample", str(root), "--n=5", "--evaluations=3", f"--out={tmp_path / 'x.png'}"]) == 0
+    assert (tmp_path / "x.png").read_bytes() == first
+    assert main(["evaluate", str(root)]) == 0
+    assert "pooled" in capsys.readouterr().out
+
+
+def test_help_teaches_presets_and_parts(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in ("ilct", "paper", "pixels", "objective.distance=", "MeasuredC(...)", "geman_mcclure", "--run"):
+        assert word in printed
+
+
+def test_every_preset_takes_a_step(image_folder: Path, tmp_path: Path):
+    from reference_trainer.presets import PRESETS
+
+    for preset in PRESETS:
+        config = replace(preset(), data=ImageFolder(path=str(image_folder), resolution=32), steps=1, batch_size=4)
+        if isinstance(config.autoencoder, KLAutoencoder):
+            config = replace(config, autoencoder=replace(config.autoencoder, steps=1))
+        run(config, tmp_path / preset.__name__)

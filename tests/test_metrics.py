@@ -1,0 +1,71 @@
+"""Metrics against closed forms, scipy and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
+
+
+def gaussian(n: int, k: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    return shift + scale * torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def test_frechet_distance_is_that_of_the_fitted_gaussians():
+    real, fake = gaussian(200, 5, 0).double(), (gaussian(300, 5, 1) @ gaussian(5, 5, 2) + 1).double()
+    a, b = np.cov(real.numpy().T), np.cov(fake.numpy().T)
+    root = scipy.linalg.sqrtm(a @ b).real
+    expected = float((real.mean(0) - fake.mean(0)).square().sum()) + np.trace(a + b - 2 * root)
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_of_a_shift_is_its_square():
+    x = gaussian(500, 4, 0)
+    assert frechet_distance(x, x + torch.tensor([3.0, 0, 4, 0])) == pytest.approx(25, rel=1e-4)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-4)
+
+
+def test_kernel_distance_is_around_zero_for_one_distribution_and_grows_with_the_shift():
+    real = gaussian(1000, 4, 0)
+    same, near, far = (kernel_distance(real, gaussian(1000, 4, 1, shift)) for shift in (0.0, 0.3, 1.0))
+    assert abs(same) < 0.1 * near < 0.1 * far
+
+
+def test_kernel_distance_does_not_depend_on_the_ambient_generator():
+    real, fake = gaussian(1500, 4, 0), gaussian(1500, 4, 1)
+    torch.manual_seed(1)
+    first, after = kernel_distance(real, fake), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert kernel_distance(real, fake) == first
+
+
+def test_precision_and_recall_agree_with_brute_force():
+    real, fake = gaussian(60, 3, 0), gaussian(50, 3, 1, shift=0.8)
+
+    def inside(points: torch.Tensor, cloud: torch.Tensor) -> float:
+        hits = 0
+        for point in points:
+            hits += any(
+                (point - centre).norm() <= (cloud - centre).norm(dim=1).sort().values[3] for centre in cloud
+            )  # index 0 is the centre itself
+        return hits / len(points)
+
+    assert precision_recall(real, fake) == pytest.approx((inside(fake, real), inside(real, fake)))
+
+
+def test_a_collapsed_model_has_precision_but_no_recall():
+    real = gaussian(200, 2, 0)
+    collapsed = 1e-3 * gaussian(200, 2, 1)
+    precision, recall = precision_recall(real, collapsed)
+    assert precision > 0.95
+    assert recall < 0.05
+
+
+def test_identical_sets_are_perfect_and_distant_ones_worthless():
+    real = gaussian(100, 3, 0)
+    assert precision_recall(real, real.clone()) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)

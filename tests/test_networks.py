@@ -1,0 +1,31 @@
+"""Backbones: shape in, shape out, weights from the seed alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reference_trainer.networks import UNet
+
+TINY = UNet(block_out_channels=(8, 8), attention=(False, False), norm_num_groups=4)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_shape_in_shape_out(patch: int):
+    network = UNet(block_out_channels=(8,), attention=(True,), norm_num_groups=4, patch=patch).build((3, 8, 8), seed=0)
+    assert network(torch.randn(2, 3, 8, 8), torch.tensor([0.0, -5.0])).shape == (2, 3, 8, 8)
+
+
+def test_weights_are_a_function_of_the_seed_and_leave_the_ambient_generator_alone():
+    torch.manual_seed(3)
+    expected_next = torch.rand(1)
+    torch.manual_seed(3)
+    one, two, other = (TINY.build((4, 8, 8), seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected_next)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_latent_that_cannot_be_halved_is_said():
+    with pytest.raises(ValueError, match="cannot be patched"):
+        TINY.build((4, 7, 8), seed=0)
