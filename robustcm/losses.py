@@ -13,11 +13,13 @@ those of r^2: an element's residual is about sqrt(d) times smaller than the whol
 suits one granularity is wrong by that factor for another.
 
 Nothing here reduces over the batch, draws a random number, or synchronises the device. bfloat16 and float16
-inputs are computed and returned in float32. r / c may lie anywhere in 1e-18 .. 1e18 in float32.
+inputs are computed and returned in float32. r / c may lie anywhere in 1e-18 .. 1e18 in float32; Geman-McClure's
+gradient is below the smallest float32, so 0, for r / c above 1e10.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -154,6 +156,10 @@ class PerToken:
         """``[b, ch, h, w], [b, ch, h, w] -> [b]``."""
         return _summed(self.rho, token_r2(student, teacher), c)
 
+    def norms_per_sample(self, shape: torch.Size) -> int:
+        """How many residual norms a sample of ``shape`` (ch, ...) has at this granularity."""
+        return math.prod(shape[1:])
+
 
 @dataclass(frozen=True)
 class PerElement:
@@ -164,6 +170,10 @@ class PerElement:
     def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
         """``[b, ...], [b, ...] -> [b]``."""
         return _summed(self.rho, element_r2(student, teacher), c)
+
+    def norms_per_sample(self, shape: torch.Size) -> int:
+        """How many residual norms a sample of ``shape`` (ch, ...) has at this granularity."""
+        return math.prod(shape)
 
 
 def _summed(rho: Rho, r2: Tensor, c: Scale) -> Tensor:

@@ -56,7 +56,10 @@ def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """A CPU generator for (seed, step, stream); different triples give unrelated streams."""
+    """A CPU generator for (seed, step, stream); different triples give unrelated streams.
+
+    (Up to collisions: torch seeds its CPU generator with 32 bits, so a few pairs among 300,000 steps draw the same.)
+    """
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**64  # neighbours must not share the seed's high bits
     return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) % 2**63)
@@ -88,7 +91,7 @@ class Terms(NamedTuple):
     r: Tensor
     """``[b]``: residual norm of each sample, detached."""
     c: Scale
-    """The scale that was used."""
+    """The scale, in units of r (a distance per token or element got its share of it)."""
     student: Tensor
     """``[b, ...]``: the student's output, for diagnostics such as ``gradient_share``."""
     teacher: Tensor
@@ -101,7 +104,9 @@ class Terms(NamedTuple):
 class Objective:
     """Consistency training on batches of data; each field is one choice, none knows of the others.
 
-    Every field takes the library's parts or any callable of the same signature.
+    Every field takes the library's parts or any callable of the same signature. The scale ``c`` is always that of a
+    whole sample's residual norm r; a distance with ``norms_per_sample`` (per token, per element) is given c divided by
+    the root of that number, the scale of one of its norms where the residual is spread evenly.
     """
 
     distance: Distance = cauchy
@@ -132,6 +137,13 @@ class Objective:
         r = sample_r2(student.detach(), teacher).sqrt()
         state = self.c.observe(state, r, pairs)
         c = self.c(state, pairs, x[0].numel())
-        consistency = self.weight(pairs.t_hi, pairs.t_lo) * self.distance(student, teacher, c)
+        distance = self.distance(student, teacher, c / norms_per_sample(self.distance, x) ** 0.5)
+        consistency = self.weight(pairs.t_hi, pairs.t_lo) * distance
         extra = torch.zeros_like(r) if self.extra is None else self.extra(student, x, pairs)
         return Terms((consistency + extra).mean(), consistency, extra, r, c, student, teacher, state)
+
+
+def norms_per_sample(distance: Distance, x: Tensor) -> int:
+    """How many residual norms ``distance`` takes of one sample of ``x [b, ...]``: 1 unless it says otherwise."""
+    count = getattr(distance, "norms_per_sample", None)
+    return 1 if count is None else int(count(x.shape[1:]))

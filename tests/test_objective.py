@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -13,10 +14,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from robustcm.consistency import Preconditioned, add_noise
 from robustcm.couplers import WithinClasses, exact
 from robustcm.early import EarlyDiffusion
-from robustcm.losses import cauchy, pseudo_huber, sample_r2, squared_l2
+from robustcm.losses import PerElement, PerToken, cauchy, cauchy_of_r2, pseudo_huber, sample_r2, squared_l2
 from robustcm.objective import Batch, Objective, draw, step_generator
 from robustcm.scales import ConstantC, MeasuredC
-from robustcm.schedules import DoublingCurriculum, LevelGrid, LevelPairs, RatioLevels, equal_weight, inverse_gap
+from robustcm.schedules import (
+    DoublingCurriculum,
+    FixedCurriculum,
+    LevelGrid,
+    LevelPairs,
+    RatioLevels,
+    equal_weight,
+    inverse_gap,
+)
 
 S = 0.3  # standard deviation of the data
 SHAPE = (8, 2)
@@ -288,3 +297,17 @@ def test_a_step_against_the_gradient_lowers_the_loss_of_its_batch():
     after = inverse_gap(*batch.pairs[:2]) * cauchy(student, before.teacher, before.c)
     assert after.mean() < before.loss
     assert sample_r2(student, before.teacher).mean() < before.r.square().mean()
+
+
+@pytest.mark.parametrize(("distance", "norms"), [(PerToken(cauchy_of_r2), 9), (PerElement(cauchy_of_r2), 18)])
+def test_a_finer_distance_gets_its_share_of_the_scale(distance, norms: int):
+    x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    evenly = Objective(distance=distance, c=ConstantC(per_sqrt_d=1.0), levels=LevelGrid(curriculum=FixedCurriculum()))
+    batch = evenly.prepare(x, draw(0, 0, x.shape), 0, 1)
+
+    def f(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # the same residual everywhere in a sample
+        return torch.ones_like(x_t) * t[:, None, None, None]
+
+    whole = replace(evenly, distance=cauchy)
+    terms, expected = (objective(f, batch, objective.init()) for objective in (evenly, whole))
+    torch.testing.assert_close(terms.consistency, norms * expected.consistency)
