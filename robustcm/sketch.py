@@ -1,4 +1,4 @@
-"""A histogram of positive numbers on a nearly logarithmic grid: quantiles with a relative error bound, merged by adding.
+"""A histogram of positive numbers on a nearly logarithmic grid: quantiles with a relative error, merged by adding.
 
 The counts are plain tensors the caller owns, so they live on any device, go into a checkpoint, and all-reduce.
 """
@@ -53,8 +53,11 @@ class LogHistogram:
 
     def bins(self, values: Tensor) -> Tensor:
         """Index of the bin of each value, int64, the shape of ``values``; zeros and NaN fall in the first bin."""
-        bits = values.double().nan_to_num(nan=0.0, posinf=math.inf, neginf=0.0).view(torch.int64)
-        return (bits >> self._shift).sub_(self._first).clamp_(0, self.num_bins - 1)
+        return self.cells(values.nan_to_num(nan=0.0, posinf=math.inf, neginf=0.0)).clamp_(0, self.num_bins - 1)
+
+    def cells(self, values: Tensor) -> Tensor:
+        """As ``bins``, for finite values >= 0, but going on below 0 and beyond ``num_bins - 1``."""
+        return (values.double().view(torch.int64) >> self._shift).sub_(self._first)
 
     def representatives(self, index: Tensor) -> Tensor:
         """The value that stands for each bin, float64: it has the same relative error to both edges of the bin."""
