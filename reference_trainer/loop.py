@@ -18,7 +18,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageSet
 from reference_trainer.latents import LatentSpace, encode
-from reference_trainer.meters import LevelMeter
+from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import Logger
 from reference_trainer.run import RunFolder
 from reference_trainer.state import TrainState
@@ -43,7 +43,7 @@ def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, de
     if found := run.latest_checkpoint():
         state.restore(*found)
     run.keep_metrics_until(state.step)
-    objective, meter = config.objective, LevelMeter()
+    objective, meter, tail_meter = config.objective, LevelMeter(), TailMeter()
     f = Preconditioned(state.network.train())
 
     with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
@@ -60,14 +60,16 @@ def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, de
             state.update_ema(config.ema_decay)
             state.c = terms.state
             state.meter = meter.add(state.meter, terms, batch.pairs)
+            state.tails = tail_meter.add(state.tails, terms, batch.pairs)
             state.step += 1
 
             last = state.step == config.steps or bool(stop_requested)
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
                 check_finite(state, run)
                 row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
-                logger.log(state.step, row | meter.read(state.meter) | {"bad_steps": int(state.num_bad_steps)})
-                state.meter = meter.init(device)
+                row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
+                logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
+                state.meter, state.tails = meter.init(device), tail_meter.init(device)
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)

@@ -1,8 +1,9 @@
-"""Sums over steps, kept on the device and read only when logging: losses and residuals by noise level."""
+"""Sums over steps, kept on the device and read only when logging: losses, residuals and tails by noise level."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from robustcm.objective import Terms
 from robustcm.schedules import RHO, SIGMA_MAX, SIGMA_MIN, LevelPairs
+from robustcm.tails import TailStream
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LevelMeter:
         """The state after one more step; no synchronisation."""
         ones = torch.ones_like(terms.r)
         rows = torch.stack([ones, terms.consistency.detach(), terms.extra.detach(), terms.r], dim=1).double()
-        return state.index_add(0, (pairs.depth * self.bins).long().clamp(0, self.bins - 1), rows)
+        return state.index_add(0, level_bin(pairs, self.bins), rows)
 
     def read(self, state: Tensor) -> dict[str, Any]:
         """Means, as numbers: over everything, and under ``by_level`` per bin (None where nothing fell)."""
@@ -40,9 +42,43 @@ class LevelMeter:
             name: [float(s / n) if n > 0 else None for n, s in sums[:, [0, i]]]
             for i, name in enumerate(self.QUANTITIES[1:], 1)
         }
-        return {**mean, "by_level": {"sigma": self.centres(), **by_level}}
+        return {**mean, "by_level": {"sigma": level_centres(self.bins), **by_level}}
 
-    def centres(self) -> list[float]:
-        """The noise level in the middle of each bin."""
-        high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-        return [(high + (i + 0.5) / self.bins * (low - high)) ** RHO for i in range(self.bins)]
+
+@dataclass(frozen=True)
+class TailMeter:
+    """Box statistics of the temporal difference's elements per range of noise levels, streamed on the device.
+
+    The state is that of a ``robustcm.tails.TailStream`` with one group a range.
+    """
+
+    bins: int = 12
+
+    @cached_property
+    def stream(self) -> TailStream:
+        return TailStream(groups=self.bins, smallest=1e-7, largest=1e5, relative_error=0.02)
+
+    def init(self, device: torch.device) -> Tensor:
+        return self.stream.empty(device)
+
+    def add(self, state: Tensor, terms: Terms, pairs: LevelPairs) -> Tensor:
+        """The state after one more step; no synchronisation."""
+        td = terms.student.detach() - terms.teacher
+        return self.stream.update(state, td, level_bin(pairs, self.bins))
+
+    def read(self, state: Tensor) -> dict[str, Any]:
+        """Per bin: IQR, shares beyond the inner and outer fences, max |z|; None where nothing fell."""
+        boxes = [box.as_dict() for box in self.stream.statistics(state)]
+        names = ("iqr", "beyond_inner", "beyond_outer", "max_z")
+        return {"sigma": level_centres(self.bins)} | {name: [box[name] for box in boxes] for name in names}
+
+
+def level_bin(pairs: LevelPairs, bins: int) -> Tensor:
+    """Which of ``bins`` equal ranges of depth each sample's student level lies in: ``[b]`` int64."""
+    return (pairs.depth * bins).long().clamp(0, bins - 1)
+
+
+def level_centres(bins: int) -> list[float]:
+    """The noise level in the middle of each of ``bins`` equal ranges of depth."""
+    high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    return [(high + (i + 0.5) / bins * (low - high)) ** RHO for i in range(bins)]

@@ -111,17 +111,42 @@ def draw_losses(rows: Sequence[dict[str, Any]]) -> Figure:
     for ax in axes[0]:
         for step in changes if len(changes) < 12 else []:
             ax.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-    sigmas = rows[0]["by_level"]["sigma"]
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(min(sigmas), max(sigmas)), "viridis")
-    figure.colorbar(scale, ax=axes[0, 1], label="noise level sigma")
+    _level_colours(figure, axes[0, 1], rows[0]["by_level"]["sigma"])
     return figure
 
 
-def _lines_by_level(ax: Axes, rows: Sequence[dict[str, Any]], name: str, title: str) -> None:
-    sigmas = rows[0]["by_level"]["sigma"]
+def _level_colours(figure: Figure, ax: Axes, sigmas: Sequence[float]) -> None:
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(min(sigmas), max(sigmas)), "viridis")
+    figure.colorbar(scale, ax=ax, label="noise level sigma")
+
+
+GAUSSIAN_BEYOND_INNER = 0.00698  # share of a Gaussian beyond Tukey's inner fences, and beyond the outer ones
+GAUSSIAN_BEYOND_OUTER = 2.35e-6
+
+
+def draw_tails(rows: Sequence[dict[str, Any]]) -> Figure:
+    """From metrics.jsonl: spread and outliers of the temporal difference over training, by noise level."""
+    figure, axes = new_figure(3, width=14, height=4.2)
+    _lines_by_level(axes[0, 0], rows, "iqr", "IQR of the temporal difference", "td")
+    for ax, fence, gaussian in zip(
+        axes[0, 1:], ("inner", "outer"), (GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER), strict=True
+    ):
+        _lines_by_level(ax, rows, f"beyond_{fence}", f"share of elements beyond the {fence} fences", "td")
+        if fence == "inner":
+            ax.axhline(gaussian, color="black", linestyle=":", linewidth=1.2)
+            ax.annotate("Gaussian", (0.01, gaussian), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axes[0, 2].annotate(
+        f"Gaussian: {GAUSSIAN_BEYOND_OUTER:.1e}", (0.01, 0.01), xycoords="axes fraction", va="bottom", fontsize=8
+    )
+    _level_colours(figure, axes[0, 2], rows[0]["td"]["sigma"])
+    return figure
+
+
+def _lines_by_level(ax: Axes, rows: Sequence[dict[str, Any]], name: str, title: str, group: str = "by_level") -> None:
+    sigmas = rows[0][group]["sigma"]
     norm = matplotlib.colors.LogNorm(min(sigmas), max(sigmas))
     for i, sigma in enumerate(sigmas):
-        points = [(row["step"], value) for row in rows if (value := row["by_level"][name][i])]
+        points = [(row["step"], value) for row in rows if (value := row[group][name][i])]
         if points:
             ax.plot(*zip(*points, strict=True), color=matplotlib.colormaps["viridis"](norm(sigma)), linewidth=1.2)
     ax.set(title=title, xlabel="step", yscale="log")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reference_trainer.config import RAdam, TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.meters import LevelMeter
+from reference_trainer.meters import LevelMeter, TailMeter
 from robustcm.norms import convert_norms
 
 
@@ -28,6 +28,8 @@ class TrainState:
     """State of the objective's c schedule."""
     meter: Tensor
     """Sums since the last log, see ``LevelMeter``."""
+    tails: Tensor
+    """Counts since the last log, see ``TailMeter``."""
     first_bad_step: Tensor
     """int64, 0-dim: first step with a non-finite gradient, -1 while there was none."""
     num_bad_steps: Tensor
@@ -52,6 +54,7 @@ class TrainState:
             ),
             c=config.objective.init(device),
             meter=LevelMeter().init(device),
+            tails=TailMeter().init(device),
             first_bad_step=torch.tensor(-1, device=device),
             num_bad_steps=torch.tensor(0, device=device),
         )
@@ -109,7 +112,7 @@ class TrainState:
             raise UserError(f"the checkpoint of step {step} does not fit this network: {error}") from error
         self.step = step
 
-    _LOOSE = ("c", "meter", "first_bad_step", "num_bad_steps")
+    _LOOSE = ("c", "meter", "tails", "first_bad_step", "num_bad_steps")
 
 
 def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
