@@ -234,7 +234,7 @@ def _hill_and_moment(distances: Array, weights: Array, k: int) -> tuple[float, f
     if not threshold > 0:
         return math.nan, math.nan
     logs = np.log(distances[used] / threshold)
-    one, two = float(share[used] @ logs), float(share[used] @ logs**2)
+    one, two = float((share[used] * logs).sum()), float((share[used] * logs * logs).sum())
     if not two > one * one * (1 + 1e-12):
         return math.nan, math.nan
     return one, one + 1 - 0.5 / (1 - one * one / two)

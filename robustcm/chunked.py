@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 T = TypeVar("T")
 
 CHUNK = 2**17
-SAMPLE = 2**18
+SAMPLE = 2**14, 2**18  # values, at least and at most
 ROW = 2**12
 QUARTILES = 0.25, 0.5, 0.75
 BRACKET = 4.5  # half width of a bracket in standard deviations of the rank in the sample
@@ -65,20 +65,21 @@ class Chunks:
         return part[np.isfinite(part)] if i in self.dirty else part
 
     def sample(self) -> Array:
-        """``SAMPLE`` values at fixed pseudo-random places, or all where there are fewer; sorted, finite ones only."""
-        if self.size <= SAMPLE:
+        """Finite values from fixed pseudo-random places: one in 64, within the limits of ``SAMPLE``; all of few."""
+        size = min(max(self.size // 64, SAMPLE[0]), SAMPLE[1])
+        if self.size <= size:
             values = np.concatenate([np.empty(0, self.dtype), *map(self.__getitem__, range(len(self)))])
         else:
-            places = np.unravel_index(np.random.default_rng(0).integers(self.size, size=SAMPLE), self.values.shape)
+            flat = np.random.default_rng(0).integers(self.size, size=size)
+            places = (flat,) if len(self.values.shape) == 1 else np.unravel_index(flat, self.values.shape)
             if isinstance(self.values, Tensor):
-                values = self._numpy(self.values[tuple(torch.from_numpy(p).to(self.values.device) for p in places)])
-            else:
-                values = self._numpy(self.values[places])
+                places = tuple(torch.from_numpy(p).to(self.values.device) for p in places)
+            values = self._numpy(self.values[places])
         values = values[np.isfinite(values)]
         if not values.size:  # a few may hide where the sample did not look
             pieces = (piece[np.isfinite(piece)] for piece in map(self.__getitem__, range(len(self))))
             values = next((piece for piece in pieces if piece.size), values)
-        return np.sort(values)
+        return values
 
     def _numpy(self, part: Any) -> Array:
         if isinstance(part, Tensor):
@@ -162,28 +163,28 @@ class _Look:
 
 def body(chunks: Chunks, sample: Array) -> Body:
     """Counts, moments, extremes and exact quartiles; ``sample`` is ``chunks.sample()``, not empty."""
-    q1, median, q3 = (float(sample[int(len(sample) * q)]) for q in QUARTILES)
-    shift = median if abs(median) > q3 - q1 else 0.0  # where cancellation threatens
     brackets = [_bracket(sample, q) for q in QUARTILES]
+    (low, _), (_, median), (_, high) = brackets
+    shift = float(median) if abs(median) > high - low else 0.0  # where cancellation threatens
     kept = max(KEPT, chunks.size // 64)
     looks = over_pieces(chunks, lambda pieces: _Look(brackets, shift, kept).over(chunks, pieces))
 
     table = np.array([row for look in looks for row in look.sums])
     count = int(table[:, 0].sum())
-    inside = np.sort(np.concatenate([x for look in looks for x in look.inside] or [sample[:0]]))
+    inside = np.concatenate([x for look in looks for x in look.inside] or [sample[:0]])
     value: dict[int, float] = {}  # by rank
     interval: dict[int, tuple[float, float]] = {}
     for j, q in enumerate(QUARTILES):
         below, up_to = (sum(look.up_to[j][end] for look in looks) for end in (0, 1))
         low, high = brackets[j]
-        first = np.searchsorted(inside, low, side="right")
-        for rank in _neighbours(count, q):
-            if not below <= rank < up_to:  # the sample was unlucky
-                interval[rank] = -LARGEST[chunks.dtype], LARGEST[chunks.dtype]
-            elif any(look.full[j] for look in looks):
-                interval[rank] = float(low), float(high)
-            else:
-                value[rank] = float(inside[first + rank - below])
+        ranks = sorted(set(_neighbours(count, q)))
+        if not below <= ranks[0] <= ranks[-1] < up_to:  # the sample was unlucky
+            interval |= dict.fromkeys(ranks, (-LARGEST[chunks.dtype], LARGEST[chunks.dtype]))
+        elif any(look.full[j] for look in looks):
+            interval |= dict.fromkeys(ranks, (float(low), float(high)))
+        else:
+            candidates = np.partition(inside[(inside > low) & (inside <= high)], [rank - below for rank in ranks])
+            value |= {rank: float(candidates[rank - below]) for rank in ranks}
     value |= _bisect(chunks, interval)
     ends = [[value[rank] for rank in _neighbours(count, q)] for q in QUARTILES]
     q1, median, q3 = (_between(a, b, (count - 1) * q % 1) for (a, b), q in zip(ends, QUARTILES, strict=True))
@@ -211,11 +212,10 @@ def far(chunks: Chunks, sample: Array, b: Body, inner: Sequence[float], outer: S
     """
     q1, median, q3 = b.quartiles
     within = sample[(sample >= inner[0]) & (sample <= inner[1])]
-    start = (min(float(within[0]), q1), max(float(within[-1]), q3)) if within.size else (q1, q3)
-    distances = np.sort(np.abs(sample.astype(np.float64) - median))
+    start = (min(float(within.min()), q1), max(float(within.max()), q3)) if within.size else (q1, q3)
     expected = top * len(sample) / b.count
     place = len(sample) - math.ceil(expected + 5 * math.sqrt(expected) + 5)  # low enough to hold ``top`` almost surely
-    least = float(distances[place]) if place > 0 else 0.0
+    least = float(np.partition(np.abs(sample.astype(np.float64) - median), place)[place]) if place > 0 else 0.0
 
     def work(pieces: range) -> tuple[Array, list[Array]]:
         low, high = max(median - least, start[0]), min(median + least, start[1])
@@ -256,8 +256,8 @@ def far(chunks: Chunks, sample: Array, b: Body, inner: Sequence[float], outer: S
 def _bracket(sample: Array, q: float) -> tuple[Any, Any]:
     """An interval (low, high] of the values' own type that holds the quantile unless the sample is unlucky."""
     centre, spread = q * (len(sample) - 1), BRACKET * math.sqrt(q * (1 - q) * len(sample)) + 1
-    low = sample[max(0, math.floor(centre - spread))]
-    high = sample[min(len(sample) - 1, math.ceil(centre + spread))]
+    places = max(0, math.floor(centre - spread)), min(len(sample) - 1, math.ceil(centre + spread))
+    low, high = np.partition(sample, places)[list(places)]
     return np.nextafter(low, low.dtype.type(-np.inf)), high
 
 

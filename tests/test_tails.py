@@ -34,7 +34,7 @@ floats = st.floats(-1e6, 1e6, width=32) | st.sampled_from([-1.0, 0.0, 0.5, 3.0, 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 8 values, a sample of 5 and narrow brackets: many pieces, many unlucky guesses."""
-    for name, value in {"CHUNK": 8, "SAMPLE": 5, "BRACKET": 0.3}.items():
+    for name, value in {"CHUNK": 8, "SAMPLE": (5, 5), "BRACKET": 0.3}.items():
         monkeypatch.setattr(chunked, name, value)
 
 
@@ -72,7 +72,7 @@ def agrees(b: BoxStatistics, expected: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("law", ["gaussian", "t2", "contaminated 0.01"])
-@pytest.mark.parametrize("n", [20, 1001, chunked.SAMPLE + 3, 600_000])
+@pytest.mark.parametrize("n", [20, 1001, chunked.SAMPLE[0] + 3, 600_000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equals_numpy_scipy_and_matplotlib(law: str, n: int, dtype: type) -> None:
     x = draw(law, n).astype(dtype)
@@ -213,7 +213,7 @@ def test_nan_and_infinities_are_counted_said_and_left_out(n: int) -> None:
 
 
 def test_one_finite_value_among_many_nan_is_found() -> None:
-    x = np.full(2 * chunked.SAMPLE, np.nan, np.float32)
+    x = np.full(2 * chunked.SAMPLE[0], np.nan, np.float32)
     x[1000] = 5
     assert (box_statistics(x).median, box_statistics(x).nan_count) == (5, len(x) - 1)
 

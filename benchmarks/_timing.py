@@ -1,0 +1,115 @@
+"""Repeated timing, memory of one call, machine metadata and the JSON file of a benchmark."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, wall clock: median and quartiles over ``runs`` calls; CPU seconds of all threads, median.
+
+    On a busy machine the wall clock measures the neighbours too; the CPU seconds do so less.
+    """
+
+    median: float
+    q1: float
+    q3: float
+    cpu: float
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} s (IQR {self.q3 - self.q1:.2g}, {self.runs} runs, cpu {self.cpu:.3g} s)"
+
+
+def measure(call: Callable[[], object], min_seconds: float = 2.0, min_runs: int = 3, max_runs: int = 200) -> Timing:
+    """Times ``call`` until ``min_seconds`` and ``min_runs`` are reached, after one unmeasured warm-up."""
+    call()
+    _wait()
+    wall: list[float] = []
+    cpu: list[float] = []
+    while len(wall) < min_runs or (sum(wall) < min_seconds and len(wall) < max_runs):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        call()
+        _wait()  # inside the timed region: a GPU call returns before its work is done
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - start_cpu)
+    q1, median, q3 = np.quantile(wall, [0.25, 0.5, 0.75]).tolist()
+    return Timing(median, q1, q3, statistics.median(cpu), len(wall))
+
+
+def extra_memory(script: Path, *arguments: str) -> float:
+    """MB a call needs beyond what was there before it: runs ``script arguments`` alone, reads the last line it prints.
+
+    The script prints ``peak_beyond(call)`` of the call in question; a process of its own, so that nothing that was
+    freed earlier is reused unseen.
+    """
+    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def peak_beyond(call: Callable[[], object]) -> float:
+    """MB by which the resident memory of this process peaked during ``call`` (Linux; NaN elsewhere)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+    reset.write_text("5")  # sets the high-water mark to the present size
+    before = _field(status, "VmRSS")
+    call()
+    return (_field(status, "VmHWM") - before) / 1e3
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on; no host name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
+        name = found[1]
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "date": datetime.date.today().isoformat(),
+        "load_average": os.getloadavg()[0],  # above the number of cores: somebody else was computing too
+    }
+
+
+def write_json(theme: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> Path:
+    """Writes ``results/<theme>_<machine>_<date>.json``; call ``machine()`` before the work and pass it as ``about``."""
+    about = about or machine()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{about['gpu'] or about['cpu']} {about['cores']}c".lower()).strip("-")
+    path = RESULTS / f"{theme}_{slug}_{about['date']}.json"
+    path.parent.mkdir(exist_ok=True)
+    plain = [{k: asdict(v) if isinstance(v, Timing) else v for k, v in row.items()} for row in rows]
+    path.write_text(json.dumps({"machine": about, "rows": plain}, indent=1) + "\n")
+    return path
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _field(status: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
