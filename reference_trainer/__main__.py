@@ -159,7 +159,7 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
-        evaluation = evaluate(model, images, choose_features(options.features, model, images, cache_folder()))
+        evaluation = evaluate(model, images, choose_features(options.features, model))
         files = write_report(run, model, images, evaluation)
     print(as_table(evaluation))
     print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
@@ -183,7 +183,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     run = RunFolder(options.run)
     model = load_model(run, device_of(options.device))
     images = model.config.data.load()
-    features = choose_features(options.features, model, images, cache_folder())
+    features = choose_features(options.features, model)
     evaluation = evaluate(model, images, features, options.seed)
     files = write_report(run, model, images, evaluation)
     print(as_table(evaluation))

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.networks import UNet
+from reference_trainer.networks import DiT, UNet
 from robustcm.objective import Objective
 
 
@@ -84,7 +84,7 @@ class TrainConfig:
 
     data: Digits | ImageFolder = Digits()
     autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
-    network: UNet = UNet()
+    network: UNet | DiT = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective()

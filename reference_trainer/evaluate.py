@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.features import DigitClassifier, DigitClassifierFit, Features, Imported, PooledLatents
+from reference_trainer.digit_classifier import DigitClassifier, load_digit_classifier
+from reference_trainer.features import Features, Imported, PooledLatents
 from reference_trainer.images import Digits, ImageSet
 from reference_trainer.latents import encode
 from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
@@ -23,12 +24,12 @@ MAX_IMAGES = 5000
 """Most images a metric is computed from, on either side."""
 
 
-def choose_features(name: str | None, model: TrainedModel, images: ImageSet, cache: Path) -> Features:
+def choose_features(name: str | None, model: TrainedModel) -> Features:
     """The user's ``module:function``, else the digit classifier for digits, else the autoencoder's latents."""
     if name is not None:
         return Imported.of(name)
     if isinstance(model.config.data, Digits):
-        return DigitClassifierFit().fit(images, cache)
+        return load_digit_classifier()
     return PooledLatents(model.space.codec)
 
 
@@ -70,8 +71,8 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
         "rows": rows,
     }
     if isinstance(features, DigitClassifier) and images.labels is not None:
-        right = features.probabilities(images.held_out).argmax(1) == images.labels[images.is_held_out]
-        out["classifier_accuracy_held_out"] = float(right.float().mean())
+        labels = images.labels[images.is_held_out]
+        out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
     return out
 
 

@@ -18,7 +18,13 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
-    """1000 x squared MMD with the kernel (x y / k + 1)^3, unbiased, mean over 20 subsets of up to 1000."""
+    """1000 x squared MMD with the kernel (x y / k + 1)^3, unbiased, mean over 20 subsets of up to 1000.
+
+    Both sets are divided by the root mean square of ``real``: the kernel is not scale-free, and features of any
+    network should give values one can read.
+    """
+    scale = real.double().square().mean().sqrt()
+    real, fake = (vectors.double() / scale for vectors in (real, fake))
     metric = KernelInceptionDistance(
         feature=_Given(real.shape[1]), subsets=20, subset_size=min(1000, len(real), len(fake)), normalize=False
     )

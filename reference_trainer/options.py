@@ -19,7 +19,7 @@ from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.config import ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.networks import UNet
+from reference_trainer.networks import DiT, UNet
 from robustcm import couplers, early, losses, objective, scales, schedules, sketch
 
 RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
@@ -27,7 +27,7 @@ RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder),
     (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
-    (TrainConfig, "network"): (UNet,),
+    (TrainConfig, "network"): (DiT, UNet),
     (TrainConfig, "objective"): (objective.Objective,),
     (TrainConfig, "optimizer"): (RAdam,),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),

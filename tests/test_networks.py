@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reference_trainer.networks import UNet
+from reference_trainer.networks import DiT, UNet
 
 TINY = UNet(block_out_channels=(8, 8), attention=(False, False), norm_num_groups=4)
 
@@ -29,3 +29,18 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_ambient_generator_alon
 def test_a_latent_that_cannot_be_halved_is_said():
     with pytest.raises(ValueError, match="cannot be patched"):
         TINY.build((4, 7, 8), seed=0)
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_transformer_keeps_the_shape(patch: int):
+    network = DiT(width=16, layers=2, heads=2, patch=patch).build((3, 4, 4), seed=0)
+    out = network(torch.randn(2, 3, 4, 4), torch.tensor([0.0, -5.0]))
+    assert out.shape == (2, 3, 4, 4)
+    out.square().sum().backward()
+    unused = [name for name, p in network.named_parameters() if p.grad is None]
+    assert not unused
+
+
+def test_patches_that_do_not_fit_are_said():
+    with pytest.raises(ValueError, match="change patch"):
+        DiT(patch=3).build((4, 8, 8), seed=0)

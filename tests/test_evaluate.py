@@ -1,0 +1,118 @@
+"""The classifier that judges is right, the metrics order what they should, and the pictures show what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from reference_trainer.digit_classifier import jittered, load_digit_classifier
+from reference_trainer.errors import UserError
+from reference_trainer.evaluate import as_table, compare
+from reference_trainer.features import Imported
+from reference_trainer.images import Digits, ImageSet
+from reference_trainer.meters import LevelMeter, TailMeter
+from reference_trainer.report import draw_losses, draw_sheet, draw_tails, tile
+from robustcm.objective import Terms
+from robustcm.schedules import LevelPairs
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return Digits().load()
+
+
+def test_the_shipped_classifier_is_right_on_99_percent_of_held_out_digits(digits: ImageSet):
+    labels = digits.labels[digits.is_held_out]
+    assert load_digit_classifier().accuracy(digits.held_out, labels) >= 0.99
+
+
+def test_frechet_distance_orders_real_blurred_and_noise(digits: ImageSet):
+    features = load_digit_classifier()
+    real = features(digits.train[::3])
+    others = digits.train[1::3]
+    blurred = torch.nn.functional.avg_pool2d(others.float(), 5, 1, 2).to(torch.uint8)
+    noise = torch.randint(0, 256, others.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    near, middle, far = (compare(real, features(x))["frechet"] for x in (others, blurred, noise))
+    assert near < 10 < middle < far
+
+
+def test_jitter_moves_little_and_keeps_the_range():
+    images = -torch.ones(8, 1, 32, 32)
+    images[:, :, 12:20, 12:20] = 1
+    moved = jittered(images, torch.Generator().manual_seed(0))
+    assert moved.min() >= -1 - 1e-6
+    assert moved.max() <= 1 + 1e-6
+    assert (moved[:, :, 14:18, 14:18] > 0.5).float().mean() > 0.9
+    assert not torch.equal(moved[0], moved[1])
+
+
+def test_features_of_the_user_are_imported_by_name():
+    assert Imported.of("tests.test_evaluate:mean_features").name == "tests.test_evaluate:mean_features"
+    assert Imported.of("tests.test_evaluate:mean_features")(torch.ones(3, 1, 2, 2)).shape == (3, 1)
+    with pytest.raises(UserError, match="module:function"):
+        Imported.of("no_such_module:f")
+
+
+def mean_features():
+    return lambda pixels: pixels.float().mean((1, 2, 3))[:, None]
+
+
+def test_tile_lays_images_out_row_by_row():
+    pixels = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 2, 2) * 10
+    picture = tile(pixels, columns=2)
+    assert picture.shape == (6, 6, 3)  # two images of 2 and a line after each
+    assert [picture[0, 0, 0], picture[0, 3, 0], picture[3, 0, 0], picture[3, 3, 0]] == [0, 10, 20, 30]
+    assert (picture[2] == 255).all()
+
+
+def test_a_sheet_has_a_titled_panel_for_each_set():
+    figure = draw_sheet([("real", torch.zeros(16, 1, 4, 4, dtype=torch.uint8)), ("fake", torch.zeros(16, 3, 4, 4))])
+    assert [ax.get_title() for ax in figure.axes] == ["real", "fake"]
+
+
+def rows_of_a_run(steps: int = 3) -> list[dict]:
+    """Rows as the loop logs them, from residuals that halve each time."""
+    rows = []
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        student = torch.randn(64, 2, 2, 2, generator=generator) / 2**step
+        r = student.flatten(1).norm(dim=1)
+        depth = torch.arange(64) / 64
+        terms = Terms(r.mean(), 2 * r, 0 * r, r, 0.1, student, torch.zeros_like(student), torch.zeros(0))
+        pairs = LevelPairs(r, r, depth, 10 * 2**step + 1)
+        meter, tails = LevelMeter(), TailMeter()
+        cpu = torch.device("cpu")
+        row = {"step": step, "num_levels": pairs.num_levels, "c": 0.1, "lr": 1e-3}
+        row |= meter.read(meter.add(meter.init(cpu), terms, pairs))
+        row["td"] = tails.read(tails.add(tails.init(cpu), terms, pairs))
+        rows.append(row)
+    return rows
+
+
+def test_meters_give_the_means_and_the_spread_of_each_range_of_levels():
+    (row,) = rows_of_a_run(1)
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(64, 2, 2, 2, generator=generator) / 2
+    r = student.flatten(1).norm(dim=1)
+    in_first = torch.arange(64) / 64 * 12 < 1
+    assert row["r"] == pytest.approx(float(r.mean()))
+    assert row["consistency"] == pytest.approx(float(2 * r.mean()))
+    assert row["by_level"]["r"][0] == pytest.approx(float(r[in_first].mean()))
+    q1, q3 = np.quantile(student[in_first].numpy(), [0.25, 0.75])
+    assert row["td"]["iqr"][0] == pytest.approx(q3 - q1, rel=0.05)
+
+
+def test_curves_have_a_line_for_each_range_of_levels():
+    rows = rows_of_a_run()
+    assert len(draw_losses(rows).axes[0].lines) == 12 + 2  # and one where N changed
+    assert len(draw_tails(rows).axes[0].lines) == 12
+
+
+def test_the_table_names_its_features_and_reference():
+    row = {"n": 10, "frechet": 1.0, "kernel_x1000": 2.0, "precision": 0.5, "recall": 0.25}
+    table = as_table(
+        {"step": 3, "features": "some features", "reference": "these images", "rows": {"1 evaluation": row}}
+    )
+    for word in ("some features", "these images", "1 evaluation", "0.250"):
+        assert word in table
