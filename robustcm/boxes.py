@@ -229,12 +229,12 @@ def _hill_and_moment(distances: Array, weights: Array, k: int) -> tuple[float, f
     """1 / alpha and xi from the k largest of the descending, weighted distances; NaN where they are tied or zero."""
     cumulated = np.cumsum(weights)
     threshold = distances[np.searchsorted(cumulated, k, side="right")]
-    share = np.clip(k - (cumulated - weights), 0, weights) / k
-    used = share > 0
     if not threshold > 0:
         return math.nan, math.nan
-    logs = np.log(distances[used] / threshold)
-    one, two = float((share[used] * logs).sum()), float((share[used] * logs * logs).sum())
+    above = cumulated <= k  # a value that straddles k is the threshold itself and would add ln 1
+    logs, share = np.log(distances[above] / threshold), weights[above] / k
+    # Not a product of vectors: BLAS wakes its threads, and they cost more than the sum.
+    one, two = float((share * logs).sum()), float((share * logs * logs).sum())
     if not two > one * one * (1 + 1e-12):
         return math.nan, math.nan
     return one, one + 1 - 0.5 / (1 - one * one / two)

@@ -114,6 +114,15 @@ def test_far_finds_the_largest_distances(values: list[float], top: int) -> None:
     np.testing.assert_array_equal(found, np.sort(np.abs(x.astype(np.float64) - b.quartiles[1]))[::-1][:top])
 
 
+def test_far_looks_again_when_the_sample_promised_too_much() -> None:
+    x = np.r_[draw("gaussian", 5000), 100.0]
+    chunks, inside = chunked.Chunks(x), (-math.inf, math.inf)
+    b = chunked.body(chunks, x)
+    found = chunked.far(chunks, np.full(5000, 99.0), b, inside, inside, 10)
+    np.testing.assert_array_equal(found.distances, np.sort(np.abs(x - b.quartiles[1]))[::-1][:10])
+    assert found.extremes == (x.min(), 100)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(floats, min_size=4, max_size=60), st.integers(-8, 8), st.integers(-1000, 1000), st.booleans())
 def test_follows_an_affine_map_and_ignores_the_order(values: list[float], power: int, shift: int, flip: bool) -> None:
@@ -161,6 +170,11 @@ def test_input_is_left_alone_and_memory_stays_small() -> None:
     tracemalloc.stop()
     np.testing.assert_array_equal(x, before)
     assert peak < 24e6  # a float32 copy alone would be 32 MB
+    tracemalloc.start()
+    box_statistics(before.reshape(1000, 2, 4000)[:, 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6  # and one of this view 16 MB
 
 
 def test_mean_far_from_zero_costs_no_digits() -> None:
@@ -213,8 +227,10 @@ def test_nan_and_infinities_are_counted_said_and_left_out(n: int) -> None:
 
 
 def test_one_finite_value_among_many_nan_is_found() -> None:
-    x = np.full(2 * chunked.SAMPLE[0], np.nan, np.float32)
+    x = np.full(1_000_000, np.nan, np.float32)
     x[1000] = 5
+    chunks = chunked.Chunks(x)
+    assert chunks.sample().tolist() == [5]
     assert (box_statistics(x).median, box_statistics(x).nan_count) == (5, len(x) - 1)
 
 
@@ -435,9 +451,10 @@ def test_stream_sets_aside_what_is_not_finite_and_announces_its_range() -> None:
     assert any("2 values at the end" in note for note in b.notes)
     assert any("3 of 106 values are NaN or infinite" in note for note in b.notes)
     assert b.max == pytest.approx(100, rel=0.02)
-    constant = streamed(TailStream(), np.full(100, 0.1))
-    assert (constant.std, constant.iqr) == (0, 0)
-    assert any("constant" in note for note in constant.notes)
+    for value, n in itertools.product((0.1, 0.3, 0.7, 1e5 / 3), (100, 1000, 777)):
+        constant = streamed(TailStream(), np.full(n, value))
+        assert (constant.std, constant.iqr) == (0, 0)
+        assert any("constant" in note for note in constant.notes)
     assert streamed(TailStream(), np.zeros(30)).max == 0
 
 
