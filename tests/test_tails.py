@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.cbook import boxplot_stats
 
 from robustcm import chunked
+from robustcm.sketch import LogHistogram
 from robustcm.tails import (
     BoxStatistics,
     TailStream,
@@ -479,3 +480,9 @@ def test_stream_on_the_gpu_equals_the_cpu_without_synchronising() -> None:
     assert torch.equal(first[:, :-4].cpu(), expected[:, :-4])
     torch.testing.assert_close(first.cpu(), expected, rtol=1e-10, atol=1e-10)
     agrees(box_statistics(gpu), by_hand(x.numpy()))
+
+
+def test_histogram_puts_what_has_no_logarithm_into_its_end_bins() -> None:
+    histogram = LogHistogram()
+    found = histogram.bins(torch.tensor([0.0, -1.0, math.nan, -math.inf, math.inf, 1e30]))
+    assert found.tolist() == [0, 0, 0, 0, histogram.num_bins - 1, histogram.num_bins - 1]
