@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from _timing import machine
 from tqdm import tqdm
-
-from benchmarks._timing import machine
 
 ARMS: dict[str, list[str]] = {
     "the preset digits": [],

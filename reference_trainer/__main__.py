@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.evaluate import as_table, choose_features, evaluate, write_report
-from reference_trainer.images import ImageFolder
 from reference_trainer.loop import elapsed, train
 from reference_trainer.memory import keep_freed_memory
 from reference_trainer.options import CHOICES, describe, override
-from reference_trainer.presets import PRESETS
+from reference_trainer.presets import PRESETS, on_folder
 from reference_trainer.report import tile
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import load_model
@@ -137,7 +136,7 @@ def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
         raise UserError(f"unknown preset {name}: there are {', '.join(presets)}")
     config = presets[name]()
     if options.data is not None:
-        config = replace(config, data=ImageFolder(path=str(Path(options.data).expanduser().resolve())))
+        config = on_folder(config, str(Path(options.data).expanduser().resolve()))
     for change in changes:
         config = override(config, change)
     return name, config

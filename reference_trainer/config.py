@@ -9,7 +9,11 @@ from typing import Literal, Protocol
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.networks import DiT, UNet
+from robustcm.couplers import exact
+from robustcm.losses import cauchy
 from robustcm.objective import Objective
+from robustcm.scales import MeasuredC
+from robustcm.schedules import DoublingCurriculum, LevelGrid
 
 
 def _require(condition: bool, message: str) -> None:
@@ -41,7 +45,7 @@ class ConstantLR:
 class CosineLR:
     """Linear warm-up, then half a cosine down to ``final`` times the peak."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup_steps: int = 100
     final: float = 0.005
 
@@ -63,7 +67,7 @@ class RAdam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.0
     max_norm: float = 100.0
     on_nonfinite: Literal["stop", "zero"] = "stop"
     """A NaN or infinite gradient stops the run with its step; ``zero`` is what the authors do: such elements count
@@ -87,15 +91,21 @@ class TrainConfig:
     network: UNet | DiT = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
-    objective: Objective = Objective()
+    objective: Objective = Objective(
+        distance=cauchy,
+        c=MeasuredC(),
+        levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=80)),
+        coupler=exact,
+        couple_above=1.0,
+    )
     optimizer: RAdam = RAdam()
     learning_rate: ConstantLR | CosineLR = CosineLR()
-    ema_decay: float = 0.998
+    ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
     batch_size: int = 128
-    steps: int = 2000
+    steps: int = 4000
     seed: int = 0
-    second_sigma: float = 0.821
+    second_sigma: float = 0.3
     """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
     log_every: int = 50
     save_every: int = 500

@@ -49,11 +49,11 @@ class DigitClassifier:
 class Fit:
     """How the classifier is fitted: on the training digits, shifted, turned, scaled and sheared a little."""
 
-    width: int = 16
-    steps: int = 3000
+    width: int = 32
+    steps: int = 1200
     batch_size: int = 128
     lr: float = 3e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.2
     dropout: float = 0.2
     seed: int = 0
 

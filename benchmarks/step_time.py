@@ -1,0 +1,115 @@
+"""What does a training step of the preset `digits` cost, part by part, and what does keeping freed memory save?
+
+    python benchmarks/step_time.py [--preset digits] [--latents 1 4 4]
+
+Each part is timed alone on the same batch, on random latents. The whole step runs twice, each time in a process of its
+own: as the trainer runs it, and with glibc's own way with freed memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from _timing import Timing, machine, measure, write_json
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.memory import keep_freed_memory
+from reference_trainer.meters import LevelMeter, TailMeter
+from reference_trainer.presets import PRESETS
+from reference_trainer.state import TrainState
+from robustcm.consistency import Preconditioned, add_noise
+from robustcm.couplers import exact
+from robustcm.objective import Batch, draw
+
+CPU = torch.device("cpu")
+
+
+def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+    """The parts of a step, and the step."""
+    state = TrainState.create(config, shape, CPU)
+    f, objective, step = Preconditioned(state.network), config.objective, config.steps - 1
+    x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    draws = draw(0, step, x.shape)
+    batch: Batch = objective.prepare(x, draws, step, config.steps)
+    terms = objective(f, batch, state.c)
+    x_hi = add_noise(x, batch.z, batch.pairs.t_hi)
+
+    def teacher() -> None:
+        with torch.no_grad():
+            f(x_hi, batch.pairs.t_hi)
+
+    def backward() -> None:
+        f(x_hi, batch.pairs.t_hi).sum().backward()
+
+    def whole() -> None:
+        prepared = objective.prepare(x, draw(0, step, x.shape), step, config.steps)
+        done = objective(f, prepared, state.c)
+        done.loss.backward()
+        state.optimizer_step(config.optimizer, 1e-4)
+        state.update_ema(config.ema_decay)
+        state.meter = LevelMeter().add(state.meter, done, prepared.pairs)
+        state.tails = tails.add(state.tails, done, prepared.pairs)
+
+    def optimise() -> None:
+        for parameter in state.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer_step(config.optimizer, 1e-4)
+
+    tails = TailMeter()
+    tails.add(state.tails, terms, batch.pairs)  # builds its histogram
+    return {
+        "draw noise and levels": partial(draw, 0, step, x.shape),
+        "exact coupling": partial(exact, x, draws.z),
+        "teacher": teacher,
+        "student and backward": backward,
+        "distance, c": partial(
+            lambda: objective.c(objective.c.observe(state.c, terms.r, batch.pairs), batch.pairs, 16)
+        ),
+        "clip and RAdam": optimise,
+        "EMA": partial(state.update_ema, config.ema_decay),
+        "meters": lambda: (
+            LevelMeter().add(state.meter, terms, batch.pairs),
+            tails.add(state.tails, terms, batch.pairs),
+        ),
+        "whole step": whole,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS], default="digits")
+    parser.add_argument("--latents", type=int, nargs=3, default=[1, 4, 4], metavar=("CH", "H", "W"))
+    parser.add_argument("--whole", choices=["kept", "given back"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    config = next(preset() for preset in PRESETS if preset.__name__ == options.preset)
+    shape = (options.latents[0], options.latents[1], options.latents[2])
+    if options.whole:
+        if options.whole == "kept":
+            keep_freed_memory()
+        timing = measure(parts(config, shape)["whole step"], min_seconds=10)
+        print(timing.median, timing.q1, timing.q3, timing.cpu, timing.runs)
+        return
+    about, rows = machine(), []
+    keep_freed_memory()
+    for name, call in parts(config, shape).items():
+        rows.append({"part": name, "seconds": measure(call)})
+        print(f"{name:24} {rows[-1]['seconds']}", flush=True)
+    for memory in ("kept", "given back"):
+        command = [sys.executable, __file__, f"--preset={options.preset}", f"--whole={memory}", "--latents"]
+        ran = subprocess.run([*command, *map(str, shape)], check=True, capture_output=True, text=True)
+        *seconds, runs = ran.stdout.split()
+        rows.append({"part": f"whole step, freed memory {memory}", "seconds": Timing(*map(float, seconds), int(runs))})
+        print(f"{rows[-1]['part']:40} {rows[-1]['seconds']}", flush=True)
+    kept, given_back = (row["seconds"].median for row in rows[-2:])
+    print(
+        f"keeping freed memory: {given_back / kept:.2f} times faster; wrote {write_json('step_time', rows, about).name}"
+    )
+
+
+if __name__ == "__main__":
+    main()
