@@ -46,6 +46,9 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
     def backward() -> None:
         f(x_hi, batch.pairs.t_hi).sum().backward()
 
+    def measured_c() -> object:
+        return objective.c(objective.c.observe(state.c, terms.r, batch.pairs), batch.pairs, x[0].numel())
+
     def whole() -> None:
         prepared = objective.prepare(x, draw(0, step, x.shape), step, config.steps)
         done = objective(f, prepared, state.c)
@@ -67,15 +70,11 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         "exact coupling": partial(exact, x, draws.z),
         "teacher": teacher,
         "student and backward": backward,
-        "distance, c": partial(
-            lambda: objective.c(objective.c.observe(state.c, terms.r, batch.pairs), batch.pairs, 16)
-        ),
+        "measured c": measured_c,
         "clip and RAdam": optimise,
         "EMA": partial(state.update_ema, config.ema_decay),
-        "meters": lambda: (
-            LevelMeter().add(state.meter, terms, batch.pairs),
-            tails.add(state.tails, terms, batch.pairs),
-        ),
+        "level meter": partial(LevelMeter().add, state.meter, terms, batch.pairs),
+        "tail meter": partial(tails.add, state.tails, terms, batch.pairs),
         "whole step": whole,
     }
 
