@@ -119,7 +119,10 @@ class KLAutoencoder:
         network = self._network(channels)
         self._fit(network, images.train, device)
         codec = _Kl(network, self)
-        save_tensors(file, codec.tensors(), {})
+        try:
+            save_tensors(file, codec.tensors(), {})
+        except UserError as error:  # a cache is a convenience: the fit also goes into the run folder
+            tqdm.write(f"the autoencoder is not cached: {error}")
         return codec
 
     def build(self, image_channels: int, tensors: dict[str, Tensor]) -> _Kl:

@@ -295,3 +295,12 @@ def test_every_preset_takes_a_step(image_folder: Path, tmp_path: Path):
         if isinstance(config.autoencoder, KLAutoencoder):
             config = replace(config, autoencoder=replace(config.autoencoder, steps=1))
         run(config, tmp_path / preset.__name__)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "cache").write_text("not a folder")
+    folder = run(config, tmp_path / "run")
+    assert folder.latest_checkpoint()[0] == config.steps
+    assert "not cached" in capsys.readouterr().out
