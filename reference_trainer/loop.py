@@ -73,9 +73,9 @@ def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, de
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
+            logger.advance()
             if last:
                 break
-            logger.advance()
     return state.step == config.steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -29,7 +30,9 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.run = run
-        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=0.5)
+        # In a file, where every state of the bar stays, one a while is enough.
+        interval = 0.5 if sys.stderr.isatty() else 20.0
+        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=interval)
         self.started = time.monotonic()
         try:
             self.events = SummaryWriter(str(run.root / "tensorboard"), purge_step=start + 1)
