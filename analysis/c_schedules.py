@@ -1,0 +1,142 @@
+"""Does c follow the residuals? c of every schedule at every N beside the measured spread; runs compared (Fig. 3)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.baselines import baseline_of_digits
+from analysis.command import add_common, check_common, run_command
+from analysis.drawing import RunCurves, draw_c_schedules
+from analysis.values import BASELINE, load_images, trained_run
+from reference_trainer.__main__ import device_of
+from reference_trainer.errors import UserError
+from reference_trainer.report import save_figure
+from reference_trainer.run import RunFolder
+from reference_trainer.store import write_atomically
+from robustcm.scales import ConstantC, CSchedule, MeasuredC, PowerLawC
+from robustcm.schedules import LevelPairs
+
+STAGES = (11, 21, 41, 81, 161, 321, 641)
+
+EPILOG = """
+Panels: (a) c of ConstantC, PowerLawC and MeasuredC at every N of the doubling curriculum, and the median and MAD of r,
+measured at each of these N with the last weights of each run; (b) r and c as logged in training; (c) the loss;
+(d) Frechet distance and recall of runs that have an evaluation.json.
+MeasuredC is drawn from the residuals of the first run; c of a schedule scales with sqrt(d) as it does in training.
+
+Writes OUT/c_schedules.png and OUT/c_schedules.json.
+
+examples:
+  python analysis/c_schedules.py                                 the digits baseline of td_outliers.py
+  python analysis/c_schedules.py runs/digits runs/ilct runs/paper
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command(parser(), look, arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="trained runs (default: the digits baseline)")
+    p.add_argument("--levels", type=int, metavar="N", help="number of noise levels of the baseline (default 21)")
+    p.add_argument("--steps", type=int, default=300, help="training steps of the baseline (default 300)")
+    add_common(p, samples=1024)
+    return p
+
+
+def look(options: argparse.Namespace) -> int:
+    """Measure, draw, say."""
+    check_common(options)
+    runs = [(RunFolder(root), root.name) for root in options.runs] or [(baseline_of_digits(options), BASELINE)]
+    curves, d = [], 0
+    for run, name in runs:
+        found, elements = curves_of(run, name, options)
+        curves.append(found)
+        d = d or elements
+    schedules = {
+        name: [(n, c_at(schedule, n, d, r)) for n, r in zip(STAGES, medians(curves[0]), strict=True)]
+        for name, schedule in (("ConstantC", ConstantC()), ("PowerLawC", PowerLawC()), ("MeasuredC", MeasuredC()))
+    }
+    files = options.out / "c_schedules.png", options.out / "c_schedules.json"
+    save_figure(draw_c_schedules(schedules, curves), files[0])
+    report = {"d": d, "c": schedules, "runs": [vars(run) for run in curves]}
+    write_atomically(files[1], (json.dumps(report, indent=1) + "\n").encode())
+    print("\n".join(table(schedules, curves)))
+    print(f"look at {files[0]}")
+    return 0
+
+
+def curves_of(run: RunFolder, name: str, options: argparse.Namespace) -> tuple[RunCurves, int]:
+    """What the figure shows of one run, and d.
+
+    Raises:
+        UserError: no run, no checkpoint, no log, or residuals that are not finite.
+    """
+    images, device = load_images(run.config().data, options.images), device_of(options.device)
+    rows, spread, d = run.metrics(), [], 0
+    if not rows:
+        raise UserError(f"no metrics.jsonl in {run.root}: train it first")
+    trained = trained_run(run, images, device)
+    for n in STAGES:
+        found = trained.residuals(n, options.samples)
+        r = found.r
+        if not r.isfinite().any():
+            raise UserError(f"no residual of {run.root} is finite at N = {n}: the run has diverged")
+        r, d = r[r.isfinite()], found.d
+        median = r.median()
+        spread.append((n, float(median), float((r - median).abs().median())))
+    return RunCurves(
+        name,
+        spread,
+        [(row["step"], row["r"], row["c"]) for row in rows],
+        [(row["step"], row["consistency"]) for row in rows],
+        evaluation_of(run),
+    ), d
+
+
+def evaluation_of(run: RunFolder) -> dict[str, Any]:
+    """The rows of evaluation.json, or nothing where there is none or it cannot be read."""
+    try:
+        rows: dict[str, Any] = json.loads((run.root / "evaluation.json").read_text())["rows"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return rows
+
+
+def medians(run: RunCurves) -> list[float]:
+    """The median of r at each of ``STAGES``."""
+    return [median for _, median, _ in run.spread]
+
+
+def c_at(schedule: CSchedule, num_levels: int, d: int, r: float) -> float:
+    """c of ``schedule`` at N for samples of ``d`` elements whose residual norms are all ``r``."""
+    ones = torch.ones(1)
+    pairs = LevelPairs(ones, 0.5 * ones, 0 * ones, num_levels)
+    state = schedule.observe(schedule.init(), r * ones, pairs)
+    return float(torch.as_tensor(schedule(state, pairs, d)).reshape(-1)[0])
+
+
+def table(schedules: dict[str, list[tuple[int, float]]], runs: Sequence[RunCurves]) -> list[str]:
+    """c and spread at each N, as lines."""
+    lines = [f"{'N':>5}" + "".join(f"{name:>12}" for name in schedules) + "   median r +- MAD of each run"]
+    for i, n in enumerate(STAGES):
+        scales = "".join(f"{points[i][1]:12.4g}" for points in schedules.values())
+        spread = "   ".join(f"{run.spread[i][1]:.3g} +- {run.spread[i][2]:.2g}" for run in runs)
+        lines.append(f"{n:5}{scales}   {spread}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

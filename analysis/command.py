@@ -1,0 +1,50 @@
+"""What the scripts share: options, exit status, one line for an error the user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from reference_trainer.errors import UserError
+from reference_trainer.memory import keep_freed_memory
+
+
+def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
+    """``--images``, ``--samples``, ``--out`` and ``--device``."""
+    parser.add_argument("--images", type=int, default=5000, help="use at most so many training images (default 5000)")
+    parser.add_argument(
+        "--samples", type=int, default=samples, help=f"temporal differences to measure (default {samples})"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/analysis"),
+        metavar="DIR",
+        help="folder to write to (default %(default)s)",
+    )
+    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+
+
+def check_common(options: argparse.Namespace) -> None:
+    """Refuse counts that cannot work."""
+    for name, least in (("images", 1), ("samples", 20)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+
+
+def run_command(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None
+) -> int:
+    """Parse, work, and turn errors into an exit status: 2 for what the user can mend, 130 for Ctrl-C."""
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    try:
+        return work(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        return 130

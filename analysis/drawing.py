@@ -1,0 +1,260 @@
+"""Draws the figures: numbers in, a matplotlib Figure out, nothing measured, read or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reference_trainer.report import GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER, new_figure
+from robustcm.tails import BoxStatistics
+
+COLOURS = {"pixels": "#1b7f79", "latents": "#c4453c"}
+GREY = "0.55"
+MOST_POINTS = 2500  # drawn a column, at most
+
+
+@dataclass(frozen=True)
+class Column:
+    """One box: its statistics and the values beyond its inner fences."""
+
+    label: str
+    box: BoxStatistics
+    outliers: np.ndarray
+    """``[k]``, as ``outliers_of`` gives them."""
+    colour: str = GREY
+
+
+def outliers_of(values: np.ndarray, box: BoxStatistics) -> np.ndarray:
+    """The finite values strictly beyond the inner fences, ``[k]``; of many the farthest, thinned towards the box."""
+    flat = values.reshape(-1)
+    low, high = box.inner_fences
+    far = flat[((flat < low) | (flat > high)) & np.isfinite(flat)]
+    if len(far) <= MOST_POINTS:
+        return far
+    # Evenly spaced in the logarithm of the rank: no edge between all of the farthest and some of the rest.
+    ranks = np.unique(np.geomspace(1, len(far), MOST_POINTS).astype(int)) - 1
+    return far[np.argsort(-np.abs(far - box.median), kind="stable")[ranks]]
+
+
+def gaussian_beside(values: np.ndarray, box: BoxStatistics) -> np.ndarray:
+    """As many Gaussian values with the same median and IQR (or, where the IQR is 0, the same mean and std)."""
+    centre, std = (box.median, box.iqr / 1.349) if box.iqr > 0 else (box.mean, box.std)
+    drawn: np.ndarray = np.random.default_rng(0).standard_normal(box.count, dtype=np.float32) * std + centre
+    return drawn
+
+
+def draw_outliers(
+    data: Sequence[Column], td: Sequence[Column], by_level: Mapping[str, Sequence[tuple[float, BoxStatistics]]]
+) -> Figure:
+    """Fig. 1: boxes of the data values and of the temporal differences, and shares beyond the fences by noise level.
+
+    Args:
+        data: columns of panel (a); a Gaussian belongs beside each.
+        td: columns of panel (b); may be empty, then the figure has one panel.
+        by_level: by space, (sigma, box) of each noise level.
+    """
+    if not td:
+        figure, axes = new_figure(1, width=6.5, height=5.2)
+        draw_boxes(axes[0, 0], data, "data values, std 0.5")
+        return figure
+    figure, axes = new_figure(3, width=13, height=5.4)
+    draw_boxes(axes[0, 0], data, "(a) data values, std 0.5")
+    draw_boxes(axes[0, 1], td, "(b) temporal differences, all levels")
+    draw_level_shares(axes[0, 2], by_level)
+    return figure
+
+
+def draw_boxes(ax: Axes, columns: Sequence[Column], title: str) -> None:
+    """Boxes with whiskers, inner (dashed) and outer (dotted) fences, outliers jittered, shares written below."""
+    rng = np.random.default_rng(0)
+    for i, column in enumerate(columns):
+        box, colour = column.box, column.colour
+        points = column.outliers
+        extreme = (points < box.outer_fences[0]) | (points > box.outer_fences[1])
+        for chosen, size, alpha in ((~extreme, 4, 0.25), (extreme, 9, 0.6)):
+            jitter = rng.uniform(-0.22, 0.22, int(chosen.sum()))
+            ax.scatter(i + jitter, points[chosen], s=size, color=colour, alpha=alpha, linewidths=0, rasterized=True)
+        for fences, style in ((box.inner_fences, "--"), (box.outer_fences, ":")):
+            ax.hlines(fences, i - 0.36, i + 0.36, color="0.25", linestyle=style, linewidth=1.1)
+        ax.bxp(
+            [{"med": box.median, "q1": box.q1, "q3": box.q3, "whislo": box.whiskers[0], "whishi": box.whiskers[1]}],
+            positions=[i],
+            widths=0.5,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": colour, "alpha": 0.45},
+            medianprops={"color": "black"},
+            manage_ticks=False,
+        )
+    ax.set_xticks(range(len(columns)), [f"{column.label}\n{_shares(column.box)}" for column in columns], fontsize=9)
+    ax.set_xlim(-0.6, len(columns) - 0.4)
+    ax.set_title(title)
+    ax.axhline(0, color="0.9", zorder=0)
+    ax.plot([], [], "--", color="0.25", linewidth=1.1, label="inner fences (1.5 IQR)")
+    ax.plot([], [], ":", color="0.25", linewidth=1.1, label="outer fences (3 IQR)")
+    ax.legend(loc="upper left", frameon=False, fontsize=8)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.12 * (high - low))  # room for the legend
+
+
+def _shares(box: BoxStatistics) -> str:
+    if box.iqr == 0:
+        return "IQR = 0:\nall others\ncount as\noutliers"
+    return f"beyond\n{_percent(box.beyond_inner)} inner\n{_percent(box.beyond_outer)} outer\nmax|z| {box.max_z:.1f}"
+
+
+def _percent(share: float) -> str:
+    return "0 %" if share == 0 else "<0.001 %" if share < 1e-5 else f"{100 * share:.2g} %"
+
+
+def draw_level_shares(ax: Axes, by_level: Mapping[str, Sequence[tuple[float, BoxStatistics]]]) -> None:
+    """Share of elements beyond the inner and the outer fences against sigma, one pair of lines a space."""
+    floor = 1e-6
+    for name, boxes in by_level.items():
+        sigmas = [sigma for sigma, _ in boxes]
+        for field, style in (("beyond_inner", "-"), ("beyond_outer", ":")):
+            shares = [max(getattr(box, field), floor) for _, box in boxes]
+            where = "inner" if style == "-" else "outer"
+            colour = COLOURS.get(name, GREY)
+            ax.plot(sigmas, shares, style, marker=".", color=colour, label=f"{name}, beyond {where}")
+    for share, style, name in ((GAUSSIAN_BEYOND_INNER, "-", "inner"), (GAUSSIAN_BEYOND_OUTER, ":", "outer")):
+        ax.axhline(share, color=GREY, linestyle=style, linewidth=1.5, label=f"Gaussian, beyond {name}")
+    ax.set(xscale="log", yscale="log", xlabel="noise level sigma of the student", ylim=(floor / 1.5, 1))
+    ax.set_title("(c) outliers within each noise level")
+    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
+    ax.annotate("0", (0.01, floor), xycoords=("axes fraction", "data"), fontsize=8, va="bottom", color=GREY)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    c: float = math.nan
+    """The scale it was computed with; NaN where there is none."""
+    dashed: bool = False
+
+    def at(self, x: float) -> float:
+        """y at x, interpolated."""
+        return float(np.interp(x, self.x, self.y))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        scale = self.c if math.isfinite(self.c) else None
+        return {"name": self.name, "c": scale, "x": list(self.x), "y": list(self.y)}
+
+
+DISTANCES = {"squared_l2": "0.35", "pseudo_huber": "#2f6fb3", "cauchy": "#c4453c", "geman_mcclure": "#3a9a4c"}
+
+
+def draw_loss_shapes(
+    losses: Sequence[Curve], slopes: Sequence[Curve], by_sample: Sequence[Curve], by_level: Sequence[Curve], origin: str
+) -> Figure:
+    """Fig. 2: losses, derivatives, and the pull on measured residuals by sample and by noise level."""
+    figure, axes = new_figure(2, width=11, height=8.6, rows=2)
+    for ax, curves, title in (
+        (axes[0, 0], losses, "(a) loss"),
+        (axes[0, 1], slopes, "(b) influence: derivative of the loss"),
+    ):
+        _lines(ax, curves)
+        ax.set(title=title, xlabel="r / c", xlim=(0, curves[0].x[-1]), ylim=(0, 3 if ax is axes[0, 0] else 1.6))
+    axes[0, 0].legend(frameon=False)
+    ax = axes[1, 0]
+    _lines(ax, by_sample)
+    ax.plot([0, 1], [0, 1], color="0.85", zorder=0)
+    ax.set(title="(c) who pulls, within a noise level", xlabel="samples, smallest residual first")
+    ax.set(ylabel="share of the pull, cumulated", xlim=(0, 1), ylim=(0, 1))
+    ax = axes[1, 1]
+    _lines(ax, by_level, marker=".")
+    ax.set(title="(d) where the pull comes from", xlabel="noise level sigma", xscale="log")
+    ax.set(ylabel="share of the pull, weights included", ylim=(0, None))
+    ax.plot([], [], "-", color="0.4", label="c at the clean bound")
+    ax.plot([], [], "--", color="0.4", label="iCT's constant c")
+    ax.legend(frameon=False)
+    figure.supxlabel(f"(c), (d): residuals of {origin}", fontsize=9, color="0.3")
+    return figure
+
+
+def _lines(ax: Axes, curves: Sequence[Curve], marker: str = "") -> None:
+    for curve in curves:
+        style, width = ("--", 1.1) if curve.dashed else ("-", 1.8)
+        label = None if curve.dashed or marker else curve.name
+        colour = DISTANCES.get(curve.name)
+        ax.plot(curve.x, curve.y, style, linewidth=width, color=colour, label=label, marker=marker)
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What the figure of c schedules shows of one run."""
+
+    name: str
+    spread: Sequence[tuple[int, float, float]]
+    """(N, median of r, MAD of r), measured with the run's last weights."""
+    logged: Sequence[tuple[int, float, float]]
+    """(step, mean r, c), from the log."""
+    loss: Sequence[tuple[int, float]]
+    """(step, consistency loss)."""
+    metrics: Mapping[str, Mapping[str, float]]
+    """By set of samples ("1 evaluation"), then by metric ("frechet", "recall"); may be empty."""
+
+
+def draw_c_schedules(schedules: Mapping[str, Sequence[tuple[int, float]]], runs: Sequence[RunCurves]) -> Figure:
+    """Fig. 3: c against N beside the spread of the residuals; then r, c and loss over training, and metrics, by run.
+
+    Args:
+        schedules: by name, (N, c).
+        runs: at least one.
+    """
+    evaluated = [run for run in runs if run.metrics]
+    figure, axes = new_figure(2, width=12, height=9, rows=2)
+    colours = ["#1b7f79", "#c4453c", "#2f6fb3", "#b8860b", "#7a4fa3", "0.4"]
+    ax = axes[0, 0]
+    for (name, points), style in zip(schedules.items(), ("-", "--", ":", "-."), strict=False):
+        ax.plot(*zip(*points, strict=True), style, color="black", linewidth=1.5, label=name)
+    for i, run in enumerate(runs):
+        if run.spread:
+            n, median, mad = (np.array(column) for column in zip(*run.spread, strict=True))
+            n = n * 1.03 ** (i - (len(runs) - 1) / 2)  # side by side
+            low = np.minimum(mad, 0.9 * median)  # the axis is logarithmic
+            label = f"{run.name}: median r, bar: MAD"
+            ax.errorbar(n, median, (low, mad), fmt="o", ms=5, color=colours[i % 6], capsize=3, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="noise levels N", title="(a) c, and the residuals it should follow")
+    ticks = sorted({n for points in schedules.values() for n, _ in points})
+    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
+    for i, run in enumerate(runs):
+        steps, r, c = zip(*run.logged, strict=True)
+        axes[0, 1].plot(steps, r, color=colours[i % 6], label=run.name)
+        axes[0, 1].plot(steps, c, "--", color=colours[i % 6])
+        axes[1, 0].plot(*zip(*run.loss, strict=True), color=colours[i % 6], label=run.name)
+    axes[0, 1].set(yscale="log", xlabel="step", title="(b) mean residual norm r over training, dashed: c")
+    axes[1, 0].set(yscale="log", xlabel="step", title="(c) consistency loss (comparable within one distance)")
+    for ax in (axes[0, 1], axes[1, 0]):
+        ax.legend(frameon=False, fontsize=8)
+    _draw_metrics(axes[1, 1], evaluated, [colours[runs.index(run) % 6] for run in evaluated])
+    return figure
+
+
+def _draw_metrics(ax: Axes, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
+    """Frechet distance against recall: down and to the right is better."""
+    ax.set(title="(d) evaluation: lower right is better", xlabel="recall", ylabel="Frechet distance")
+    if not runs:
+        ax.text(0.5, 0.5, "no run with an evaluation.json", ha="center", transform=ax.transAxes, color=GREY)
+        ax.axis("off")
+    markers = {"1 evaluation": "o", "2 evaluations": "s"}
+    for run, colour in zip(runs, colours, strict=True):
+        for name, marker in markers.items():
+            if row := run.metrics.get(name):
+                ax.plot(row["recall"], row["frechet"], marker, color=colour, ms=8, label=f"{run.name}, {name}")
+    if runs:
+        ax.legend(frameon=False, fontsize=8)
+        ax.margins(0.15)
