@@ -80,7 +80,7 @@ class KLAutoencoder:
     under a name made of both.
     """
 
-    latent_channels: int = 1
+    latent_channels: int = 2
     block_out_channels: tuple[int, ...] = (16, 32, 32)
     """One entry a resolution: three entries shrink the patched image four times in each direction."""
     patch: int = 2

@@ -5,6 +5,8 @@ Axes: real [n, k], fake [m, k]. None of these is an FID: that name belongs to In
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -25,9 +27,9 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
     """
     scale = real.double().square().mean().sqrt()
     real, fake = (vectors.double() / scale for vectors in (real, fake))
-    metric = KernelInceptionDistance(
-        feature=_Given(real.shape[1]), subsets=20, subset_size=min(1000, len(real), len(fake)), normalize=False
-    )
+    subset_size = min(1000, len(real), len(fake))
+    with warnings.catch_warnings(action="ignore"):  # that it keeps the features, which it was given in memory
+        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=20, subset_size=subset_size)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng([]):  # the subsets are drawn from the ambient generator
@@ -38,7 +40,7 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, limit: int = 2000) -> tuple[float, float]:
     """Share of fakes inside the real manifold, share of reals inside the fake one; manifolds of k-nearest balls.
 
-    Each set is cut to its first ``limit`` vectors, since the values depend on the size.
+    Each set is cut to its first ``limit`` vectors, since the values depend on the size: shuffle what is sorted.
 
     Source: Kynkaanniemi et al. 2019, arXiv 1904.06991.
     """

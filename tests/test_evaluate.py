@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from reference_trainer.autoencoders import PixelSpace
 from reference_trainer.digit_classifier import jittered, load_digit_classifier
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import as_table, compare
+from reference_trainer.evaluate import as_table, compare, evaluate
 from reference_trainer.features import Imported
-from reference_trainer.images import Digits, ImageSet
+from reference_trainer.images import Digits, ImageSet, to_unit
+from reference_trainer.latents import LatentSpace
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import draw_losses, draw_sheet, draw_tails, tile
 from robustcm.objective import Terms
@@ -116,3 +118,27 @@ def test_the_table_names_its_features_and_reference():
     )
     for word in ("some features", "these images", "1 evaluation", "0.250"):
         assert word in table
+
+
+def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(digits: ImageSet):
+    """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
+
+    class Copier:
+        config, step, shape, device = None, 0, (1, 32, 32), torch.device("cpu")
+
+        def __init__(self) -> None:
+            codec = PixelSpace().build(1, {})
+            self.space = LatentSpace.of(codec, to_unit(digits.train))
+
+        def sigmas(self, evaluations: int) -> tuple[float, ...]:
+            return (80.0,) * evaluations
+
+        def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> torch.Tensor:
+            return digits.held_out
+
+    rows = evaluate(Copier(), digits, load_digit_classifier())["rows"]
+    assert rows["1 evaluation"]["frechet"] == rows["floor: held-out images"]["frechet"] < 20
+    assert rows["ceiling: noise decoded"]["frechet"] > 10 * rows["floor: half against half"]["frechet"]
+    assert rows["1 evaluation"]["precision"] > 0.7
+    assert rows["1 evaluation"]["recall"] > 0.7
+    assert rows["reconstructions"]["frechet"] < 0.01
