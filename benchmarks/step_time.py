@@ -71,7 +71,7 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         "teacher": teacher,
         "student and backward": backward,
         "measured c": measured_c,
-        "clip and RAdam": optimise,
+        "clip and optimiser": optimise,
         "EMA": partial(state.update_ema, config.ema_decay),
         "level meter": partial(LevelMeter().add, state.meter, terms, batch.pairs),
         "tail meter": partial(tails.add, state.tails, terms, batch.pairs),

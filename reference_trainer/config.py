@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import torch
+from torch import nn
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
@@ -62,8 +66,12 @@ class CosineLR:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RAdam:
-    """torch's RAdam (decoupled weight decay), with gradients clipped at ``max_norm``."""
+class Adam:
+    """torch's fused AdamW, with gradients clipped at ``max_norm``.
+
+    On a CPU the fused kernel takes a tenth of the time of RAdam's many (`benchmarks/step_time.py`); behind a warm-up
+    the two update alike.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -80,6 +88,29 @@ class RAdam:
         )
         _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
         _require(self.on_nonfinite in ("stop", "zero"), f"on_nonfinite is 'stop' or 'zero', got {self.on_nonfinite!r}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The learning rate is set anew at every step."""
+        return torch.optim.AdamW(
+            parameters, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Adam):
+    """torch's RAdam with decoupled weight decay: the authors' choice, with lr 1e-4 and weight decay up to 1e-4."""
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The learning rate is set anew at every step."""
+        return torch.optim.RAdam(
+            parameters,
+            lr=0.0,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
+            foreach=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +129,7 @@ class TrainConfig:
         coupler=exact,
         couple_above=1.0,
     )
-    optimizer: RAdam = RAdam()
+    optimizer: Adam | RAdam = Adam()
     learning_rate: ConstantLR | CosineLR = CosineLR()
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""

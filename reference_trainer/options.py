@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
-from reference_trainer.config import ConstantLR, CosineLR, RAdam, TrainConfig
+from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.networks import DiT, UNet
@@ -29,7 +29,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
     (TrainConfig, "network"): (DiT, UNet),
     (TrainConfig, "objective"): (objective.Objective,),
-    (TrainConfig, "optimizer"): (RAdam,),
+    (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.Objective, "distance"): (
         *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.squared_l2),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reference_trainer.config import RAdam, TrainConfig
+from reference_trainer.config import Adam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.meters import LevelMeter, TailMeter
 from robustcm.norms import convert_norms
@@ -23,7 +23,7 @@ class TrainState:
     network: nn.Module
     ema: nn.Module
     """Same architecture, the averaged weights; for sampling."""
-    optimizer: torch.optim.RAdam
+    optimizer: torch.optim.Optimizer
     c: Tensor
     """State of the objective's c schedule."""
     meter: Tensor
@@ -43,15 +43,7 @@ class TrainState:
             step=0,
             network=network,
             ema=copy.deepcopy(network).eval().requires_grad_(False),
-            optimizer=torch.optim.RAdam(
-                network.parameters(),
-                lr=config.learning_rate(0, config.steps),
-                betas=config.optimizer.betas,
-                eps=config.optimizer.eps,
-                weight_decay=config.optimizer.weight_decay,
-                decoupled_weight_decay=True,
-                foreach=True,
-            ),
+            optimizer=config.optimizer.build(network.parameters()),
             c=config.objective.init(device),
             meter=LevelMeter().init(device),
             tails=TailMeter().init(device),
@@ -59,7 +51,7 @@ class TrainState:
             num_bad_steps=torch.tensor(0, device=device),
         )
 
-    def optimizer_step(self, config: RAdam, lr: float) -> None:
+    def optimizer_step(self, config: Adam, lr: float) -> None:
         """Clip, step, clear the gradients; remembers non-finite ones on the device, without synchronising."""
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         if config.on_nonfinite == "zero":

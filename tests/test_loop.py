@@ -16,7 +16,7 @@ import torch
 from reference_trainer import loop
 from reference_trainer.__main__ import main
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
-from reference_trainer.config import ConstantLR, RAdam, TrainConfig
+from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageFolder
 from reference_trainer.latents import LatentSpace
@@ -103,10 +103,11 @@ def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "batch_indices", counted)
 
 
-@pytest.mark.parametrize("step", [1, 3, 7, 11])
+@pytest.mark.parametrize(("step", "optimizer"), [(1, Adam()), (3, Adam()), (7, RAdam()), (11, Adam())])
 def test_a_run_that_crashed_continues_bit_exactly(
-    step: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, optimizer: Adam, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    config = replace(config, optimizer=optimizer)
     whole = run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         crash_at(step, patch)
