@@ -8,7 +8,7 @@ run: install
 	$(PY) -m reference_trainer
 
 test: install
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 install: .venv/.installed
 
