@@ -67,9 +67,9 @@ class TailMeter:
         return self.stream.update(state, td, level_bin(pairs, self.bins))
 
     def read(self, state: Tensor) -> dict[str, Any]:
-        """Per bin: IQR, shares beyond the inner and outer fences, max |z|; None where nothing fell."""
+        """Per bin: quartiles, IQR, shares beyond the inner and outer fences, max |z|; None where nothing fell."""
         boxes = [box.as_dict() for box in self.stream.statistics(state)]
-        names = ("iqr", "beyond_inner", "beyond_outer", "max_z")
+        names = ("q1", "median", "q3", "iqr", "beyond_inner", "beyond_outer", "max_z")
         return {"sigma": level_centres(self.bins)} | {name: [box[name] for box in boxes] for name in names}
 
 

@@ -103,6 +103,7 @@ def test_meters_give_the_means_and_the_spread_of_each_range_of_levels():
     assert row["by_level"]["r"][0] == pytest.approx(float(r[in_first].mean()))
     q1, q3 = np.quantile(student[in_first].numpy(), [0.25, 0.75])
     assert row["td"]["iqr"][0] == pytest.approx(q3 - q1, rel=0.05)
+    assert [row["td"]["q1"][0], row["td"]["q3"][0]] == pytest.approx([q1, q3], rel=0.05)
 
 
 def test_curves_have_a_line_for_each_range_of_levels():
