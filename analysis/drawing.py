@@ -16,7 +16,7 @@ from robustcm.tails import BoxStatistics
 
 COLOURS = {"pixels": "#1b7f79", "latents": "#c4453c"}
 GREY = "0.55"
-MOST_POINTS = 2500  # drawn a column, at most
+MOST_POINTS = 1200  # drawn a column, at most
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def draw_boxes(ax: Axes, columns: Sequence[Column], title: str) -> None:
         )
     ax.set_xticks(range(len(columns)), [f"{column.label}\n{_shares(column.box)}" for column in columns], fontsize=9)
     ax.set_xlim(-0.6, len(columns) - 0.4)
-    ax.set_title(title)
+    ax.set(title=title, xlabel="share beyond the fences; points are thinned")
     ax.axhline(0, color="0.9", zorder=0)
     ax.plot([], [], "--", color="0.25", linewidth=1.1, label="inner fences (1.5 IQR)")
     ax.plot([], [], ":", color="0.25", linewidth=1.1, label="outer fences (3 IQR)")
@@ -106,11 +106,11 @@ def draw_boxes(ax: Axes, columns: Sequence[Column], title: str) -> None:
 def _shares(box: BoxStatistics) -> str:
     if box.iqr == 0:
         return "IQR = 0:\nall others\ncount as\noutliers"
-    return f"beyond\n{_percent(box.beyond_inner)} inner\n{_percent(box.beyond_outer)} outer\nmax|z| {box.max_z:.1f}"
+    return f"inner {_percent(box.beyond_inner)}\nouter {_percent(box.beyond_outer)}\nmax|z| {box.max_z:.1f}"
 
 
 def _percent(share: float) -> str:
-    return "0 %" if share == 0 else "<0.001 %" if share < 1e-5 else f"{100 * share:.2g} %"
+    return f"{100 * share:.2g} %" if share == 0 or share >= 1e-5 else "~0 %"
 
 
 def draw_level_shares(ax: Axes, by_level: Mapping[str, Sequence[tuple[float, BoxStatistics]]]) -> None:
@@ -125,9 +125,10 @@ def draw_level_shares(ax: Axes, by_level: Mapping[str, Sequence[tuple[float, Box
             ax.plot(sigmas, shares, style, marker=".", color=colour, label=f"{name}, beyond {where}")
     for share, style, name in ((GAUSSIAN_BEYOND_INNER, "-", "inner"), (GAUSSIAN_BEYOND_OUTER, ":", "outer")):
         ax.axhline(share, color=GREY, linestyle=style, linewidth=1.5, label=f"Gaussian, beyond {name}")
-    ax.set(xscale="log", yscale="log", xlabel="noise level sigma of the student", ylim=(floor / 1.5, 1))
+    ax.set(xscale="log", yscale="log", xlabel="noise level sigma of the student", ylim=(floor / 1.5, 40))
     ax.set_title("(c) outliers within each noise level")
-    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
+    ax.set_yticks([10.0**k for k in range(-6, 1)])
+    ax.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
     ax.annotate("0", (0.01, floor), xycoords=("axes fraction", "data"), fontsize=8, va="bottom", color=GREY)
 
 

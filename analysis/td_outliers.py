@@ -22,6 +22,7 @@ from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically
 from robustcm.advice import Advice, advise
+from robustcm.boxes import FEW
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
 
 EPILOG = """
@@ -113,13 +114,13 @@ def spaces_of(options: argparse.Namespace) -> list[Space]:
             data = ImageFolder(path=options.data, resolution=options.resolution or 64)
         except ValueError as error:
             raise UserError(f"--resolution: {error}") from error
+    part = KLAutoencoder() if options.autoencoder is None else autoencoder_of(options.autoencoder, device)
     images = load_images(data, options.images)
     if run is not None:
         space = run_space(run, images, num_levels=options.levels, count=options.samples, device=device)
         if space.name == "pixels":
             return [space]
         return [Space("pixels", normalised(data_in(PixelSpace(), images, cache, device))[0], None), space]
-    part = KLAutoencoder() if options.autoencoder is None else autoencoder_of(options.autoencoder, device)
     parts = {"pixels": PixelSpace()} | ({} if isinstance(part, PixelSpace) else {"latents": part})
     return [
         baseline_space(
@@ -187,7 +188,9 @@ def figure_of(spaces: Sequence[Space]) -> Any:
         if (found := space.residuals) is not None:
             td += columns(space.name, found.td.numpy())
             boxes = box_statistics_by(found.td, found.level)
-            by_level[space.name] = [(float(found.sigmas[i]), box) for i, box in boxes.items() if box.count]
+            by_level[space.name] = [
+                (float(found.sigmas[i]), box) for i, box in boxes.items() if box.count >= FEW * found.d
+            ]
     return draw_outliers(data, td, by_level)
 
 
@@ -216,8 +219,19 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
             f"{box['beyond_inner']:.2%} / {box['beyond_outer']:.3%}, max|z| {box['max_z']:.1f}, kurtosis "
             f"{box['kurtosis']:.1f}{xi}"
         )
+        if box["iqr"] > 0:
+            lines.append(f"    {heaviness(box)}")
         lines += [f"    {note}" for note in box["notes"]]
     return lines
+
+
+def heaviness(box: dict[str, Any]) -> str:
+    """The tails of a box in words, by the share beyond the outer fences (a Gaussian's is 0.0002 %) and xi."""
+    if box["beyond_outer"] > 1e-3:
+        return "heavy tails: more than 0.1 % are extreme outliers"
+    if box["beyond_outer"] > 1e-5 or box["power_law"]:
+        return "tails slightly heavier than Gaussian: a few extreme outliers"
+    return "light tails: no heavier than Gaussian"
 
 
 if __name__ == "__main__":

@@ -327,3 +327,26 @@ def test_help_teaches(script, capsys):
     said = capsys.readouterr().out
     assert "default" in said
     assert ".png" in said
+
+
+def test_tails_are_called_light_slightly_heavier_or_heavy():
+    rng = np.random.default_rng(0)
+
+    def called(x):
+        return td_outliers.heaviness(box_statistics(x).as_dict()).split(" ")[0:2]
+
+    assert called(rng.standard_normal(100_000)) == ["light", "tails:"]
+    assert called(rng.uniform(size=100_000)) == ["light", "tails:"]
+    assert called(rng.standard_t(12, 100_000)) == ["tails", "slightly"]
+    assert called(rng.standard_t(3, 100_000)) == ["heavy", "tails:"]
+
+
+def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
+    run, images, *_ = tiny
+    found = values.trained_run(run, images, CPU).residuals(5, 60)
+    counts = torch.bincount(found.level, minlength=4)
+    assert counts.min() < 20 < counts.max()
+    space = values.Space("pixels", images.train.float(), found)
+    drawn = td_outliers.figure_of([space]).axes[2].lines[0].get_xdata()
+    assert list(drawn) == pytest.approx(found.sigmas[:4][counts >= 20].tolist())
+    assert len(td_outliers.measure(space)["td"]["by_level"]) == int((counts > 0).sum())
