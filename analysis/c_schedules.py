@@ -15,8 +15,8 @@ from analysis.baselines import baseline_of_digits
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
 from analysis.values import BASELINE, load_images, trained_run
-from reference_trainer.__main__ import device_of
 from reference_trainer.errors import UserError
+from reference_trainer.machine import device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically

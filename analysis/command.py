@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from reference_trainer.errors import UserError
-from reference_trainer.memory import keep_freed_memory
+from reference_trainer.machine import keep_freed_memory
 
 
 def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
@@ -40,6 +42,7 @@ def run_command(
     """Parse, work, and turn errors into an exit status: 2 for what the user can mend, 130 for Ctrl-C."""
     options = parser.parse_args(arguments)
     keep_freed_memory()
+    torch.set_num_threads(1)  # as the trainer does: the networks here are small, and threads would wait for each other
     try:
         return work(options)
     except UserError as error:

@@ -14,10 +14,10 @@ import numpy as np
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
 from analysis.values import Space, autoencoder_of, baseline_space, data_in, load_images, normalised, run_space
-from reference_trainer.__main__ import cache_folder, device_of
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
+from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically

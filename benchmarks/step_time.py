@@ -18,7 +18,7 @@ import torch
 from _timing import Timing, machine, measure, write_json
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.memory import keep_freed_memory
+from reference_trainer.machine import keep_freed_memory
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.presets import PRESETS
 from reference_trainer.state import TrainState

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.evaluate import as_table, choose_features, evaluate, write_report
 from reference_trainer.loop import elapsed, train
-from reference_trainer.memory import keep_freed_memory
+from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.options import CHOICES, describe, override
 from reference_trainer.presets import PRESETS, on_folder
 from reference_trainer.report import tile
@@ -151,6 +150,7 @@ def run_train(options: argparse.Namespace) -> int:
         return 0
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
+    torch.set_num_threads(config.threads)
     images = config.data.load()
     with run.locked():
         run.claim(config)
@@ -170,6 +170,7 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UserError(f"--n must be at least 1, got {options.n}")
     model = load_model(RunFolder(options.run), device_of(options.device))
+    torch.set_num_threads(model.config.threads)
     pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
     file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}.png"
     save_picture(pixels, file)
@@ -181,6 +182,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
     run = RunFolder(options.run)
     model = load_model(run, device_of(options.device))
+    torch.set_num_threads(model.config.threads)
     images = model.config.data.load()
     features = choose_features(options.features, model)
     evaluation = evaluate(model, images, features, options.seed)
@@ -202,23 +204,6 @@ def save_picture(pixels: torch.Tensor, file: Path) -> None:
         Image.fromarray(tile(pixels, columns)).save(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {file}: {error}") from error
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def cache_folder() -> Path:
-    """Where fitted autoencoders and classifiers are kept: $ROBUSTCM_CACHE, or robustcm in the user's cache folder."""
-    if chosen := os.environ.get("ROBUSTCM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustcm"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ class DigitClassifier:
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
         """uint8 ``[n, 1, 32, 32]`` -> ``[n, 10]``."""
-        return torch.cat([self.network(to_unit(part)).softmax(1) for part in pixels.split(500)])
+        return self.probabilities_of(self(pixels))
+
+    @torch.no_grad()
+    def probabilities_of(self, features: Tensor) -> Tensor:
+        """Features ``[n, 64]`` of this classifier -> ``[n, 10]``."""
+        probabilities: Tensor = self.network[-1](features).softmax(1)
+        return probabilities
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
         """Share of ``pixels`` whose most probable class is the label."""

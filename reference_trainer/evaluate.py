@@ -60,7 +60,7 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
         reference = vectors[half:] if name.startswith("floor: half") else vectors
         rows[name] = compare(reference, others)
         if isinstance(features, DigitClassifier):
-            sure = features.probabilities(pixels).max(1).values >= 0.9
+            sure = features.probabilities_of(others).max(1).values >= 0.9
             rows[name]["sure_digits"] = float(sure.float().mean())
     out = {
         "step": model.step,
