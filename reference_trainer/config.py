@@ -138,7 +138,7 @@ class TrainConfig:
     seed: int = 0
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
-    digits' a second thread waits more than it works: the autoencoder fits at half the speed (measured on 2 cores)."""
+    digits' a second thread waits more than it works, and where somebody else computes it costs many times the step."""
     second_sigma: float = 0.3
     """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
     log_every: int = 50

@@ -125,7 +125,7 @@ def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_
     config = replace(config, steps=300)
     whole = run(config, tmp_path / "whole")
     command = [sys.executable, "-m", "reference_trainer", *as_options(config), f"--run={tmp_path / 'killed'}"]
-    environment = os.environ | {"ROBUSTCM_CACHE": str(tmp_path / "cache"), "GOMP_SPINCOUNT": "0"}
+    environment = os.environ | {"ROBUSTCM_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     killed = RunFolder(tmp_path / "killed")
     while len(killed.checkpoints()) < 2 and process.poll() is None:
