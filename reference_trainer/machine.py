@@ -16,8 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 def keep_freed_memory() -> bool:
     """Tell glibc not to hand large freed blocks back to the system.
 
-    By default every tensor above 32 MB, and at first above 128 KB, is mapped anew and paid for in page faults: a
-    third of a training step's CPU time here (`benchmarks/step_time.py`). Changes no number.
+    By default every tensor above 32 MB, and at first above 128 KB, is mapped anew and paid for in page faults;
+    `benchmarks/step_time.py` measures both ways. Changes no number.
 
     Returns:
         Whether the C library took it; False (no harm done) where it is not glibc.

@@ -99,7 +99,7 @@ class MeasuredC:
     equal ranges of the levels' depth; old counts fade with ``halflife_steps``. The residuals of the present step are
     in the measurement, so no first guess is needed. Deterministic, on the device, the state is the histogram.
 
-    Ours; the paper fits its law by hand once. PROTOTYPE measurements: the median of r is about 25 / (N - 1) at
+    Ours; the paper fits its law by hand once. In a prototype the median of r was about 25 / (N - 1) at
     d = 256, 36 to 450 times the authors' c.
     """
 
