@@ -16,6 +16,7 @@ from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
 from analysis.values import BASELINE, load_images, trained_run
 from reference_trainer.errors import UserError
+from reference_trainer.evaluate import brief
 from reference_trainer.machine import device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
@@ -28,7 +29,8 @@ STAGES = (11, 21, 41, 81, 161, 321, 641)
 EPILOG = """
 Panels: (a) c of ConstantC, PowerLawC and MeasuredC at every N of the doubling curriculum, and the median and MAD of r,
 measured at each of these N with the last weights of each run; (b) r and c as logged in training; (c) the loss;
-(d) Frechet distance and recall of runs that have an evaluation.json.
+(d, e) Frechet distance and recall over training, from evaluations.jsonl (train with evaluate_every=STEPS for more than
+the last point) or else evaluation.json; (f) the last of them. Compare only runs evaluated in the same features.
 MeasuredC is drawn from the residuals of the first run; c of a schedule scales with sqrt(d) as it does in training.
 
 Writes OUT/c_schedules.png and OUT/c_schedules.json.
@@ -102,17 +104,19 @@ def curves_of(run: RunFolder, name: str, options: argparse.Namespace) -> tuple[R
         spread,
         [(row["step"], row["r"], row["c"]) for row in rows],
         [(row["step"], row["consistency"]) for row in rows],
-        evaluation_of(run),
+        evaluations_of(run),
     ), d
 
 
-def evaluation_of(run: RunFolder) -> dict[str, Any]:
-    """The rows of evaluation.json, or nothing where there is none or it cannot be read."""
-    try:
-        rows: dict[str, Any] = json.loads((run.root / "evaluation.json").read_text())["rows"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return rows
+def evaluations_of(run: RunFolder) -> list[dict[str, Any]]:
+    """The rows of evaluations.jsonl in the features of its last; without any, the samples' part of evaluation.json."""
+    rows = run.evaluations()
+    if not rows:
+        try:
+            rows = [brief(json.loads((run.root / "evaluation.json").read_text()))]
+        except (OSError, ValueError, KeyError):
+            return []
+    return [row for row in rows if row["features"] == rows[-1]["features"]]
 
 
 def medians(run: RunCurves) -> list[float]:
@@ -129,12 +133,14 @@ def c_at(schedule: CSchedule, num_levels: int, d: int, r: float) -> float:
 
 
 def table(schedules: dict[str, list[tuple[int, float]]], runs: Sequence[RunCurves]) -> list[str]:
-    """c and spread at each N, as lines."""
+    """c and spread at each N, as lines; and whether the runs' metrics cannot be compared."""
     lines = [f"{'N':>5}" + "".join(f"{name:>12}" for name in schedules) + "   median r +- MAD of each run"]
     for i, n in enumerate(STAGES):
         scales = "".join(f"{points[i][1]:12.4g}" for points in schedules.values())
         spread = "   ".join(f"{run.spread[i][1]:.3g} +- {run.spread[i][2]:.2g}" for run in runs)
         lines.append(f"{n:5}{scales}   {spread}")
+    if len(names := {run.evaluations[-1]["features"] for run in runs if run.evaluations}) > 1:
+        lines.append(f"not comparable: Frechet distance and recall are in {' / '.join(sorted(names))}")
     return lines
 
 

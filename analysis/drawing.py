@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from reference_trainer.report import GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER, new_figure
 from robustcm.tails import BoxStatistics
@@ -203,19 +204,23 @@ class RunCurves:
     """(step, mean r, c), from the log."""
     loss: Sequence[tuple[int, float]]
     """(step, consistency loss)."""
-    metrics: Mapping[str, Mapping[str, float]]
-    """By set of samples ("1 evaluation"), then by metric ("frechet", "recall"); may be empty."""
+    evaluations: Sequence[Mapping[str, Any]]
+    """Rows of evaluations.jsonl, oldest first, in one feature space; may be empty."""
+
+    def metric(self, samples: str, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric ("frechet") of a set of samples ("1 evaluation"), where it was measured."""
+        found = [(row["step"], row["rows"][samples][name]) for row in self.evaluations if samples in row["rows"]]
+        return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_c_schedules(schedules: Mapping[str, Sequence[tuple[int, float]]], runs: Sequence[RunCurves]) -> Figure:
-    """Fig. 3: c against N beside the spread of the residuals; then r, c and loss over training, and metrics, by run.
+    """Fig. 3: c against N beside the spread of the residuals; then r, c, loss and metrics over training, by run.
 
     Args:
         schedules: by name, (N, c).
         runs: at least one.
     """
-    evaluated = [run for run in runs if run.metrics]
-    figure, axes = new_figure(2, width=12, height=9, rows=2)
+    figure, axes = new_figure(2, width=12, height=13, rows=3)
     colours = ["#1b7f79", "#c4453c", "#2f6fb3", "#b8860b", "#7a4fa3", "0.4"]
     ax = axes[0, 0]
     for (name, points), style in zip(schedules.items(), ("-", "--", ":", "-."), strict=False):
@@ -241,21 +246,35 @@ def draw_c_schedules(schedules: Mapping[str, Sequence[tuple[int, float]]], runs:
     axes[1, 0].set(yscale="log", xlabel="step", title="(c) consistency loss (comparable within one distance)")
     for ax in (axes[0, 1], axes[1, 0]):
         ax.legend(frameon=False, fontsize=8)
-    _draw_metrics(axes[1, 1], evaluated, [colours[runs.index(run) % 6] for run in evaluated])
+    _draw_metrics(axes[1, 1], axes[2, 0], axes[2, 1], runs, [colours[i % 6] for i in range(len(runs))])
     return figure
 
 
-def _draw_metrics(ax: Axes, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
-    """Frechet distance against recall: down and to the right is better."""
-    ax.set(title="(d) evaluation: lower right is better", xlabel="recall", ylabel="Frechet distance")
-    if not runs:
-        ax.text(0.5, 0.5, "no run with an evaluation.json", ha="center", transform=ax.transAxes, color=GREY)
-        ax.axis("off")
-    markers = {"1 evaluation": "o", "2 evaluations": "s"}
+SAMPLES = {"1 evaluation": ("o", "-"), "2 evaluations": ("s", "--")}  # marker and line of each
+
+
+def _draw_metrics(frechet: Axes, recall: Axes, both: Axes, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
+    """Frechet distance and recall over training, and the last of each against the other."""
+    frechet.set(title="(d) Frechet distance over training", xlabel="step")
+    recall.set(title="(e) recall over training", xlabel="step")
+    both.set(title="(f) last evaluation: lower right is better", xlabel="recall", ylabel="Frechet distance")
     for run, colour in zip(runs, colours, strict=True):
-        for name, marker in markers.items():
-            if row := run.metrics.get(name):
-                ax.plot(row["recall"], row["frechet"], marker, color=colour, ms=8, label=f"{run.name}, {name}")
-    if runs:
-        ax.legend(frameon=False, fontsize=8)
-        ax.margins(0.15)
+        for name, (marker, line) in SAMPLES.items():
+            steps, distances = run.metric(name, "frechet")
+            _, recalls = run.metric(name, "recall")
+            if steps:
+                label = f"{run.name}, {name}"
+                frechet.plot(steps, distances, line, marker=marker, ms=5, color=colour, label=label)
+                recall.plot(steps, recalls, line, marker=marker, ms=5, color=colour, label=label)
+                both.plot(recalls[-1:], distances[-1:], marker, color=colour, ms=8, label=label)
+    for ax in (frechet, recall, both):
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=8)
+            ax.margins(0.1)
+        else:
+            ax.text(0.5, 0.5, "no run was evaluated", ha="center", transform=ax.transAxes, color=GREY)
+            ax.axis("off")
+    if frechet.lines:
+        frechet.set_yscale("log")  # it falls by orders of magnitude
+        frechet.yaxis.set_major_formatter(LogFormatter())  # 600, not 6 x 10^2
+        frechet.yaxis.set_minor_formatter(LogFormatter())

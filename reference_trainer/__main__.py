@@ -14,7 +14,7 @@ import torch
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import as_table, choose_features, evaluate, write_report
+from reference_trainer.evaluate import Evaluator, as_table, choose_features, evaluate, record, write_report
 from reference_trainer.loop import elapsed, train
 from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.options import CHOICES, describe, override
@@ -154,11 +154,12 @@ def run_train(options: argparse.Namespace) -> int:
     images = config.data.load()
     with run.locked():
         run.claim(config)
-        if not train(config, run, images, cache_folder(), device):
+        if not train(config, run, images, cache_folder(), device, Evaluator(run, images, options.features)):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
         evaluation = evaluate(model, images, choose_features(options.features, model))
+        record(run, evaluation)
         files = write_report(run, model, images, evaluation)
     print(as_table(evaluation))
     print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")

@@ -143,10 +143,18 @@ class TrainConfig:
     """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
     log_every: int = 50
     save_every: int = 500
+    evaluate_every: int = 0
+    """Steps between two looks at the samples of the averaged weights, a row of evaluations.jsonl each; 0: only at the
+    end. Takes time (a few thousand samples each), changes no weight."""
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "threads", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         _require(0.002 < self.second_sigma < 80, f"second_sigma must lie between 0.002 and 80, got {self.second_sigma}")
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps

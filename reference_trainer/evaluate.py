@@ -16,12 +16,13 @@ from reference_trainer.images import Digits, ImageSet
 from reference_trainer.latents import encode
 from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
 from reference_trainer.report import draw_losses, draw_sheet, draw_tails, save_figure
-from reference_trainer.run import RunFolder
+from reference_trainer.run import EVALUATIONS, RunFolder
 from reference_trainer.sample import TrainedModel
 from reference_trainer.store import write_atomically
 
 MAX_IMAGES = 5000
 """Most images a metric is computed from, on either side."""
+SAMPLES = ("1 evaluation", "2 evaluations")
 
 
 def choose_features(name: str | None, model: TrainedModel) -> Features:
@@ -39,15 +40,11 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
     Every row is a set of images against the (up to 5000) training images. ``floor: ...`` rows are real images,
     ``ceiling: ...`` rows white noise in the place of latents.
     """
-    # Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
-    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    train, held_out = images.train[order[:MAX_IMAGES]], images.held_out[:MAX_IMAGES]
+    train, held_out = training_images(images, seed), images.held_out[:MAX_IMAGES]
     half = len(train) // 2
     noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
     latents = encode(model.space.codec, train, model.device)
-    sets: dict[str, Tensor] = {
-        "1 evaluation": model.images(len(train), model.sigmas(1), seed),
-        "2 evaluations": model.images(len(train), model.sigmas(2), seed),
+    sets = samples_of(model, len(train), seed) | {
         "reconstructions": model.space.decode(model.space.normalise(latents).to(model.device)),
         "floor: held-out images": held_out,
         "floor: half against half": train[:half],
@@ -56,12 +53,7 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
     vectors = features(train)
     rows = {}
     for name, pixels in tqdm(sets.items(), desc="comparing", unit="set", leave=False, delay=2):
-        others = features(pixels)
-        reference = vectors[half:] if name.startswith("floor: half") else vectors
-        rows[name] = compare(reference, others)
-        if isinstance(features, DigitClassifier):
-            sure = features.probabilities_of(others).max(1).values >= 0.9
-            rows[name]["sure_digits"] = float(sure.float().mean())
+        rows[name] = measure(pixels, vectors[half:] if name.startswith("floor: half") else vectors, features)
     out = {
         "step": model.step,
         "seed": seed,
@@ -74,6 +66,63 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
     return out
+
+
+class Evaluator:
+    """Shown a model, adds a row to the run's evaluations.jsonl: ``evaluate`` without floor and ceiling."""
+
+    def __init__(self, run: RunFolder, images: ImageSet, features: str | None = None, seed: int = 0) -> None:
+        """``features``: as ``choose_features`` takes it."""
+        self.run, self.images, self.name, self.seed = run, images, features, seed
+        self._reference: tuple[Features, Tensor] | None = None  # it does not change while training
+
+    def __call__(self, model: TrainedModel) -> None:
+        if self._reference is None:
+            features = choose_features(self.name, model)
+            self._reference = features, features(training_images(self.images, self.seed))
+        features, vectors = self._reference
+        samples = samples_of(model, len(vectors), self.seed)
+        rows = {name: measure(pixels, vectors, features) for name, pixels in samples.items()}
+        record(self.run, {"step": model.step, "seed": self.seed, "features": features.name, "rows": rows})
+
+
+def record(run: RunFolder, evaluation: dict[str, Any]) -> None:
+    """``brief(evaluation)`` as the last row of evaluations.jsonl.
+
+    Takes the place of a row of the same step: a finished run that is started again is evaluated again.
+    """
+    run.keep_rows_until(evaluation["step"] - 1, [EVALUATIONS])
+    run.append_row(EVALUATIONS, brief(evaluation))
+
+
+def brief(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What changes while training: the samples' part of what ``evaluate`` gives."""
+    rows = {name: evaluation["rows"][name] for name in SAMPLES}
+    return {key: evaluation[key] for key in ("step", "seed", "features")} | {"rows": rows}
+
+
+def training_images(images: ImageSet, seed: int) -> Tensor:
+    """What samples are compared with, uint8 ``[n, ch, h, w]``.
+
+    Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
+    """
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
+    return images.train[order[:MAX_IMAGES]]
+
+
+def samples_of(model: TrainedModel, n: int, seed: int) -> dict[str, Tensor]:
+    """uint8 ``[n, ch, h, w]`` by number of network evaluations."""
+    return {name: model.images(n, model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
+
+
+def measure(pixels: Tensor, vectors: Tensor, features: Features) -> dict[str, float]:
+    """All metrics of ``pixels [n, ch, h, w]`` against ``vectors [m, k]``; of digits also which share looks like one."""
+    others = features(pixels)
+    row = compare(vectors, others)
+    if isinstance(features, DigitClassifier):
+        sure = features.probabilities_of(others).max(1).values >= 0.9
+        row["sure_digits"] = float(sure.float().mean())
+    return row
 
 
 def compare(real: Tensor, fake: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,28 +21,38 @@ from reference_trainer.latents import LatentSpace, encode
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import Logger
 from reference_trainer.run import RunFolder
+from reference_trainer.sample import TrainedModel
 from reference_trainer.state import TrainState
 from reference_trainer.store import save_tensors
 from robustcm.consistency import Preconditioned
 from robustcm.objective import draw, step_generator
 
 
-def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, device: torch.device) -> bool:
+def train(
+    config: TrainConfig,
+    run: RunFolder,
+    images: ImageSet,
+    cache: Path,
+    device: torch.device,
+    on_evaluate: Callable[[TrainedModel], None] | None = None,
+) -> bool:
     """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
 
+    Args:
+        on_evaluate: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
         UserError: see its message; checkpoints written before stay good.
     """
-    latents, _ = prepare_latents(config, run, images, cache, device)
+    latents, space = prepare_latents(config, run, images, cache, device)
     if config.batch_size > len(latents):
         raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
     ch, h, w = latents.shape[1:]
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():
         state.restore(*found)
-    run.keep_metrics_until(state.step)
+    run.keep_rows_until(state.step)
     objective, meter, tail_meter = config.objective, LevelMeter(), TailMeter()
     f = Preconditioned(state.network.train())
 
@@ -70,6 +80,9 @@ def train(config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, de
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.meter, state.tails = meter.init(device), tail_meter.init(device)
+            if on_evaluate and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
+                check_finite(state, run)
+                on_evaluate(TrainedModel(config, state.ema, space, (ch, h, w), state.step, device))
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.errors import UserError
-from reference_trainer.run import RunFolder
+from reference_trainer.run import METRICS, RunFolder
 
 
 class Logger:
@@ -54,7 +54,7 @@ class Logger:
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """``row``: numbers, and ``by_level`` with one list a quantity."""
-        self.run.append_metrics({"step": step, **row, "seconds": round(time.monotonic() - self.started, 2)})
+        self.run.append_row(METRICS, {"step": step, **row, "seconds": round(time.monotonic() - self.started, 2)})
         for name, value in row.items():
             if isinstance(value, (int, float)):
                 self.events.add_scalar(f"train/{name}", value, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.options import differences, from_json, to_json
 from reference_trainer.store import load_tensors, save_tensors, write_atomically
 
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -26,7 +28,9 @@ class RunFolder:
     config.json                what was asked for
     autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself
     checkpoints/step_*.safetensors
-    metrics.jsonl, tensorboard/events.*, evaluation.json, *.png
+    metrics.jsonl              one row a log
+    evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
+    tensorboard/events.*, evaluation.json, *.png
     """
 
     root: Path
@@ -107,24 +111,32 @@ class RunFolder:
             raise UserError(f"no checkpoint in {files[0].parent} can be read: delete that folder to start again")
         return None
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop the rows of metrics.jsonl behind ``step``: the run goes on from there and will write them again."""
-        file = self.root / "metrics.jsonl"
-        if file.exists():
-            rows = [row for row in self.metrics() if row["step"] <= step]
-            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS)) -> None:
+        """Drop the rows behind ``step`` of these files: the run goes on from there and will write them again."""
+        for name in names:
+            if (file := self.root / name).exists():
+                rows = [row for row in self.rows(name) if row["step"] <= step]
+                write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+    def append_row(self, name: str, row: dict[str, Any]) -> None:
+        """One line of the file ``name``; ``row`` has a "step"."""
         try:
-            with (self.root / "metrics.jsonl").open("a") as file:
+            with (self.root / name).open("a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.root / 'metrics.jsonl'}: {error.strerror}") from error
+            raise UserError(f"cannot write {self.root / name}: {error.strerror}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
-        file = self.root / "metrics.jsonl"
+        """The rows of metrics.jsonl."""
+        return self.rows(METRICS)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations.jsonl."""
+        return self.rows(EVALUATIONS)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of the file ``name``, none if there is no file; a last line cut short by a crash is left out."""
+        file = self.root / name
         rows = []
         for line in file.read_text().splitlines() if file.exists() else []:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,9 +19,10 @@ from analysis import c_schedules, drawing, loss_shapes, td_outliers, values
 from reference_trainer.autoencoders import PixelSpace
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageFolder
+from reference_trainer.run import RunFolder
 from robustcm.advice import advise
 from robustcm.losses import cauchy, cauchy_of_r2, sample_r2
-from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+from robustcm.scales import ConstantC
 from robustcm.tails import box_statistics
 
 ROOT = Path(__file__).parents[1]
@@ -160,23 +162,19 @@ def test_losses_pull_as_their_derivatives_say(tiny, tmp_path, capsys):
 
 def test_the_figure_of_schedules_holds_the_schedules_and_the_measured_spread(tiny, tmp_path, capsys):
     run, *_ = tiny
-    evaluation = {"rows": {"1 evaluation": {"frechet": 3.0, "recall": 0.5}}}
-    (run.root / "evaluation.json").write_text(json.dumps(evaluation))
-    assert call(c_schedules, run.root, run.root, "--samples", 300, "--out", tmp_path) == 0
+    other = RunFolder(shutil.copytree(run.root, tmp_path / "other"))
+    rows = {f"{n} evaluation{'s' * (n > 1)}": {"frechet": 3.0 / n, "recall": 0.2 * n} for n in (1, 2)}
+    at_end = {"step": 25, "seed": 0, "features": "pooled latents", "rows": rows}
+    (other.root / "evaluation.json").write_text(json.dumps(at_end | {"reference": "these", "sigmas": {}}))
+    assert call(c_schedules, run.root, other.root, "--samples", 300, "--out", tmp_path) == 0
     report = json.loads((tmp_path / "c_schedules.json").read_text())
     assert report["d"] == 192
     for (n, median, mad), (_, c) in zip(report["runs"][0]["spread"], report["c"]["MeasuredC"], strict=True):
         assert c == pytest.approx(median, rel=0.03)
         assert 0 < mad < median, n
-    assert report["runs"][1]["metrics"] == evaluation["rows"]
+    assert [found["evaluations"] for found in report["runs"]] == [[], [at_end]]
     assert len(report["runs"][0]["loss"]) == len(run.metrics())
     assert "MeasuredC" in capsys.readouterr().out
-
-
-def test_schedules_are_evaluated_as_in_training():
-    assert c_schedules.c_at(ConstantC(), 11, 4096, 7.0) == pytest.approx(0.03456)
-    assert c_schedules.c_at(PowerLawC(), 21, 4096, 7.0) == pytest.approx(np.exp(-1.15 * np.log(20) - 0.85))
-    assert c_schedules.c_at(MeasuredC(multiple=0.5), 81, 9, 7.0) == pytest.approx(3.5, rel=0.02)
 
 
 def test_data_are_normalised_over_their_finite_values():

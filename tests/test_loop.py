@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from reference_trainer.__main__ import main
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.evaluate import Evaluator, brief, choose_features, evaluate
 from reference_trainer.images import ImageFolder
 from reference_trainer.latents import LatentSpace
 from reference_trainer.loop import batch_indices, train
 from reference_trainer.networks import UNet
 from reference_trainer.run import RunFolder
+from reference_trainer.sample import load_model
 from reference_trainer.store import load_tensors
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
@@ -72,7 +75,8 @@ def run(config: TrainConfig, root: Path) -> RunFolder:
     folder = RunFolder(root)
     with folder.locked():
         folder.claim(config)
-        train(config, folder, config.data.load(), root.parent / "cache", CPU)
+        images = config.data.load()
+        train(config, folder, images, root.parent / "cache", CPU, Evaluator(folder, images))
     return folder
 
 
@@ -137,7 +141,7 @@ def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert_same(final_tensors(whole), final_tensors(killed))
-    for name in ("config.json", "metrics.jsonl", "evaluation.json", "samples.png", "losses.png"):
+    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "samples.png", "losses.png"):
         assert (killed.root / name).stat().st_size > 0
     assert list((killed.root / "tensorboard").iterdir())
     assert "held-out" in again.stdout
@@ -158,6 +162,57 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
         stopped = run(config, tmp_path / "stopped")
     assert stopped.latest_checkpoint()[0] == 5
     assert_same(final_tensors(whole), final_tensors(run(config, tmp_path / "stopped")))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_evaluating_while_training_changes_no_weight(every: int, config: TrainConfig, tmp_path: Path):
+    without, evaluated = run(config, tmp_path / "a"), run(replace(config, evaluate_every=every), tmp_path / "b")
+    assert [row["step"] for row in evaluated.evaluations()] == list(range(every, 12, every))
+    assert without.evaluations() == []
+    assert_same(final_tensors(without), final_tensors(evaluated))
+
+
+def test_an_evaluation_in_training_is_that_of_the_checkpoint(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    crash_at(10, monkeypatch)
+    with pytest.raises(CrashError):
+        run(replace(config, evaluate_every=3), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    model = load_model(folder, CPU)
+    row = brief(evaluate(model, config.data.load(), choose_features(None, model)))
+    assert row["step"] == 9
+    assert folder.evaluations()[-1] == row
+    assert row["rows"].keys() == {"1 evaluation", "2 evaluations"}
+    assert row["rows"]["1 evaluation"].keys() >= {"frechet", "kernel_x1000", "precision", "recall"}
+
+
+def test_evaluations_behind_the_restored_checkpoint_are_dropped_and_made_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(config, evaluate_every=4)
+    whole, crashed = run(config, tmp_path / "whole"), RunFolder(tmp_path / "crashed")
+    for calls, steps in ((5, [4]), (0, [])):  # the second crash comes right behind the checkpoint of step 3
+        with monkeypatch.context() as patch:
+            crash_at(calls, patch)
+            with pytest.raises(CrashError):
+                run(config, crashed.root)
+        assert [row["step"] for row in crashed.evaluations()] == steps
+    run(config, crashed.root)
+    assert crashed.evaluations() == whole.evaluations()
+    assert [row["step"] for row in whole.evaluations()] == [4, 8]
+
+
+def test_a_finished_run_ends_with_its_final_evaluation_once(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    folder = RunFolder(tmp_path / "run")
+    for _ in range(2):
+        assert main([*as_options(config), "evaluate_every=6", f"--run={folder.root}"]) == 0
+        final = json.loads((folder.root / "evaluation.json").read_text())
+        assert [row["step"] for row in folder.evaluations()] == [6, 12]
+        assert folder.evaluations()[-1] == brief(final)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
@@ -202,12 +257,14 @@ def test_a_batch_larger_than_the_data_is_said(config: TrainConfig, tmp_path: Pat
 def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step_and_saves_nothing_after(
     config: TrainConfig, tmp_path: Path
 ):
-    config = replace(config, learning_rate=ConstantLR(lr=1e30), optimizer=RAdam(max_norm=float("inf")), save_every=1)
+    config = replace(config, learning_rate=ConstantLR(lr=1e30), optimizer=RAdam(max_norm=float("inf")))
+    config = replace(config, save_every=1, evaluate_every=1)
     with pytest.raises(UserError, match=r"NaN or infinite at step (\d+)") as caught:
         run(config, tmp_path / "run")
     bad = int(str(caught.value).split("at step ")[1].split(";")[0])
     step, tensors = RunFolder(tmp_path / "run").latest_checkpoint()
     assert step <= bad
+    assert all(row["step"] <= bad for row in RunFolder(tmp_path / "run").evaluations())
     assert int(tensors["num_bad_steps"]) == 0
 
 
@@ -253,6 +310,7 @@ def test_every_sample_is_seen_once_an_epoch(num_samples: int, batch_size: int):
         (["nosuchpreset"], "unknown preset"),
         (["--data", "/no/such/folder"], "no folder of images"),
         (["batch_size=0"], "at least 1"),
+        (["evaluate_every=-1"], "0 (at the end) or more"),
         (["sample", "/no/such/run"], "no run at"),
         (["evaluate", "/no/such/run"], "no run at"),
         (["--device", "nonsense"], "--device nonsense"),

@@ -1,0 +1,72 @@
+"""The figure of runs side by side: schedules of c as in training, metrics over training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from analysis import c_schedules, drawing
+from reference_trainer.run import RunFolder
+from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+
+
+def evaluation(step, frechet, features="pooled latents"):
+    """A row of evaluations.jsonl."""
+    rows = {f"{n} evaluation{'s' * (n > 1)}": {"n": 36, "frechet": frechet / n, "recall": 0.2 * n} for n in (1, 2)}
+    return {"step": step, "seed": 0, "features": features, "rows": rows}
+
+
+def test_evaluations_over_training_come_before_the_single_one_and_in_one_feature_space(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(30, 2.0)))
+    assert c_schedules.evaluations_of(run) == [evaluation(30, 2.0)]
+    rows = [evaluation(5, 99.0, "other features"), evaluation(10, 9.0), evaluation(20, 4.0)]
+    for row in rows:
+        run.append_row("evaluations.jsonl", row)
+    assert c_schedules.evaluations_of(run) == rows[1:]
+    for broken in ("{}", "not json", '{"rows": {}}'):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "evaluation.json").write_text(broken)
+        assert c_schedules.evaluations_of(RunFolder(tmp_path / "broken")) == []
+
+
+def curves(name, evaluations):
+    spread = [(n, 1.0, 0.5) for n in c_schedules.STAGES]
+    return drawing.RunCurves(name, spread, [(1, 1.0, 0.1), (2, 0.5, 0.1)], [(1, 2.0), (2, 1.0)], evaluations)
+
+
+def test_metrics_are_drawn_over_training_a_line_for_each_number_of_evaluations():
+    runs = [
+        curves("a", [evaluation(10, 9.0), evaluation(20, 4.0)]),
+        curves("b", [evaluation(20, 6.0)]),
+        curves("c", []),
+    ]
+    figure = drawing.draw_c_schedules({"ConstantC": [(11, 0.03), (641, 0.03)]}, runs)
+    figure.canvas.draw()
+    frechet, recall, both = figure.axes[3:]
+    points = {line.get_label(): line.get_xydata().tolist() for line in frechet.lines}
+    assert points == {
+        "a, 1 evaluation": [[10, 9], [20, 4]],
+        "a, 2 evaluations": [[10, 4.5], [20, 2]],
+        "b, 1 evaluation": [[20, 6]],
+        "b, 2 evaluations": [[20, 3]],
+    }
+    assert recall.lines[1].get_xydata().tolist() == [[10, 0.4], [20, 0.4]]
+    assert both.lines[0].get_xydata().tolist() == [[0.2, 4]]
+    empty = drawing.draw_c_schedules({"ConstantC": [(11, 0.03)]}, [curves("c", [])])
+    assert [ax.texts[0].get_text() for ax in empty.axes[3:]] == ["no run was evaluated"] * 3
+
+
+def test_runs_in_different_features_are_said_not_to_compare():
+    schedules = {"ConstantC": [(n, 0.03) for n in c_schedules.STAGES]}
+    one, other = curves("a", [evaluation(10, 9.0)]), curves("b", [evaluation(10, 9.0, "other features")])
+    assert "not comparable" in c_schedules.table(schedules, [one, other])[-1]
+    assert not any("not comparable" in line for line in c_schedules.table(schedules, [one, one]))
+
+
+def test_schedules_are_evaluated_as_in_training():
+    assert c_schedules.c_at(ConstantC(), 11, 4096, 7.0) == pytest.approx(0.03456)
+    assert c_schedules.c_at(PowerLawC(), 21, 4096, 7.0) == pytest.approx(np.exp(-1.15 * np.log(20) - 0.85))
+    assert c_schedules.c_at(MeasuredC(multiple=0.5), 81, 9, 7.0) == pytest.approx(3.5, rel=0.02)
