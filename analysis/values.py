@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.autoencoders import Codec, KLAutoencoder, PixelSpace
+from reference_trainer.batches import batch_indices
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder, ImageSet
 from reference_trainer.latents import SIGMA_DATA, encode
-from reference_trainer.loop import batch_indices, train
+from reference_trainer.loop import train
 from reference_trainer.networks import DiT
 from reference_trainer.options import override, to_json
 from reference_trainer.presets import ilct

@@ -129,6 +129,9 @@ class TrainConfig:
         coupler=exact,
         couple_above=1.0,
     )
+    coupling_pool: int = 4
+    """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
+    time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam = Adam()
     learning_rate: ConstantLR | CosineLR = CosineLR()
     ema_decay: float = 0.99
@@ -149,7 +152,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "threads", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")

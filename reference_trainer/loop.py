@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.batches import Batches
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageSet
@@ -25,7 +25,6 @@ from reference_trainer.sample import TrainedModel
 from reference_trainer.state import TrainState
 from reference_trainer.store import save_tensors
 from robustcm.consistency import Preconditioned
-from robustcm.objective import draw, step_generator
 
 
 def train(
@@ -46,8 +45,7 @@ def train(
         UserError: see its message; checkpoints written before stay good.
     """
     latents, space = prepare_latents(config, run, images, cache, device)
-    if config.batch_size > len(latents):
-        raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
+    batches = Batches(config, latents)
     ch, h, w = latents.shape[1:]
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():
@@ -58,10 +56,8 @@ def train(
 
     with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
         while state.step < config.steps:
-            x = latents[batch_indices(config.seed, state.step, len(latents), config.batch_size)]
-            draws = draw(config.seed, state.step, x.shape)
-            batch = objective.prepare(x, draws, state.step, config.steps).to(device)
-            torch.manual_seed(int(torch.randint(2**62, (), generator=draws.generator)))  # for dropout
+            batch = batches(state.step).to(device)
+            torch.manual_seed(batches.dropout_seed(state.step))
 
             terms = objective(f, batch, state.c)
             terms.loss.backward()
@@ -107,24 +103,6 @@ def prepare_latents(
         {"shape": list(raw.shape[1:]), "image_channels": images.pixels.shape[1]},
     )
     return space.normalise(raw), space
-
-
-def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:
-    """Which samples make the batch of ``step``: ``[batch_size]`` int64, every sample once an epoch.
-
-    A function of its arguments alone, so a resumed run continues the epoch where it was.
-    """
-    position = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = position // num_samples
-    orders = torch.stack(
-        [_epoch_order(seed, epoch, num_samples) for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)]
-    )
-    return orders[epochs - epochs[0], position % num_samples]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    return torch.randperm(num_samples, generator=step_generator(seed, epoch, stream=1))
 
 
 def mean_of(c: float | Tensor) -> float:

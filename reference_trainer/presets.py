@@ -41,7 +41,7 @@ def paper() -> TrainConfig:
         couple_above=0.0,
         c=PowerLawC(),  # 4
     )
-    return replace(config, objective=objective, non_scaling_norm=True)  # 5
+    return replace(config, objective=objective, coupling_pool=1, non_scaling_norm=True)  # 5
 
 
 def pixels() -> TrainConfig:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reference_trainer.batches import SAMPLING
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.latents import LatentSpace
@@ -43,7 +44,7 @@ class TrainedModel:
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
         for index, start in enumerate(range(0, n, batch_size)):
-            generator = step_generator(seed, index, stream=2)
+            generator = step_generator(seed, index, SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
             parts.append(sample(f, z, sigmas=sigmas, generator=generator).cpu())
             bar.update(len(z))

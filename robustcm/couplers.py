@@ -125,21 +125,21 @@ class WithinClasses:
         return perm
 
 
-def gated_noise(z: Tensor, perm: Tensor, t: Tensor, above: float) -> Tensor:
-    """Coupled noise ``z[perm]`` for samples whose level ``t`` exceeds ``above``, their own ``z`` for the others.
+def gated_noise(z: Tensor, coupled: Tensor, t: Tensor, above: float) -> Tensor:
+    """The ``coupled`` noise for samples whose level ``t`` exceeds ``above``, their own ``z`` for the others.
 
     Below the gate the noise is independent of the data, as the consistency function at small noise needs it; above
     it the coupling straightens the path. ``above = 0`` couples everywhere, ``inf`` nowhere.
 
     Args:
         z: noise ``[b, ...]``, as drawn.
-        perm: ``[b]`` from a coupler.
+        coupled: noise ``[b, ...]`` as paired: ``z[perm]``, or this batch's part of a larger pool.
         t: noise level of each sample ``[b]``.
         above: threshold in units of sigma.
     Source: ours; in a prototype at d = 256 the coupling hurt without a gate and helped with one.
     """
     gate = (t > above).reshape(-1, *[1] * (z.dim() - 1))
-    return torch.where(gate, z[perm], z)
+    return torch.where(gate, coupled, z)
 
 
 def coupling_gain(x: Tensor, z: Tensor, perm: Tensor) -> Tensor:

@@ -122,13 +122,29 @@ class Objective:
         """The state before the first step."""
         return self.c.init(device)
 
-    def prepare(self, x: Tensor, draws: Draws, step: int, total_steps: int, *, labels: Tensor | None = None) -> Batch:
-        """Levels and coupling for ``x [b, ...]`` (CPU). ``labels [b]`` reach couplers that need them."""
+    def prepare(
+        self,
+        x: Tensor,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        *,
+        labels: Tensor | None = None,
+        coupled: Tensor | None = None,
+    ) -> Batch:
+        """Levels and coupling for ``x [b, ...]`` (CPU).
+
+        Args:
+            labels: ``[b]``, for couplers that need them.
+            coupled: noise ``[b, ...]`` paired with ``x`` elsewhere, say in a pool of several batches; the coupler is
+                then not asked.
+        """
         pairs = self.levels(step, total_steps, draws.uniform)
-        if self.coupler is independent:
-            return Batch(x, draws.z, pairs)
-        perm = self.coupler(x, draws.z, labels=labels, generator=draws.generator)
-        return Batch(x, gated_noise(draws.z, perm, pairs.t_hi, self.couple_above), pairs)
+        if coupled is None:
+            if self.coupler is independent:
+                return Batch(x, draws.z, pairs)
+            coupled = draws.z[self.coupler(x, draws.z, labels=labels, generator=draws.generator)]
+        return Batch(x, gated_noise(draws.z, coupled, pairs.t_hi, self.couple_above), pairs)
 
     def __call__(self, f: ConsistencyFunction, batch: Batch, state: Tensor) -> Terms:
         """The loss of ``f`` on ``batch``, both on one device; no synchronisation."""

@@ -218,14 +218,14 @@ def test_gate_gives_coupled_noise_above_it_and_own_noise_below(device):
         torch.tensor([1, 3, 2, 5.0]),
     )
     z, perm, t = (v.to(device) for v in (z, perm, t))
-    assert gated_noise(z, perm, t, above=2)[:, 0, 0].tolist() == [0, 2, 2, 0]
+    assert gated_noise(z, z[perm], t, above=2)[:, 0, 0].tolist() == [0, 2, 2, 0]
 
 
 @pytest.mark.parametrize(("above", "coupled"), [(0, True), (float("inf"), False)])
 def test_gate_at_its_ends_couples_everywhere_and_nowhere(above, coupled):
     _, z = pair(9)
     perm = torch.randperm(9, generator=generator())
-    assert torch.equal(gated_noise(z, perm, torch.full((9,), 0.002), above), z[perm] if coupled else z)
+    assert torch.equal(gated_noise(z, z[perm], torch.full((9,), 0.002), above), z[perm] if coupled else z)
 
 
 def test_gain_is_one_minus_the_cost_over_the_mean_of_the_cost_matrix():

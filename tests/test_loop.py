@@ -17,19 +17,20 @@ import torch
 from reference_trainer import loop
 from reference_trainer.__main__ import main
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.batches import Batches
 from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.evaluate import Evaluator, brief, choose_features, evaluate
 from reference_trainer.images import ImageFolder
 from reference_trainer.latents import LatentSpace
-from reference_trainer.loop import batch_indices, train
+from reference_trainer.loop import train
 from reference_trainer.networks import UNet
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import load_model
 from reference_trainer.store import load_tensors
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
-from robustcm.objective import Objective
+from robustcm.objective import Batch, Objective
 from robustcm.scales import MeasuredC
 
 CPU = torch.device("cpu")
@@ -97,14 +98,13 @@ class CrashError(Exception):
 
 
 def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(10**9))
+    class Crashing(Batches):
+        def __call__(self, asked: int) -> Batch:
+            if asked == step:
+                raise CrashError
+            return super().__call__(asked)
 
-    def counted(*arguments):
-        if next(calls) == step:
-            raise CrashError
-        return batch_indices(*arguments)
-
-    monkeypatch.setattr(loop, "batch_indices", counted)
+    monkeypatch.setattr(loop, "Batches", Crashing)
 
 
 @pytest.mark.parametrize(("step", "optimizer"), [(1, Adam()), (3, Adam()), (7, RAdam()), (11, Adam())])
@@ -152,13 +152,14 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
 ):
     whole = run(config, tmp_path / "whole")
 
-    def pressing(seed: int, step: int, *rest: int) -> torch.Tensor:
-        if step == 4:
-            signal.raise_signal(signal.SIGINT)
-        return batch_indices(seed, step, *rest)
+    class Pressing(Batches):
+        def __call__(self, step: int) -> Batch:
+            if step == 4:
+                signal.raise_signal(signal.SIGINT)
+            return super().__call__(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batch_indices", pressing)
+        patch.setattr(loop, "Batches", Pressing)
         stopped = run(config, tmp_path / "stopped")
     assert stopped.latest_checkpoint()[0] == 5
     assert_same(final_tensors(whole), final_tensors(run(config, tmp_path / "stopped")))
@@ -192,9 +193,9 @@ def test_evaluations_behind_the_restored_checkpoint_are_dropped_and_made_again(
 ):
     config = replace(config, evaluate_every=4)
     whole, crashed = run(config, tmp_path / "whole"), RunFolder(tmp_path / "crashed")
-    for calls, steps in ((5, [4]), (0, [])):  # the second crash comes right behind the checkpoint of step 3
+    for step, steps in ((5, [4]), (3, [])):  # the second crash comes right behind the checkpoint of step 3
         with monkeypatch.context() as patch:
-            crash_at(calls, patch)
+            crash_at(step, patch)
             with pytest.raises(CrashError):
                 run(config, crashed.root)
         assert [row["step"] for row in crashed.evaluations()] == steps
@@ -294,14 +295,6 @@ def test_latents_are_normalised_and_back(rng: torch.Generator):
     torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(std, torch.full((2,), 0.5))
     torch.testing.assert_close(space.undo(latents), raw, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(10, 3), (10, 10), (7, 4)])
-def test_every_sample_is_seen_once_an_epoch(num_samples: int, batch_size: int):
-    stream = torch.cat([batch_indices(0, step, num_samples, batch_size) for step in range(num_samples * 3)])
-    epochs = stream[: num_samples * 3].reshape(3, num_samples)
-    assert torch.equal(epochs.sort(1).values, torch.arange(num_samples).expand(3, -1))
-    assert not torch.equal(epochs[0], epochs[1])
 
 
 @pytest.mark.parametrize(

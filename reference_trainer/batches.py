@@ -1,0 +1,75 @@
+"""What a step trains on: which samples, their noise, and the pool in which both are paired; functions of the step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from robustcm.couplers import independent
+from robustcm.objective import Batch, draw, step_generator
+
+ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is that of `draw`
+
+
+class Batches:
+    """``batches(step)`` is the batch of that step: a function of (config, latents, step), whatever was asked before."""
+
+    def __init__(self, config: TrainConfig, latents: Tensor) -> None:
+        """``latents [n, ch, h, w]`` (CPU).
+
+        Raises:
+            UserError: fewer latents than a batch needs.
+        """
+        if config.batch_size > len(latents):
+            raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
+        self.config, self.latents = config, latents
+        self._pool: tuple[int, tuple[Tensor, ...]] = (-1, ())  # kept, because the next steps need it again
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of ``step``, on the CPU."""
+        x = self._x(step)
+        draws = draw(self.config.seed, step, x.shape)
+        return self.config.objective.prepare(x, draws, step, self.config.steps, coupled=self._coupled(step))
+
+    def dropout_seed(self, step: int) -> int:
+        """For torch's own generators, which dropout draws from."""
+        return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, DROPOUT)))
+
+    def _x(self, step: int) -> Tensor:
+        return self.latents[batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)]
+
+    def _coupled(self, step: int) -> Tensor | None:
+        """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
+        coupler, seed, size = self.config.objective.coupler, self.config.seed, self.config.coupling_pool
+        if coupler is independent:
+            return None
+        pool, part = divmod(step, size)
+        if self._pool[0] != pool:
+            steps = range(pool * size, (pool + 1) * size)
+            x = torch.cat([self._x(s) for s in steps])
+            z = torch.cat([draw(seed, s, (self.config.batch_size, *x.shape[1:])).z for s in steps])
+            perm = coupler(x, z, generator=step_generator(seed, pool, COUPLING))
+            self._pool = (pool, z[perm].split(self.config.batch_size))
+        return self._pool[1][part]
+
+
+def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:
+    """Which samples make the batch of ``step``: ``[batch_size]`` int64, every sample once an epoch.
+
+    A function of its arguments alone, so a resumed run continues the epoch where it was.
+    """
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // num_samples
+    orders = torch.stack(
+        [_epoch_order(seed, epoch, num_samples) for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)]
+    )
+    return orders[epochs - epochs[0], position % num_samples]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    return torch.randperm(num_samples, generator=step_generator(seed, epoch, ORDER))

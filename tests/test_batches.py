@@ -1,0 +1,91 @@
+"""The batch of a step is a function of the step; a pool pairs the noise of several batches, each noise used once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reference_trainer.batches import Batches, batch_indices
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from robustcm.couplers import coupling_gain, exact, independent
+from robustcm.objective import Objective, draw
+
+LATENTS = 0.5 * torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+def config(pool: int, above: float = 0.0) -> TrainConfig:
+    objective = Objective(coupler=exact, couple_above=above)
+    return TrainConfig(objective=objective, coupling_pool=pool, batch_size=8, steps=30)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(10, 3), (10, 10), (7, 4)])
+def test_every_sample_is_seen_once_an_epoch(num_samples: int, batch_size: int):
+    stream = torch.cat([batch_indices(0, step, num_samples, batch_size) for step in range(num_samples * 3)])
+    epochs = stream[: num_samples * 3].reshape(3, num_samples)
+    assert torch.equal(epochs.sort(1).values, torch.arange(num_samples).expand(3, -1))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_batch_is_a_function_of_its_step_whatever_was_asked_before():
+    forwards = Batches(config(3), LATENTS)
+    expected = [forwards(step) for step in range(9)]
+    backwards = Batches(config(3), LATENTS)
+    for step in reversed(range(9)):
+        batch = backwards(step)
+        assert torch.equal(batch.x, expected[step].x)
+        assert torch.equal(batch.z, expected[step].z)
+        assert torch.equal(batch.pairs.t_hi, expected[step].pairs.t_hi)
+
+
+def test_a_pool_uses_each_noise_of_its_steps_once_and_is_the_cheapest_such_pairing():
+    batches = Batches(config(3), LATENTS)
+    x = torch.cat([batches(step).x for step in (3, 4, 5)])
+    z = torch.cat([batches(step).z for step in (3, 4, 5)])
+    drawn = torch.cat([draw(0, step, (8, 2, 3, 3)).z for step in (3, 4, 5)])
+    assert torch.equal(z, drawn[exact(x, drawn)])
+    assert len(torch.unique(z.flatten(1), dim=0)) == 24
+
+
+def test_a_pool_of_one_is_the_objectives_own_coupling():
+    batch, objective = Batches(config(1), LATENTS)(7), config(1).objective
+    alone = objective.prepare(batch.x, draw(0, 7, batch.x.shape), 7, 30)
+    assert torch.equal(batch.z, alone.z)
+
+
+def test_a_larger_pool_gains_more():
+    latents = 0.5 * torch.randn(400, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def gain(pool: int) -> float:
+        batches = Batches(config(pool), latents)
+        x, z = (torch.cat(parts) for parts in zip(*(batches(step)[:2] for step in range(16)), strict=True))
+        return float(coupling_gain(x, z, torch.arange(len(x))))
+
+    assert gain(16) > 1.1 * gain(4) > 1.1 * 1.1 * gain(1) > 0
+
+
+def test_below_the_gate_every_sample_keeps_its_own_noise():
+    batch = Batches(config(3, above=1.0), LATENTS)(4)
+    own, above = draw(0, 4, batch.x.shape).z, batch.pairs.t_hi > 1.0
+    assert 0 < above.sum() < len(above)
+    assert torch.equal(batch.z[~above], own[~above])
+    assert not torch.equal(batch.z[above], own[above])
+
+
+def test_without_a_coupler_the_pool_changes_nothing():
+    plain = config(3)
+    plain = replace(plain, objective=replace(plain.objective, coupler=independent))
+    batch = Batches(plain, LATENTS)(4)
+    assert torch.equal(batch.z, draw(0, 4, batch.x.shape).z)
+
+
+def test_dropout_draws_other_numbers_at_every_step():
+    batches = Batches(config(1), LATENTS)
+    assert len({batches.dropout_seed(step) for step in range(200)}) == 200
+
+
+def test_a_batch_larger_than_the_data_is_said():
+    with pytest.raises(UserError, match="batch_size=8 is larger than the 7 training images"):
+        Batches(config(1), LATENTS[:7])
