@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -27,7 +28,8 @@ class Batches:
         if config.batch_size > len(latents):
             raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
         self.config, self.latents = config, latents
-        self._pool: tuple[int, tuple[Tensor, ...]] = (-1, ())  # kept, because the next steps need it again
+        self._solver = ThreadPoolExecutor(1)
+        self._pools: dict[int, Future[tuple[Tensor, ...]]] = {}
 
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``, on the CPU."""
@@ -44,17 +46,21 @@ class Batches:
 
     def _coupled(self, step: int) -> Tensor | None:
         """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
-        coupler, seed, size = self.config.objective.coupler, self.config.seed, self.config.coupling_pool
-        if coupler is independent:
+        if self.config.objective.coupler is independent:
             return None
-        pool, part = divmod(step, size)
-        if self._pool[0] != pool:
-            steps = range(pool * size, (pool + 1) * size)
-            x = torch.cat([self._x(s) for s in steps])
-            z = torch.cat([draw(seed, s, (self.config.batch_size, *x.shape[1:])).z for s in steps])
-            perm = coupler(x, z, generator=step_generator(seed, pool, COUPLING))
-            self._pool = (pool, z[perm].split(self.config.batch_size))
-        return self._pool[1][part]
+        pool, part = divmod(step, self.config.coupling_pool)
+        # The next pool is paired while this one is trained on: the solvers work outside Python's lock.
+        self._pools = {n: self._pools.get(n) or self._solver.submit(self._paired, n) for n in (pool, pool + 1)}
+        return self._pools[pool].result()[part]
+
+    def _paired(self, pool: int) -> tuple[Tensor, ...]:
+        """The noise of each step of the pool, paired with the samples of its steps."""
+        config, size = self.config, self.config.coupling_pool
+        steps = range(pool * size, (pool + 1) * size)
+        x = torch.cat([self._x(s) for s in steps])
+        z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
+        perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, COUPLING))
+        return z[perm].split(config.batch_size)
 
 
 def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:
