@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustcm.boxes import BoxStatistics, TailShape, box, fences, moments, nothing, tail_count, tail_shape
-from robustcm.chunked import Array, Chunks, body, far
+from robustcm.boxes import Array, BoxStatistics, TailShape, box, fences, moments, nothing, tail_count, tail_shape
+from robustcm.chunked import Chunks, body, far
 from robustcm.sketch import LogHistogram
 
 __all__ = [
@@ -53,7 +53,7 @@ def box_statistics(values: Array | Tensor) -> BoxStatistics:
 
 
 def _exact(chunks: Chunks, sample: Array) -> BoxStatistics:
-    b = body(chunks, sample)
+    b = body(chunks, sample, top=4 * tail_count(chunks.size) + 1)
     inner, outer = fences(b.quartiles)
     f = far(chunks, sample, b, inner, outer, top=4 * tail_count(b.count) + 1)
     return box(

@@ -1,5 +1,6 @@
 """Exact box statistics against numpy, scipy and matplotlib; the tail index on known laws."""
 
+import itertools
 import json
 import math
 import tracemalloc
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.cbook import boxplot_stats
 
-from robustcm import chunked
+from robustcm import chunked, guess
 from robustcm.tails import (
     BoxStatistics,
     TailStream,
@@ -31,8 +32,9 @@ floats = st.floats(-1e6, 1e6, width=32) | st.sampled_from([-1.0, 0.0, 0.5, 3.0, 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 8 values, a sample of 5 and narrow brackets: many pieces, many unlucky guesses."""
-    for name, value in {"CHUNK": 8, "SAMPLE": (5, 5), "BRACKET": 0.3}.items():
-        monkeypatch.setattr(chunked, name, value)
+    monkeypatch.setattr(chunked, "CHUNK", 8)
+    monkeypatch.setattr(chunked, "SAMPLE", (5, 5))
+    monkeypatch.setattr(guess, "BRACKET", 0.3)
 
 
 def draw(law: str, n: int, seed: int = 0) -> np.ndarray:
@@ -89,13 +91,17 @@ def test_equals_numpy_scipy_and_matplotlib(law: str, n: int, dtype: type) -> Non
 
 @pytest.mark.usefixtures("small_pieces")
 @settings(max_examples=150, deadline=None)
-@given(st.lists(floats, min_size=1, max_size=200), st.sampled_from([np.float32, np.float64]), st.booleans())
-@example([0.0] * 50 + [1.0], np.float32, True)
-@example([-0.0, 0.0, -1.0], np.float64, True)
-def test_is_exact_however_bad_the_sample_and_heavy_the_ties(values: list[float], dtype: type, ties: bool) -> None:
+@given(
+    st.lists(floats, min_size=1, max_size=200),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([1, 9, 30, 2**20]),
+)
+@example([0.0] * 50 + [1.0], np.float32, 1)
+@example([-0.0, 0.0, -1.0], np.float64, 1)
+def test_is_exact_however_bad_the_sample_and_heavy_the_ties(values: list[float], dtype: type, kept: int) -> None:
     x = np.array(values, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "KEPT", 1 if ties else chunked.KEPT)  # 1: every bracket overflows into the bisection
+        patch.setattr(chunked, "KEPT", kept)  # 1: every bracket overflows into the bisection; 9, 30: some do
         agrees(box_statistics(x), by_hand(x))
 
 
@@ -106,15 +112,33 @@ def test_far_finds_the_largest_distances(values: list[float], top: int) -> None:
     x = np.array(values, np.float32)
     chunks = chunked.Chunks(x)
     sample = chunks.sample()
-    b = chunked.body(chunks, sample)
+    b = chunked.body(chunks, sample, top)
     found = chunked.far(chunks, sample, b, (-math.inf, math.inf), (-math.inf, math.inf), top).distances
     np.testing.assert_array_equal(found, np.sort(np.abs(x.astype(np.float64) - b.quartiles[1]))[::-1][:top])
+
+
+@pytest.mark.parametrize("law", ["gaussian", "t3"])
+def test_everything_is_read_once_where_the_sample_is_right(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, read = draw(law, 2_000_000).astype(np.float32), []
+    get = chunked.Chunks.__getitem__
+    monkeypatch.setattr(chunked.Chunks, "__getitem__", lambda chunks, i: read.append(chunks.size) or get(chunks, i))
+    agrees(box_statistics(x), by_hand(x))
+    assert read.count(x.size) == len(chunked.Chunks(x))
+    assert sum(read) < 1.3 * x.size * len(chunked.Chunks(x))  # and the far values once more
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)).map(sorted).map(tuple), max_size=6))
+def test_a_union_of_intervals_holds_the_same_values(intervals: list[tuple[int, int]]) -> None:
+    found = guess.union(intervals)
+    for x in range(-10, 11):
+        assert any(low < x <= high for low, high in found) == any(low < x <= high for low, high in intervals)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
 
 
 def test_far_looks_again_when_the_sample_promised_too_much() -> None:
     x = np.r_[draw("gaussian", 5000), 100.0]
     chunks, inside = chunked.Chunks(x), (-math.inf, math.inf)
-    b = chunked.body(chunks, x)
+    b = chunked.body(chunks, np.sort(x), 10)
     found = chunked.far(chunks, np.full(5000, 99.0), b, inside, inside, 10)
     np.testing.assert_array_equal(found.distances, np.sort(np.abs(x - b.quartiles[1]))[::-1][:10])
     assert found.extremes == (x.min(), 100)
