@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import tracemalloc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.cbook import boxplot_stats
 
 from robustcm import chunked, guess
+from robustcm.boxes import fences
 from robustcm.tails import (
     BoxStatistics,
     TailStream,
@@ -125,6 +126,20 @@ def test_everything_is_read_once_where_the_sample_is_right(law: str, monkeypatch
     agrees(box_statistics(x), by_hand(x))
     assert read.count(x.size) == len(chunked.Chunks(x))
     assert sum(read) < 1.3 * x.size * len(chunked.Chunks(x))  # and the far values once more
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_far_reads_everything_where_the_ends_kept_do_not_reach_in_far_enough(side: int) -> None:
+    x = draw("gaussian", 100_000)
+    chunks, sample = chunked.Chunks(x), chunked.Chunks(x).sample()
+    b = chunked.body(chunks, sample, 10)
+    inner, outer = fences(b.quartiles)
+    expected = asdict(chunked.far(chunks, sample, replace(b, ends=None), inner, outer, 10))
+    for reach in (b.reach, (-3.0, b.reach[1]) if side == 0 else (b.reach[0], 3.0)):
+        short = replace(b, reach=reach, ends=x[(x <= reach[0]) | (x > reach[1])])
+        found = asdict(chunked.far(chunks, sample, short, inner, outer, 10))
+        np.testing.assert_array_equal(found.pop("distances"), expected["distances"])
+        assert found == {name: value for name, value in expected.items() if name != "distances"}
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)).map(sorted).map(tuple), max_size=6))
