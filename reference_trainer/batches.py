@@ -13,7 +13,7 @@ from reference_trainer.errors import UserError
 from robustcm.couplers import independent
 from robustcm.objective import Batch, draw, step_generator
 
-ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is that of `draw`
+ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is `draw`'s
 
 
 class Batches:

@@ -12,6 +12,7 @@ from torch import nn
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
+from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
 from robustcm.losses import cauchy
@@ -119,6 +120,8 @@ class TrainConfig:
 
     data: Digits | ImageFolder = Digits()
     autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
+    outliers: ImpulsiveOutliers | None = None
+    """Put into the latents to study what they do; the samples are still compared with the clean images."""
     network: UNet | DiT = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""

@@ -11,9 +11,36 @@ from tqdm import tqdm
 from reference_trainer.autoencoders import Codec
 from reference_trainer.errors import UserError
 from reference_trainer.images import to_pixels, to_unit
+from robustcm.objective import step_generator
+
+OUTLIERS = 5  # the stream of `step_generator` they are drawn from
 
 SIGMA_DATA = 0.5
 """Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpulsiveOutliers:
+    """Latents made impulsive on purpose: a known amount of what the paper finds in the latents of large autoencoders.
+
+    Every element, independently with probability ``share``, has its deviation from its channel's mean multiplied by
+    ``factor``. Applied to raw latents, so that the normalisation sees the outliers, as it would natural ones.
+    """
+
+    share: float = 0.01
+    factor: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {self.share}")
+
+    def __call__(self, raw_latents: Tensor) -> Tensor:
+        """``[n, ch, h, w] -> [n, ch, h, w]``, a function of the latents and ``seed``."""
+        generator = step_generator(self.seed, 0, stream=OUTLIERS)
+        hit = torch.rand(raw_latents.shape, generator=generator) < self.share
+        mean = raw_latents.mean((0, 2, 3), keepdim=True)
+        return torch.where(hit, mean + self.factor * (raw_latents - mean), raw_latents)
 
 
 @dataclass(frozen=True)

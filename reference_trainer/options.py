@@ -19,6 +19,7 @@ from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
+from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm import couplers, early, losses, objective, scales, schedules, sketch
 
@@ -27,6 +28,7 @@ RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder),
     (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
+    (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "network"): (DiT, UNet),
     (TrainConfig, "objective"): (objective.Objective,),
     (TrainConfig, "optimizer"): (Adam, RAdam),
