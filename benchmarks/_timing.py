@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -18,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from reference_trainer.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -76,28 +75,9 @@ def peak_beyond(call: Callable[[], object]) -> float:
     return (_field(status, "VmHWM") - before) / 1e3
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on; no host name."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
-        name = found[1]
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "date": datetime.date.today().isoformat(),
-        "load_average": os.getloadavg()[0],  # above the number of cores: somebody else was computing too
-    }
-
-
 def write_json(theme: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> Path:
-    """Writes ``results/<theme>_<machine>_<date>.json``; call ``machine()`` before the work and pass it as ``about``."""
-    about = about or machine()
+    """Writes ``results/<theme>_<machine>_<date>.json``; ``about`` is ``describe_machine()`` from before the work."""
+    about = about or describe_machine()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['gpu'] or about['cpu']} {about['cores']}c".lower()).strip("-")
     path = RESULTS / f"{theme}_{slug}_{about['date']}.json"
     path.parent.mkdir(exist_ok=True)

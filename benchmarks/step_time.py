@@ -15,10 +15,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from _timing import Timing, machine, measure, write_json
+from _timing import Timing, measure, write_json
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.machine import keep_freed_memory
+from reference_trainer.machine import describe_machine, keep_freed_memory
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.presets import PRESETS
 from reference_trainer.state import TrainState
@@ -82,7 +82,7 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS], default="digits")
-    parser.add_argument("--latents", type=int, nargs=3, default=[1, 4, 4], metavar=("CH", "H", "W"))
+    parser.add_argument("--latents", type=int, nargs=3, default=[2, 4, 4], metavar=("CH", "H", "W"))
     parser.add_argument("--whole", choices=["kept", "given back"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = next(preset() for preset in PRESETS if preset.__name__ == options.preset)
@@ -93,7 +93,7 @@ def main() -> None:
         timing = measure(parts(config, shape)["whole step"], min_seconds=10)
         print(timing.median, timing.q1, timing.q3, timing.cpu, timing.runs)
         return
-    about, rows = machine(), []
+    about, rows = describe_machine(), []
     keep_freed_memory()
     for name, call in parts(config, shape).items():
         rows.append({"part": name, "seconds": measure(call)})

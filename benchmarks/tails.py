@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _timing import extra_memory, machine, measure, peak_beyond, write_json
+from _timing import extra_memory, measure, peak_beyond, write_json
 from matplotlib.cbook import boxplot_stats
 
+from reference_trainer.machine import describe_machine
 from robustcm.tails import TailStream, box_statistics
 
 PIECE = 10**7
@@ -92,7 +93,7 @@ def main() -> None:
         CALLS[options.memory_of](x[:1000])  # what the first call loads is not memory of this one
         print(peak_beyond(lambda: CALLS[options.memory_of](x)))
         return
-    about = machine()
+    about = describe_machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = exact([10**6, 10**7] if options.quick else [10**6, 10**7, 10**8])
     rows.append(streamed(10**8 if options.quick else 10**9))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from reference_trainer import ablate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.evaluate import Evaluator, as_table, choose_features, evaluate, record, write_report
@@ -23,7 +24,7 @@ from reference_trainer.report import tile
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import load_model
 
-COMMANDS = ("train", "sample", "evaluate")
+COMMANDS = ("train", "sample", "evaluate", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Without a command: train. `python -m reference_trainer train --help` shows presets and options.",
     )
-    commands = top.add_subparsers(required=True, metavar="{train,sample,evaluate}")
+    commands = top.add_subparsers(required=True, metavar="{train,sample,evaluate,ablate}")
 
     training = commands.add_parser(
         "train",
@@ -62,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("options", nargs="*", metavar="path.to.field=value", help="change one field; see below")
     training.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits)")
     training.add_argument(
-        "--run", metavar="DIR", type=Path, help="run folder (default: runs/PRESET or runs/PRESET-DATA)"
+        "--run",
+        metavar="DIR",
+        type=Path,
+        help="run folder (default: runs/PRESET or runs/PRESET-DATA); alone, with a folder that is a run: continue that "
+        "run as it is configured",
     )
     training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
     training.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
@@ -87,7 +92,10 @@ def parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--seed", type=int, default=0)
     evaluating.set_defaults(run_command=run_evaluate)
 
-    for command in (training, sampling, evaluating):
+    ablating = ablate.add_parser(commands)
+    ablating.set_defaults(run_command=ablate.run_ablate)
+
+    for command in (training, sampling, evaluating, ablating):
         command.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     return top
 
@@ -144,7 +152,11 @@ def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
 def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
     started = time.monotonic()
-    name, config = configuration(options)
+    bare = options.preset is None and not options.options and options.data is None
+    if bare and options.run is not None and (options.run / "config.json").exists():
+        name, config = options.run.name, RunFolder(options.run).config()
+    else:
+        name, config = configuration(options)
     if options.show:
         print("\n".join(f"{path}={value}" for path, value in leaves(config)))
         return 0

@@ -15,7 +15,7 @@ from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
-from robustcm.losses import cauchy
+from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
@@ -126,21 +126,21 @@ class TrainConfig:
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(
-        distance=cauchy,
+        distance=geman_mcclure,
         c=MeasuredC(),
-        levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=80)),
+        levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
         couple_above=1.0,
     )
-    coupling_pool: int = 4
+    coupling_pool: int = 2
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
     time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam = Adam()
     learning_rate: ConstantLR | CosineLR = CosineLR()
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
-    batch_size: int = 128
-    steps: int = 4000
+    batch_size: int = 256
+    steps: int = 1500
     seed: int = 0
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the

@@ -50,10 +50,11 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
         "floor: half against half": train[:half],
         "ceiling: noise decoded": model.space.decode(noise.to(model.device)),
     }
-    vectors = features(train)
+    vectors, held_out_vectors = features(train), features(held_out)
     rows = {}
     for name, pixels in tqdm(sets.items(), desc="comparing", unit="set", leave=False, delay=2):
-        rows[name] = measure(pixels, vectors[half:] if name.startswith("floor: half") else vectors, features)
+        reference = vectors[half:] if name.startswith("floor: half") else vectors
+        rows[name] = measure(pixels, reference, features, None if pixels is held_out else held_out_vectors)
     out = {
         "step": model.step,
         "seed": seed,
@@ -115,10 +116,16 @@ def samples_of(model: TrainedModel, n: int, seed: int) -> dict[str, Tensor]:
     return {name: model.images(n, model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
 
 
-def measure(pixels: Tensor, vectors: Tensor, features: Features) -> dict[str, float]:
-    """All metrics of ``pixels [n, ch, h, w]`` against ``vectors [m, k]``; of digits also which share looks like one."""
+def measure(pixels: Tensor, vectors: Tensor, features: Features, held_out: Tensor | None = None) -> dict[str, float]:
+    """All metrics of ``pixels [n, ch, h, w]`` against ``vectors [m, k]``; of digits also which share looks like one.
+
+    With enough ``held_out [l, k]`` for a covariance, also the Frechet distance to these: a model that memorises comes
+    close to the training images alone.
+    """
     others = features(pixels)
     row = compare(vectors, others)
+    if held_out is not None and len(held_out) > held_out.shape[1]:
+        row["frechet_held_out"] = frechet_distance(held_out, others)
     if isinstance(features, DigitClassifier):
         sure = features.probabilities_of(others).max(1).values >= 0.9
         row["sure_digits"] = float(sure.float().mean())
@@ -141,13 +148,17 @@ def as_table(evaluation: dict[str, Any]) -> str:
     """The evaluation as lines for a terminal."""
     lines = [
         f"step {evaluation['step']}, in {evaluation['features']},",
-        f"against {evaluation['reference']}; precision and recall on up to 2000 of each:",
+        f"against {evaluation['reference']}; precision and recall on up to 2000 of each, "
+        "held-out: Frechet distance to the held-out images:",
         f"{'':26}{'n':>6}{'Frechet':>10}{'kernel':>9}{'precision':>11}{'recall':>8}"
+        + "{:>10}".format("held-out")
         + ("{:>9}".format("p >= .9") if "classifier_accuracy_held_out" in evaluation else ""),
     ]
     for name, row in evaluation["rows"].items():
         line = f"{name:26}{row['n']:6d}{row['frechet']:10.2f}{row['kernel_x1000']:9.2f}{row['precision']:11.3f}"
-        line += f"{row['recall']:8.3f}" + (f"{row['sure_digits']:9.3f}" if "sure_digits" in row else "")
+        line += f"{row['recall']:8.3f}"
+        line += f"{row['frechet_held_out']:10.2f}" if "frechet_held_out" in row else f"{'-':>10}"
+        line += f"{row['sure_digits']:9.3f}" if "sure_digits" in row else ""
         lines.append(line)
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")

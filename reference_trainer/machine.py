@@ -1,11 +1,16 @@
-"""What a process finds on its machine: a device, a folder for caches, memory that stays."""
+"""What a process finds on its machine: a device, a folder for caches, memory that stays, a description."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
+import platform
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from reference_trainer.errors import UserError
@@ -44,3 +49,22 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("ROBUSTCM_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustcm"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What measured figures depend on; no host name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
+        name = found[1]
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "date": datetime.date.today().isoformat(),
+        "load_average": os.getloadavg()[0],  # above the number of cores: somebody else was computing too
+    }

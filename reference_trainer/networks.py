@@ -67,7 +67,7 @@ class DiT:
     """A diffusion transformer: diffusers' PixArtTransformer2DModel (DiT with adaLN-single) without a text.
 
     A patch as large as the latents makes them one token, and the network a residual MLP with time modulation: for
-    latents of a few dozen elements convolutions have nothing to share (`benchmarks/recipe.py` compares with a UNet).
+    latents of a few dozen elements convolutions have nothing to share.
     """
 
     width: int = 256

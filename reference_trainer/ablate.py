@@ -1,0 +1,384 @@
+"""`python -m reference_trainer ablate`: arms with paired seeds under one budget, side by side, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from reference_trainer.batches import Batches
+from reference_trainer.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
+from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
+from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite
+from reference_trainer.latents import encode
+from reference_trainer.machine import cache_folder, describe_machine, device_of
+from reference_trainer.options import override
+from reference_trainer.report import save_figure
+from reference_trainer.run import RunFolder
+from reference_trainer.state import TrainState
+from reference_trainer.store import write_atomically
+from robustcm.consistency import Preconditioned
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm on a suite with a seed."""
+
+    suite: str
+    arm: str
+    seed: int
+    config: TrainConfig
+    run: RunFolder
+
+    def finished(self) -> bool:
+        """Whether its evaluation is there."""
+        return (self.run.root / "evaluation.json").exists()
+
+
+def jobs_of(
+    arms: Sequence[tuple[Arm, TrainConfig]], suites: Sequence[Suite], seeds: Sequence[int], out: Path
+) -> list[Job]:
+    """All runs, seed by seed, so that every arm has its first seed before any has its second."""
+    jobs = []
+    for seed in seeds:
+        for suite in suites:
+            for arm, config in arms:
+                ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
+                root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
+                jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root)))
+    return jobs
+
+
+def _slug(name: str) -> str:
+    return "".join(ch if ch.isalnum() else "-" for ch in name.lower()).strip("-").replace("--", "-").replace("--", "-")
+
+
+def run_jobs(
+    jobs: Sequence[Job], out: Path, workers: int, devices: Sequence[str], stop_above: float, about: dict[str, Any]
+) -> list[Result]:
+    """Run what is not finished, ``workers`` at a time; the report is written anew behind each run.
+
+    Args:
+        devices: "cpu", or one name a GPU; workers take them in turn.
+        stop_above: see ``stopped_arms``; inf: never.
+    Raises:
+        KeyboardInterrupt: after the children saved.
+    """
+    for job in jobs:
+        with job.run.locked():
+            job.run.claim(job.config)
+    children = Children()
+    with tqdm(total=len(jobs), desc="runs", unit="run") as bar, ThreadPoolExecutor(workers) as pool, children:
+        results: dict[int, Result] = {}
+
+        def work(index: int) -> tuple[int, Result | None]:
+            job = jobs[index]
+            if children.stopping:
+                return index, None
+            stopped = stopped_arms([r for r in list(results.values()) if r.suite == job.suite], stop_above)
+            if not job.finished() and (job.suite, job.arm) in stopped:
+                return index, None
+            return index, children.run(job, devices[index % len(devices)])
+
+        for done in as_completed([pool.submit(work, index) for index in range(len(jobs))]):
+            index, result = done.result()
+            if result is not None:
+                results[index] = result
+                bar.set_postfix_str(f"{result.arm}, {result.suite}, seed {result.seed}", refresh=False)
+                write_comparison([results[i] for i in sorted(results)], out, stop_above, about)
+            bar.update()
+    if children.stopping:
+        raise KeyboardInterrupt
+    return [results[i] for i in sorted(results)]
+
+
+def stopped_arms(results: Sequence[Result], above: float) -> list[tuple[str, str]]:
+    """The rule: an arm's further seeds are skipped once its first finished seed is ``above`` times the baseline's.
+
+    Frechet distances at 1 evaluation, on the same seed and suite. Returns (suite, arm).
+    """
+    out = []
+    for suite, arm in dict.fromkeys((r.suite, r.arm) for r in results):
+        values, baseline = (by_seed(results, suite, name, ONE) for name in (arm, BASELINE))
+        common = sorted(values.keys() & baseline.keys())
+        if common and values[common[0]] > above * baseline[common[0]]:
+            out.append((suite, arm))
+    return out
+
+
+class Children:
+    """The training processes; inside the block Ctrl-C asks each of them to save and stop."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Children:
+        self._previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+        tqdm.write("stopping: the runs are saved; the same command goes on with them")
+        for child in list(self._running):
+            child.send_signal(signal.SIGINT)
+
+    def run(self, job: Job, device: str) -> Result | None:
+        """Train and evaluate in a process of its own, or read what is there. None: stopped."""
+        failure = ""
+        if not job.finished():
+            command = [
+                sys.executable,
+                "-m",
+                "reference_trainer",
+                "train",
+                f"--run={job.run.root}",
+                f"--device={device}",
+            ]
+            with (job.run.root / "log.txt").open("w") as log, self._lock:
+                # A session of its own: the terminal's Ctrl-C reaches this process, which passes it on once.
+                child = subprocess.Popen(
+                    command,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=log,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._running.add(child)
+            child.wait()
+            self._running.discard(child)
+            if child.returncode and self.stopping:
+                return None
+            if child.returncode:
+                lines = (job.run.root / "log.txt").read_text(errors="replace").strip().splitlines()
+                failure = lines[-1].removeprefix("error: ")[:200] if lines else f"status {child.returncode}"
+        rows = {} if failure else json.loads((job.run.root / "evaluation.json").read_text())["rows"]
+        return Result(
+            suite=job.suite,
+            arm=job.arm,
+            seed=job.seed,
+            steps=job.config.steps,
+            seconds=training_seconds(job.run),
+            rows=rows,
+            failure=failure,
+        )
+
+
+def training_seconds(run: RunFolder) -> float:
+    """Wall time of training, over all its sittings."""
+    total = before = 0.0
+    for row in run.metrics():
+        total += row["seconds"] - (before if row["seconds"] >= before else 0.0)  # the clock restarts with each sitting
+        before = row["seconds"]
+    return total
+
+
+def write_comparison(results: Sequence[Result], out: Path, stop_above: float, about: dict[str, Any]) -> None:
+    """ablation.md, ablation.json and ablation.png in ``out``."""
+    stopped = stopped_arms(results, stop_above)
+    steps = sorted({r.steps for r in results})
+    lines = [
+        f"`{about['command']}`",
+        "",
+        f"{about['machine']}; {about['date']}; {'steps ' + ', '.join(map(str, steps))}; paired seeds "
+        f"{sorted({r.seed for r in results})}. FD: Frechet distance to the clean training images, lower is better; "
+        "mean (each seed). Ratio: geometric mean over paired seeds (95 % t interval).",
+        "",
+    ]
+    if stop_above < float("inf"):
+        lines += [
+            f"Rule: an arm whose first seed is above {stop_above:g} times the baseline's gets no further seed.",
+            "",
+        ]
+    text = "\n".join(lines) + as_markdown(results, BASELINE, stopped)
+    write_atomically(out / "ablation.md", text.encode())
+    report = about | {"stopped": stopped, "runs": [asdict(r) for r in results]}
+    write_atomically(out / "ablation.json", (json.dumps(report, indent=1) + "\n").encode())
+    save_figure(draw_comparison(results, BASELINE), out / "ablation.png")
+
+
+def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> None:
+    """Fit, once and before the workers start, what they would each fit at the same time."""
+    fitted = set()
+    for job in jobs:
+        key = (job.config.data, job.config.autoencoder)
+        if not job.finished() and key not in fitted:
+            fitted.add(key)
+            job.config.autoencoder.fit(job.config.data.load(), device, cache)
+
+
+def steps_within(
+    seconds: float,
+    arms: Sequence[tuple[Arm, TrainConfig]],
+    shape: tuple[int, int, int],
+    out: Path,
+    device: torch.device,
+) -> dict[str, int]:
+    """How many steps each arm makes in ``seconds``: timed side by side, arm after arm, in many short turns.
+
+    The times go to OUT/timing.json and are read from there the next time, so that a continued ablation is the same.
+    """
+    file = out / "timing.json"
+    timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if missing := [(arm.name, config) for arm, config in arms if arm.name not in timed]:
+        timed |= seconds_per_step(missing, shape, device)
+        write_atomically(file, (json.dumps(timed, indent=1) + "\n").encode())
+    return {arm.name: max(1, round(seconds / timed[arm.name])) for arm, _ in arms}
+
+
+def seconds_per_step(
+    arms: Sequence[tuple[str, TrainConfig]], shape: tuple[int, int, int], device: torch.device, turns: int = 30
+) -> dict[str, float]:
+    """The median time of a training step of each arm; one step an arm in turn, the first few not counted."""
+    steppers = {name: _steps(config, shape, device) for name, config in arms}
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    for turn in tqdm(range(turns + 5), desc="timing the arms", unit="turn"):
+        for name, stepper in steppers.items():
+            started = time.perf_counter()
+            next(stepper)
+            if turn >= 5:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _steps(config: TrainConfig, shape: tuple[int, int, int], device: torch.device) -> Iterator[None]:
+    """Training steps on white latents, for their time."""
+    latents = 0.5 * torch.randn(4 * config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    state, batches = TrainState.create(config, shape, device), Batches(config, latents)
+    f = Preconditioned(state.network.train())
+    for step in range(config.steps):
+        terms = config.objective(f, batches(step).to(device), state.c)
+        terms.loss.backward()
+        state.optimizer_step(config.optimizer, 1e-4)
+        state.update_ema(config.ema_decay)
+        state.c = terms.state
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        yield
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """`ablate` among the commands of the trainer."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "ablate",
+        help="compare techniques: arms with paired seeds under one budget",
+        description="Train a ladder of arms with paired seeds under one budget and compare them. The same command "
+        "again goes on where the last one stopped. Writes ablation.md, .json and .png into OUT.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("options", nargs="*", metavar="path.to.field=value", help="change a field in every arm")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
+    parser.add_argument("--suites", nargs="+", metavar="SUITE", default=[SUITES[0].name], help="default: clean")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, default=5000, help="budget of every run in steps (default 5000)")
+    budget.add_argument("--seconds", type=float, help="... or in seconds of training: faster arms make more steps")
+    parser.add_argument(
+        "--stop-above",
+        type=float,
+        default=math.inf,
+        metavar="R",
+        help="give an arm no further seed once its first has R times the baseline's distance (default: never)",
+    )
+    parser.add_argument("--workers", type=int, help="runs at a time (default: the cores, or the GPUs)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
+    parser.add_argument("--list", action="store_true", help="print arms and suites and stop")
+    return parser
+
+
+EPILOG = """
+examples:
+  python -m reference_trainer ablate --list
+  python -m reference_trainer ablate --steps 5000 network.width=128
+  python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
+"""
+
+
+def run_ablate(options: argparse.Namespace) -> int:
+    """Compare the arms."""
+    if options.list:
+        print("arms:", *(f"  {arm.name}" for arm in ARMS), "suites:", *(f"  {s.name}" for s in SUITES), sep="\n")
+        return 0
+    if not options.stop_above > 1:
+        raise UserError(f"--stop-above must be larger than 1, got {options.stop_above}")
+    for name, value in (
+        ("--steps", options.steps),
+        ("--seconds", options.seconds or 1),
+        ("--workers", options.workers or 1),
+    ):
+        if not value > 0:
+            raise UserError(f"{name} must be positive, got {value}")
+    device = device_of(options.device)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
+    chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in picked(options.arms, ARMS)]
+    suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
+    arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
+    about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
+    if options.seconds:
+        shape = latent_shape(arms[0][1], device)
+        steps = steps_within(options.seconds, arms, shape, options.out, device)
+        arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
+    else:
+        arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
+    jobs = jobs_of(arms, suites, options.seeds, options.out)
+    fit_autoencoders(jobs, cache_folder(), device)
+    workers = options.workers or len(gpus) or os.cpu_count() or 1
+    run_jobs(jobs, options.out, workers, gpus or [str(device)], options.stop_above, about)
+    print((options.out / "ablation.md").read_text())
+    print(f"look at {options.out / 'ablation.png'}")
+    return 0
+
+
+def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str]:
+    """``names``, checked, or all."""
+    known = [part.name for part in there]
+    if unknown := set(names or ()) - set(known):
+        raise UserError(f"unknown {', '.join(sorted(unknown))}: there are {'; '.join(known)}")
+    return set(names or known)
+
+
+def with_options(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
+    """``config`` with every option applied."""
+    for option in options:
+        config = override(config, option)
+    return config
+
+
+def latent_shape(config: TrainConfig, device: torch.device) -> tuple[int, int, int]:
+    """(ch, h, w) of the latents of ``config``."""
+    images = config.data.load()
+    codec = config.autoencoder.fit(images, device, cache_folder())
+    ch, h, w = encode(codec, images.train[:1], device).shape[1:]
+    return ch, h, w
+
+
+def command_line() -> str:
+    """What was typed."""
+    return "python -m reference_trainer " + shlex.join(sys.argv[1:])

@@ -1,0 +1,155 @@
+"""Arms of an ablation side by side: paired statistics, the Markdown table, the picture; functions of the results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from reference_trainer.report import new_figure
+
+ONE, TWO = "1 evaluation", "2 evaluations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run of the ablation."""
+
+    suite: str
+    arm: str
+    seed: int
+    steps: int
+    seconds: float
+    """Of training, wall time."""
+    rows: dict[str, dict[str, float]]
+    """Of evaluation.json; empty where the run failed."""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio to the baseline over paired seeds: geometric mean and 95 % interval (None with fewer than two pairs)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ({self.low:.2f} .. {self.high:.2f})" if self.low is not None else "")
+
+
+def paired_ratio(values: dict[int, float], baseline: dict[int, float]) -> Ratio | None:
+    """``values / baseline`` over the seeds both have; a t interval on the log of the ratio.
+
+    Args:
+        values, baseline: one positive figure a seed.
+    Returns:
+        None without a common seed.
+    """
+    logs = [math.log(values[seed] / baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    if not logs:
+        return None
+    mean = statistics.fmean(logs)
+    if len(logs) == 1:
+        return Ratio(math.exp(mean), None, None, 1)
+    half = student_t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+
+def by_seed(results: Sequence[Result], suite: str, arm: str, row: str, metric: str = "frechet") -> dict[int, float]:
+    """One metric of one arm, a value a seed; runs that failed are left out."""
+    chosen = [r for r in results if (r.suite, r.arm) == (suite, arm) and row in r.rows and metric in r.rows[row]]
+    return {r.seed: r.rows[row][metric] for r in chosen}
+
+
+def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tuple[str, str]] = ()) -> str:
+    """A table a suite. ``stopped``: (suite, arm) whose further seeds were skipped by the rule."""
+    parts = []
+    for suite in _distinct([r.suite for r in results]):
+        parts += [f"### {suite}", "", *_HEAD]
+        for arm in _distinct([r.arm for r in results if r.suite == suite]):
+            parts.append(_line(results, suite, arm, baseline, (suite, arm) in stopped))
+        parts += ["", *_bounds([r for r in results if r.suite == suite]), ""]
+    return "\n".join(parts)
+
+
+_COLUMNS = (
+    *("arm", "FD, 1 evaluation", "ratio to the baseline", "FD, 2 evaluations", "ratio to the baseline"),
+    *("p >= .9", "precision", "recall", "FD to held-out", "steps", "s"),
+)
+_HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS))
+
+
+def _line(results: Sequence[Result], suite: str, arm: str, baseline: str, stopped: bool) -> str:
+    own = [r for r in results if (r.suite, r.arm) == (suite, arm)]
+    cells = [arm]
+    for row in (ONE, TWO):
+        values = by_seed(results, suite, arm, row)
+        ratio = paired_ratio(values, by_seed(results, suite, baseline, row)) if arm != baseline else None
+        cells += [_spread(values, 1), str(ratio) if ratio else "-"]
+    cells += [_spread(by_seed(results, suite, arm, ONE, name), 3, each=False) for name in _SHARES]
+    cells.append(_spread(by_seed(results, suite, arm, ONE, "frechet_held_out"), 1, each=False))
+    cells += [str(own[0].steps), f"{statistics.fmean(r.seconds for r in own):.0f}"]
+    failures = [f"seed {r.seed} failed: {r.failure}" for r in own if r.failure]
+    notes = "; ".join([*failures, *(["further seeds skipped by the rule"] if stopped else [])])
+    cells[0] += f" ({notes})" if notes else ""
+    return "| " + " | ".join(cells) + " |"
+
+
+_SHARES = ("sure_digits", "precision", "recall")
+
+
+def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
+    """Mean and, behind it, each seed's value."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values.values()):.{digits}f}"
+    shown = ", ".join(f"{values[seed]:.{digits}f}" for seed in sorted(values))
+    return f"{mean} ({shown})" if each and len(values) > 1 else mean
+
+
+def _bounds(results: Sequence[Result]) -> list[str]:
+    """What bounds the figures of a suite: the reference rows of its first run that has them."""
+    rows = next((r.rows for r in results if r.rows), {})
+    named = [f"{name} {row['frechet']:.1f}" for name, row in rows.items() if name not in (ONE, TWO)]
+    return [f"FD of the bounds: {'; '.join(named)}."] if named else []
+
+
+def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
+    """A panel a suite, a line an arm: Frechet distance at 1 (filled) and 2 evaluations (open), a dot a seed."""
+    suites = _distinct([r.suite for r in results])
+    arms = _distinct([r.arm for r in results])
+    figure, axes = new_figure(len(suites), width=3.4 + 3.6 * len(suites), height=1.3 + 0.34 * len(arms))
+    for ax, suite in zip(axes[0], suites, strict=True):
+        for position, arm in enumerate(arms):
+            for row, shift, colour, face in ((ONE, -0.13, "#1f5fa8", "#1f5fa8"), (TWO, 0.13, "#d1731b", "white")):
+                values = list(by_seed(results, suite, arm, row).values())
+                if not values:
+                    continue
+                y = position + shift
+                ax.plot(values, [y] * len(values), "|", color=colour, markersize=7, alpha=0.7)
+                label = row if position == 0 else None
+                centre = float(np.exp(np.mean(np.log(values))))
+                ax.plot(centre, y, "o", color=colour, markerfacecolor=face, markersize=6, label=label)
+            if any(r.failure for r in results if (r.suite, r.arm) == (suite, arm)):
+                ax.annotate("failed", (0.99, position), xycoords=("axes fraction", "data"), ha="right", va="center")
+        if values := list(by_seed(results, suite, baseline, ONE).values()):
+            ax.axvline(float(np.exp(np.mean(np.log(values)))), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
+        ax.set(title=suite, xscale="log", xlabel="Frechet distance (lower is better)", ylim=(len(arms) - 0.5, -0.5))
+        ax.set_yticks(range(len(arms)), arms if ax is axes[0, 0] else [""] * len(arms))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.tick_params(axis="x", which="both", labelsize=8)
+        ax.grid(axis="y", color="0.93")
+    axes[0, 0].legend(loc="lower left", bbox_to_anchor=(-0.02, -0.005), fontsize=8)
+    return figure
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,81 @@
+"""What `ablate` compares: the arms, each a configuration in a visible line or two, and the data they are tried on.
+
+All arms share data, network, optimiser, batch and budget; they differ in technique alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.latents import ImpulsiveOutliers
+from reference_trainer.presets import digits, ilct, paper
+from robustcm.couplers import exact, independent
+from robustcm.early import EarlyDiffusion
+from robustcm.losses import cauchy, geman_mcclure, pseudo_huber
+from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table."""
+
+    name: str
+    build: Callable[[], TrainConfig]
+
+
+def changed(config: TrainConfig, **parts: Any) -> TrainConfig:
+    """``config`` with parts of its objective exchanged."""
+    return replace(config, objective=replace(config.objective, **parts))
+
+
+BASELINE = "iLCT"
+
+ARMS: tuple[Arm, ...] = (
+    # The baseline plus one technique each ...
+    Arm(BASELINE, ilct),
+    Arm("iLCT + Cauchy", lambda: changed(ilct(), distance=cauchy)),
+    Arm("iLCT + Geman-McClure", lambda: changed(ilct(), distance=geman_mcclure)),
+    Arm("iLCT + early diffusion", lambda: changed(ilct(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
+    Arm("iLCT + coupling", lambda: changed(replace(ilct(), coupling_pool=1), coupler=exact, couple_above=0.0)),
+    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, couple_above=1.0)),
+    Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
+    Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
+    Arm("iLCT + NsLN", lambda: replace(ilct(), non_scaling_norm=True)),
+    # ... two of them together, all five, and the recipe of this repository ...
+    Arm("iLCT + Cauchy, measured c", lambda: changed(ilct(), distance=cauchy, c=MeasuredC())),
+    Arm("paper", paper),
+    Arm("ours", digits),
+    # ... and that recipe with one part taken out.
+    Arm("ours, Pseudo-Huber", lambda: changed(digits(), distance=pseudo_huber)),
+    Arm("ours, Cauchy", lambda: changed(digits(), distance=cauchy)),
+    Arm("ours, constant c", lambda: changed(digits(), c=ConstantC())),
+    Arm("ours, no coupling", lambda: changed(digits(), coupler=independent)),
+    Arm("ours, coupling without gate", lambda: changed(digits(), couple_above=0.0)),
+    Arm("ours, pool of one batch", lambda: replace(digits(), coupling_pool=1)),
+    Arm("ours + early diffusion", lambda: changed(digits(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
+    Arm("ours + NsLN", lambda: replace(digits(), non_scaling_norm=True)),
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Data of known tails: what is done to the latents of every arm."""
+
+    name: str
+    change: Callable[[TrainConfig], TrainConfig]
+
+
+def with_outliers(share: float) -> Callable[[TrainConfig], TrainConfig]:
+    """``share`` of all latent elements ten times as far from their mean; judged against clean images."""
+    return lambda config: replace(config, outliers=ImpulsiveOutliers(share=share))
+
+
+SUITES: tuple[Suite, ...] = (
+    Suite("clean", lambda config: config),
+    Suite("outliers-0.1%", with_outliers(0.001)),
+    Suite("outliers-1%", with_outliers(0.01)),
+    Suite("outliers-5%", with_outliers(0.05)),
+)

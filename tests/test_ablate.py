@@ -1,0 +1,164 @@
+"""The ladder runs, goes on where it stopped, stops arms by its rule, says what failed; its statistics are scipy's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from reference_trainer.__main__ import main
+from reference_trainer.ablate import jobs_of, stopped_arms, training_seconds
+from reference_trainer.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
+from reference_trainer.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.run import RunFolder
+
+TINY = [
+    *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
+    "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
+]
+
+
+def result(arm: str, seed: int, one: float, two: float = 5.0, suite: str = "clean") -> Result:
+    rows = {ONE: {"frechet": one, "precision": 0.5}, TWO: {"frechet": two}, "reconstructions": {"frechet": 1.0}}
+    return Result(suite=suite, arm=arm, seed=seed, steps=10, seconds=1.0, rows=rows)
+
+
+@pytest.fixture
+def command(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    options = [option.format(folder=repr(str(image_folder))) for option in TINY]
+    return ["ablate", "--device=cpu", f"--out={tmp_path / 'out'}", "--workers=2", *options]
+
+
+def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command += ["--arms", "ours", "--suites", "outliers-5%", "--seeds", "0", "1", "--steps", "3"]
+    assert main(command) == 0
+    out = tmp_path / "out"
+    printed = capsys.readouterr().out
+    assert "| ours |" in printed
+    runs = json.loads((out / "ablation.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"], run["failure"]) for run in runs] == [
+        *((BASELINE, 0, ""), ("ours", 0, ""), (BASELINE, 1, ""), ("ours", 1, ""))
+    ]
+    config = RunFolder(out / "outliers-5pc" / "ours" / "seed-1").config()
+    assert (config.seed, config.steps, config.outliers.share) == (1, 3, 0.05)
+    assert (out / "ablation.png").stat().st_size > 10_000
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
+    assert len(before) == 4
+    assert main(command) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
+
+
+def test_an_arm_that_fails_is_named_and_the_others_go_on(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command += ["--arms", "ours", "--seeds", "0", "--steps", "4"]
+    assert main(command) == 0
+    run = tmp_path / "out" / "clean" / "ours" / "seed-0"
+    (run / "evaluation.json").unlink()
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "seed 0 failed: no checkpoint in" in capsys.readouterr().out
+    failed = [r["failure"] != "" for r in json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]]
+    assert failed == [False, True]
+
+
+def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command: list[str], tmp_path: Path):
+    command += ["--arms", "ours", "--seeds", "0", "--seconds", "0.2"]
+    assert main(command) == 0
+    timing = json.loads((tmp_path / "out" / "timing.json").read_text())
+    assert timing.keys() == {BASELINE, "ours"}
+    runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
+    assert {run["arm"]: run["steps"] for run in runs} == {
+        arm: max(1, round(0.2 / seconds)) for arm, seconds in timing.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "nonsense"], "unknown nonsense"),
+        (["--suites", "dirty"], "unknown dirty"),
+        (["--steps", "0"], "--steps must be positive"),
+        (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
+        (["nosuch=1"], "unknown option nosuch"),
+    ],
+)
+def test_a_mistake_gets_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert main(["ablate", f"--out={tmp_path}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arms_differ_from_one_another_and_share_what_is_no_technique():
+    configs = {arm.name: arm.build() for arm in ARMS}
+    assert len({repr(config) for config in configs.values()}) == len(ARMS)
+    shared = ("data", "autoencoder", "network", "optimizer", "learning_rate", "batch_size", "steps", "ema_decay")
+    for config in configs.values():
+        assert all(getattr(config, name) == getattr(configs[BASELINE], name) for name in shared)
+        assert config.objective.levels == configs[BASELINE].objective.levels
+
+
+def test_every_run_has_a_folder_of_its_own_and_seeds_come_in_rounds(tmp_path: Path):
+    jobs = jobs_of([(arm, arm.build()) for arm in ARMS], SUITES, [3, 4], tmp_path)
+    assert len({job.run.root for job in jobs}) == len(jobs) == 2 * len(ARMS) * len(SUITES)
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    assert all(job.config.seed == job.seed for job in jobs)
+
+
+def test_the_rule_stops_an_arm_on_its_first_seed_alone_and_suite_by_suite():
+    results = [result(BASELINE, 0, 10), result("bad", 0, 31), result("good", 0, 29), result("bad", 1, 5)]
+    results += [result(BASELINE, 0, 100, suite="other"), result("bad", 0, 31, suite="other")]
+    assert stopped_arms(results, 3.0) == [("clean", "bad")]
+    assert stopped_arms(results, math.inf) == []
+    assert stopped_arms(results[1:], 3.0) == []  # no baseline, no verdict
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=2, max_size=6))
+def test_the_ratio_is_the_exponential_of_scipys_paired_t_interval(pairs: list[tuple[float, float]]):
+    logs = np.log([a / b for a, b in pairs])
+    found = paired_ratio(dict(enumerate(a for a, _ in pairs)), dict(enumerate(b for _, b in pairs)))
+    assert found.mean == pytest.approx(stats.gmean([a / b for a, b in pairs]))
+    if logs.std() > 1e-9:
+        low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
+
+
+def test_only_common_seeds_are_paired():
+    assert paired_ratio({0: 2.0, 5: 9.0}, {0: 1.0, 7: 1.0}) == paired_ratio({0: 2.0}, {0: 1.0})
+    assert str(paired_ratio({0: 2.0}, {0: 1.0})) == "2.00"
+    assert paired_ratio({1: 2.0}, {0: 1.0}) is None
+
+
+def test_the_table_says_what_failed_what_stopped_and_what_bounds_the_figures():
+    broken = replace(result("broken", 0, 1), rows={}, failure="the gradient became NaN")
+    table = as_markdown([result(BASELINE, 0, 10), result("bad", 0, 40), broken], BASELINE, [("clean", "bad")])
+    assert "| broken (seed 0 failed: the gradient became NaN) | - |" in table
+    assert "| bad (further seeds skipped by the rule) | 40.0 | 4.00 |" in table
+    assert "reconstructions 1.0" in table
+
+
+def test_the_picture_has_a_panel_a_suite_and_a_line_an_arm():
+    results = [result(arm, seed, 10 + seed, suite=s) for s in ("a", "b") for arm in ("x", "y") for seed in (0, 1)]
+    figure = draw_comparison(results, "x")
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["x", "y"]
+
+
+def test_training_seconds_add_up_over_sittings(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    for step, seconds in enumerate([10.0, 20.0, 4.0, 9.0]):  # the second sitting restarts the clock
+        run.append_row("metrics.jsonl", {"step": step, "seconds": seconds})
+    assert training_seconds(run) == 29.0
