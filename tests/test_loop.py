@@ -356,3 +356,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(
     folder = run(config, tmp_path / "run")
     assert folder.latest_checkpoint()[0] == config.steps
     assert "not cached" in capsys.readouterr().out
+
+
+def test_a_run_folder_alone_is_continued_as_it_is_configured(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    whole, begun = run(config, tmp_path / "whole"), RunFolder(tmp_path / "begun")
+    begun.root.mkdir()
+    begun.claim(config)
+    assert main([f"--run={begun.root}", "--device=cpu"]) == 0
+    assert_same(final_tensors(whole), final_tensors(begun))
