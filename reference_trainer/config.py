@@ -50,7 +50,7 @@ class ConstantLR:
 class CosineLR:
     """Linear warm-up, then half a cosine down to ``final`` times the peak."""
 
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup_steps: int = 100
     final: float = 0.005
 
@@ -140,12 +140,12 @@ class TrainConfig:
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
     batch_size: int = 256
-    steps: int = 1500
+    steps: int = 3000
     seed: int = 0
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
     digits' a second thread waits more than it works, and where somebody else computes it costs many times the step."""
-    second_sigma: float = 0.3
+    second_sigma: float = 0.2
     """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
     log_every: int = 50
     save_every: int = 500

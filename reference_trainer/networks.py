@@ -70,7 +70,7 @@ class DiT:
     latents of a few dozen elements convolutions have nothing to share.
     """
 
-    width: int = 256
+    width: int = 128
     layers: int = 4
     heads: int = 4
     patch: int = 4

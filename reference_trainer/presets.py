@@ -53,8 +53,11 @@ PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels)
 
 
 def on_folder(config: TrainConfig, path: str) -> TrainConfig:
-    """``config`` on a folder of images: colour, 64x64, so more latent channels, and squared error for photographs."""
-    config = replace(config, data=ImageFolder(path=path))
+    """``config`` on a folder of images: colour, 64x64, so more latent channels, and squared error for photographs.
+
+    Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept.
+    """
+    config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4 * config.coupling_pool)
     if isinstance(config.autoencoder, KLAutoencoder):
         autoencoder = replace(config.autoencoder, latent_channels=4, likelihood="gaussian", kl_weight=1e-3)
         config = replace(config, autoencoder=autoencoder, network=DiT(patch=2))
