@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reference_trainer.__main__ import configuration, parser
+from reference_trainer.__main__ import COMMANDS, configuration, parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,7 @@ def test_training_commands_resolve():
     assert len(commands) > 5
     for command in commands:
         words = re.sub(r"'([^']*)'", r"\1", command).split()
-        if words[:1] not in (["sample"], ["evaluate"]):
+        if not words or words[0] not in COMMANDS:
             words.insert(0, "train")
         options = parser().parse_args(words)
         if words[0] == "train":
