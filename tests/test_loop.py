@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -54,21 +54,19 @@ def config(image_folder: Path) -> TrainConfig:
     )
 
 
+def typed(value: object) -> str:
+    """``value`` as one would type it on the command line."""
+    if is_dataclass(value):
+        inside = ", ".join(f"{field.name}={typed(getattr(value, field.name))}" for field in fields(value))
+        return f"{type(value).__name__}({inside})"
+    return getattr(value, "__name__", None) or repr(value)
+
+
 def as_options(config: TrainConfig) -> list[str]:
-    """``config`` as one would type it."""
-    return [
-        f"--data={config.data.path}",
-        "data.resolution=16",
-        "autoencoder=KLAutoencoder(latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, steps=2, "
-        "batch_size=4)",
-        "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1)",
-        "non_scaling_norm=True",
-        "objective=Objective(c=MeasuredC(bins=2), coupler=exact, couple_above=0.5, extra=EarlyDiffusion())",
-        "batch_size=8",
-        f"steps={config.steps}",
-        "log_every=2",
-        "save_every=3",
-    ]
+    """Every field of ``config``, so that no preset's default can make the command's run another one."""
+    whole = [field.name for field in fields(config) if field.name != "data"]
+    options = [f"{name}={typed(getattr(config, name))}" for name in whole]
+    return [f"--data={config.data.path}", f"data.resolution={config.data.resolution}", *options]
 
 
 def run(config: TrainConfig, root: Path) -> RunFolder:
