@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
+from robustcm.fences import TukeyClip
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
@@ -122,6 +123,8 @@ class TrainConfig:
     autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
     outliers: ImpulsiveOutliers | None = None
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
+    clip: TukeyClip | None = None
+    """Clip the latents at Tukey's fences before they are normalised."""
     network: UNet | DiT = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
@@ -160,6 +163,12 @@ class TrainConfig:
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         _require(0.002 < self.second_sigma < 80, f"second_sigma must lie between 0.002 and 80, got {self.second_sigma}")
+
+    def prepare_latents(self, raw_latents: Tensor) -> Tensor:
+        """``[n, ch, h, w] -> [n, ch, h, w]``: with outliers put in and clipped, as far as asked; not normalised."""
+        for change in (self.outliers, self.clip):
+            raw_latents = raw_latents if change is None else change(raw_latents)
+        return raw_latents
 
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""

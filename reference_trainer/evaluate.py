@@ -38,12 +38,13 @@ def evaluate(model: TrainedModel, images: ImageSet, features: Features, seed: in
     """Compare samples at 1 and 2 evaluations, and what bounds them, with the training images.
 
     Every row is a set of images against the (up to 5000) training images. ``floor: ...`` rows are real images,
-    ``ceiling: ...`` rows white noise in the place of latents.
+    ``ceiling: ...`` rows white noise in the place of latents. ``reconstructions`` are the training latents decoded,
+    outliers and clipping included: what a model that fits its data exactly would draw.
     """
     train, held_out = training_images(images, seed), images.held_out[:MAX_IMAGES]
     half = len(train) // 2
     noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
-    latents = encode(model.space.codec, train, model.device)
+    latents = model.config.prepare_latents(encode(model.space.codec, train, model.device))  # a perfect model's samples
     sets = samples_of(model, len(train), seed) | {
         "reconstructions": model.space.decode(model.space.normalise(latents).to(model.device)),
         "floor: held-out images": held_out,
@@ -168,7 +169,7 @@ def as_table(evaluation: dict[str, Any]) -> str:
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
     """evaluation.json, the sheet of images and the loss curves; returns the files."""
     real = images.train[torch.linspace(0, len(images.train) - 1, 64).long()]
-    latents = model.space.normalise(encode(model.space.codec, real, model.device))
+    latents = model.space.normalise(model.config.prepare_latents(encode(model.space.codec, real, model.device)))
     sheet = draw_sheet(
         [
             ("1 evaluation", model.images(64, model.sigmas(1), seed=1)),

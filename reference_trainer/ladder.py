@@ -14,6 +14,7 @@ from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.presets import digits, ilct, paper
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
+from robustcm.fences import TukeyClip
 from robustcm.losses import cauchy, geman_mcclure, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 
@@ -43,10 +44,12 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, couple_above=1.0)),
     Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
     Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
+    Arm("iLCT + clip", lambda: replace(ilct(), clip=TukeyClip())),
     Arm("iLCT + NsLN", lambda: replace(ilct(), non_scaling_norm=True)),
     # ... two of them together, all five, and the recipe of this repository ...
     Arm("iLCT + Cauchy, measured c", lambda: changed(ilct(), distance=cauchy, c=MeasuredC())),
     Arm("paper", paper),
+    Arm("paper + clip", lambda: replace(paper(), clip=TukeyClip())),
     Arm("ours", digits),
     # ... and that recipe with one part taken out.
     Arm("ours, Pseudo-Huber", lambda: changed(digits(), distance=pseudo_huber)),
@@ -56,6 +59,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, coupling without gate", lambda: changed(digits(), couple_above=0.0)),
     Arm("ours, pool of one batch", lambda: replace(digits(), coupling_pool=1)),
     Arm("ours + early diffusion", lambda: changed(digits(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
+    Arm("ours + clip", lambda: replace(digits(), clip=TukeyClip())),
     Arm("ours + NsLN", lambda: replace(digits(), non_scaling_norm=True)),
 )
 

@@ -93,9 +93,7 @@ def prepare_latents(
 ) -> tuple[Tensor, LatentSpace]:
     """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space; kept in the run folder."""
     codec = config.autoencoder.fit(images, device, cache)
-    raw = encode(codec, images.train, device)
-    if config.outliers is not None:
-        raw = config.outliers(raw)
+    raw = config.prepare_latents(encode(codec, images.train, device))
     space = LatentSpace.of(codec, raw)
     tensors = {f"codec/{name}": tensor for name, tensor in codec.tensors().items()}
     tensors |= {"mean": space.mean, "std": space.std}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reference_trainer.autoencoders import PixelSpace
+from reference_trainer.config import TrainConfig
 from reference_trainer.digit_classifier import jittered, load_digit_classifier
 from reference_trainer.errors import UserError
 from reference_trainer.evaluate import as_table, compare, evaluate
@@ -125,7 +126,7 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
 
     class Copier:
-        config, step, shape, device = None, 0, (1, 32, 32), torch.device("cpu")
+        config, step, shape, device = TrainConfig(), 0, (1, 32, 32), torch.device("cpu")
 
         def __init__(self) -> None:
             codec = PixelSpace().build(1, {})

@@ -1,0 +1,96 @@
+"""Clipping at Tukey's fences touches what is out of line, whatever its size, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.cbook import boxplot_stats
+from torch import Tensor
+
+from reference_trainer.latents import ImpulsiveOutliers
+from reference_trainer.options import from_json, override, to_json
+from reference_trainer.presets import digits
+from robustcm.fences import TukeyClip
+
+
+def latents(seed: int = 0, n: int = 400, ch: int = 3) -> Tensor:
+    """Heavy-tailed, another centre and scale in each channel."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_t(2, (n, ch, 2, 2)) * 10.0 ** generator.uniform(-2, 2, (1, ch, 1, 1))
+    return torch.as_tensor(x + generator.normal(size=(1, ch, 1, 1)))
+
+
+@given(seed=st.integers(0, 10**6), k=st.sampled_from([0.0, 0.5, 1.5, 3.0]))
+@settings(max_examples=25)
+def test_what_is_left_is_what_matplotlibs_whiskers_enclose_and_the_rest_lies_on_the_fences(seed: int, k: float):
+    x = latents(seed)
+    clipped = TukeyClip(k=k)(x)
+    for before, after in zip(x.unbind(1), clipped.unbind(1), strict=True):
+        box = boxplot_stats(before.flatten().numpy(), whis=k)[0]
+        iqr = box["q3"] - box["q1"]
+        low, high = (torch.as_tensor(fence, dtype=x.dtype) for fence in (box["q1"] - k * iqr, box["q3"] + k * iqr))
+        inside = (before >= low) & (before <= high)
+        assert torch.equal(after[inside], before[inside])
+        fences = torch.where(before > box["med"], high, low)
+        torch.testing.assert_close(after[~inside], fences[~inside], rtol=1e-12, atol=0)
+
+
+@given(seed=st.integers(0, 10**6), k=st.sampled_from([0.5, 1.5, 3.0]))
+@settings(max_examples=25)
+def test_clipping_twice_is_clipping_once(seed: int, k: float):
+    once = TukeyClip(k=k)(latents(seed))
+    torch.testing.assert_close(TukeyClip(k=k)(once), once, rtol=1e-12, atol=0)
+
+
+@given(
+    seed=st.integers(0, 10**6), scale=st.floats(-100, 100).filter(lambda s: abs(s) > 0.01), shift=st.floats(-100, 100)
+)
+@settings(max_examples=25)
+def test_another_unit_or_origin_clips_the_same_values(seed: int, scale: float, shift: float):
+    x, clip = latents(seed), TukeyClip()
+    torch.testing.assert_close(clip(scale * x + shift), scale * clip(x) + shift, rtol=1e-9, atol=1e-9)
+
+
+@given(size=st.floats(1e3, 1e30), seed=st.integers(0, 100))
+@settings(max_examples=25)
+def test_a_fifth_of_the_values_arbitrarily_wrong_moves_the_rest_nowhere_and_stays_bounded(size: float, seed: int):
+    x = latents(seed).clamp(-1e4, 1e4)
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.rand(x.shape, generator=generator, dtype=x.dtype) < 0.2
+    clipped = TukeyClip()(torch.where(wrong, size * 1e5, x))
+    clean = x.transpose(0, 1).flatten(1)
+    q, extremes = torch.quantile(clean, torch.tensor([0.05, 0.99], dtype=x.dtype), dim=1), clipped.abs().amax((0, 2, 3))
+    # Quartiles of the mixture lie between these two quantiles of the clean values, so the fences do so, widened.
+    assert (extremes <= q.abs().amax(0) + 1.5 * (q[1] - q[0])).all()
+
+
+def test_channels_do_not_see_each_other_and_a_channel_without_spread_is_left():
+    x = latents(ch=3)
+    alone = TukeyClip()(x[:, 1:2])
+    assert torch.equal(TukeyClip()(x)[:, 1:2], alone)
+    constant = torch.zeros(100, 1, 2, 2)
+    constant[0] = 7.0
+    assert torch.equal(TukeyClip()(constant), constant)
+
+
+def test_nan_stays_for_the_normalisation_to_complain_about():
+    x = latents().float()
+    x[3, 1, 0, 0] = torch.nan
+    assert TukeyClip()(x).isnan().sum() == 1
+
+
+def test_it_comes_behind_the_injected_outliers_and_is_an_option():
+    config = override(override(digits(), "outliers=ImpulsiveOutliers(share=0.05)"), "clip=TukeyClip(k=3)")
+    assert from_json(to_json(config)) == config
+    x = latents().float()
+    assert torch.equal(config.prepare_latents(x), TukeyClip(k=3)(ImpulsiveOutliers(share=0.05)(x)))
+    plain = override(override(config, "clip=None"), "outliers=None")
+    assert torch.equal(plain.prepare_latents(x), x)
+
+
+def test_a_negative_k_is_refused():
+    with pytest.raises(ValueError, match="k must be 0 or more"):
+        TukeyClip(k=-1)
