@@ -55,6 +55,8 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, Pseudo-Huber", lambda: changed(digits(), distance=pseudo_huber)),
     Arm("ours, Cauchy", lambda: changed(digits(), distance=cauchy)),
     Arm("ours, constant c", lambda: changed(digits(), c=ConstantC())),
+    Arm("ours, c doubled", lambda: changed(digits(), c=MeasuredC(multiple=2.0))),
+    Arm("ours, c per level", lambda: changed(digits(), c=MeasuredC(bins=8))),
     Arm("ours, no coupling", lambda: changed(digits(), coupler=independent)),
     Arm("ours, coupling without gate", lambda: changed(digits(), couple_above=0.0)),
     Arm("ours, pool of one batch", lambda: replace(digits(), coupling_pool=1)),
