@@ -27,10 +27,9 @@ from reference_trainer.batches import Batches
 from reference_trainer.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite
+from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
 from reference_trainer.latents import encode
 from reference_trainer.machine import cache_folder, describe_machine, device_of
-from reference_trainer.options import override
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.state import TrainState
@@ -295,6 +294,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("options", nargs="*", metavar="path.to.field=value", help="change a field in every arm")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("PRESET", "path.to.field=value"),
+        help="one more arm, a preset and what differs; may be given several times, and alone leaves out the ladder",
+    )
     parser.add_argument("--suites", nargs="+", metavar="SUITE", default=[SUITES[0].name], help="default: clean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     budget = parser.add_mutually_exclusive_group()
@@ -317,6 +324,7 @@ EPILOG = """
 examples:
   python -m reference_trainer ablate --list
   python -m reference_trainer ablate --steps 5000 network.width=128
+  python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
   python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
 """
 
@@ -337,7 +345,9 @@ def run_ablate(options: argparse.Namespace) -> int:
             raise UserError(f"{name} must be positive, got {value}")
     device = device_of(options.device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
-    chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in picked(options.arms, ARMS)]
+    named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
+    chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
+    chosen += [arm_from_words(words) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
     arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
@@ -361,14 +371,7 @@ def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str
     known = [part.name for part in there]
     if unknown := set(names or ()) - set(known):
         raise UserError(f"unknown {', '.join(sorted(unknown))}: there are {'; '.join(known)}")
-    return set(names or known)
-
-
-def with_options(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
-    """``config`` with every option applied."""
-    for option in options:
-        config = override(config, option)
-    return config
+    return set(known if names is None else names)
 
 
 def latent_shape(config: TrainConfig, device: torch.device) -> tuple[int, int, int]:

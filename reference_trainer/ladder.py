@@ -5,13 +5,15 @@ All arms share data, network, optimiser, batch and budget; they differ in techni
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.errors import UserError
 from reference_trainer.latents import ImpulsiveOutliers
-from reference_trainer.presets import digits, ilct, paper
+from reference_trainer.options import override
+from reference_trainer.presets import PRESETS, digits, ilct, paper
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import TukeyClip
@@ -64,6 +66,32 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours + clip", lambda: replace(digits(), clip=TukeyClip())),
     Arm("ours + NsLN", lambda: replace(digits(), non_scaling_norm=True)),
 )
+
+
+def arm_from_words(words: Sequence[str]) -> Arm:
+    """An arm typed by hand: a preset and what differs from it, ``["digits", "objective.c=MeasuredC(bins=8)"]``.
+
+    Its name is the words, without ``objective.``.
+
+    Raises:
+        UserError: an unknown preset or option.
+    """
+    presets = {preset.__name__: preset for preset in PRESETS}
+    if words[0] not in presets:
+        raise UserError(f"--arm begins with a preset ({', '.join(presets)}), got {words[0]!r}")
+    config = with_options(presets[words[0]](), words[1:])
+    return Arm(" ".join(word.removeprefix("objective.") for word in words), lambda: config)
+
+
+def with_options(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
+    """``config`` with every option applied.
+
+    Raises:
+        UserError: an option that does not fit.
+    """
+    for option in options:
+        config = override(config, option)
+    return config
 
 
 @dataclass(frozen=True)

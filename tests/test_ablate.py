@@ -58,6 +58,15 @@ def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
 
 
+def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], tmp_path: Path):
+    command += ["--arm", "paper", "objective.couple_above=3", "ema_decay=0.9", "--steps", "2", "--seeds", "0"]
+    assert main(command) == 0
+    runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
+    assert [run["arm"] for run in runs] == [BASELINE, "paper couple_above=3 ema_decay=0.9"]
+    config = RunFolder(tmp_path / "out" / "clean" / "paper-couple-above-3-ema-decay-0-9" / "seed-0").config()
+    assert (config.objective.couple_above, config.ema_decay, config.non_scaling_norm) == (3.0, 0.9, True)
+
+
 def test_an_arm_that_fails_is_named_and_the_others_go_on(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -93,6 +102,8 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
         (["--steps", "0"], "--steps must be positive"),
         (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
         (["nosuch=1"], "unknown option nosuch"),
+        (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels)"),
+        (["--arm", "digits", "nosuch=1"], "unknown option nosuch"),
     ],
 )
 def test_a_mistake_gets_one_line(
