@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import t as student_t
 
 from reference_trainer.report import new_figure
@@ -143,11 +144,12 @@ def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
             ax.axvline(float(np.exp(np.mean(np.log(values)))), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
         ax.set(title=suite, xscale="log", xlabel="Frechet distance (lower is better)", ylim=(len(arms) - 0.5, -0.5))
         ax.set_yticks(range(len(arms)), arms if ax is axes[0, 0] else [""] * len(arms))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(axis="x", which="both", labelsize=8)
         ax.grid(axis="y", color="0.93")
-    axes[0, 0].legend(loc="lower left", bbox_to_anchor=(-0.02, -0.005), fontsize=8)
+    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(0, 1), fontsize=8, frameon=False)
     return figure
 
 
