@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
-from reference_trainer.networks import DiT, UNet
+from reference_trainer.networks import DiT, ResidualMLP, UNet
 from robustcm.couplers import exact
 from robustcm.fences import TukeyClip
+from robustcm.gates import Above
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
@@ -125,7 +126,7 @@ class TrainConfig:
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
     clip: TukeyClip | None = None
     """Clip the latents at Tukey's fences before they are normalised."""
-    network: UNet | DiT = DiT()
+    network: DiT | UNet | ResidualMLP = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(
@@ -133,7 +134,7 @@ class TrainConfig:
         c=MeasuredC(),
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
-        couple_above=1.0,
+        gate=Above(1.0),
     )
     coupling_pool: int = 2
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes

@@ -17,6 +17,7 @@ from reference_trainer.presets import PRESETS, digits, ilct, paper
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import TukeyClip
+from robustcm.gates import Above, everywhere
 from robustcm.losses import cauchy, geman_mcclure, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 
@@ -42,8 +43,8 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + Cauchy", lambda: changed(ilct(), distance=cauchy)),
     Arm("iLCT + Geman-McClure", lambda: changed(ilct(), distance=geman_mcclure)),
     Arm("iLCT + early diffusion", lambda: changed(ilct(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
-    Arm("iLCT + coupling", lambda: changed(replace(ilct(), coupling_pool=1), coupler=exact, couple_above=0.0)),
-    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, couple_above=1.0)),
+    Arm("iLCT + coupling", lambda: changed(replace(ilct(), coupling_pool=1), coupler=exact, gate=everywhere)),
+    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, gate=Above(1.0))),
     Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
     Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
     Arm("iLCT + clip", lambda: replace(ilct(), clip=TukeyClip())),
@@ -60,7 +61,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, c doubled", lambda: changed(digits(), c=MeasuredC(multiple=2.0))),
     Arm("ours, c per level", lambda: changed(digits(), c=MeasuredC(bins=8))),
     Arm("ours, no coupling", lambda: changed(digits(), coupler=independent)),
-    Arm("ours, coupling without gate", lambda: changed(digits(), couple_above=0.0)),
+    Arm("ours, coupling without gate", lambda: changed(digits(), gate=everywhere)),
     Arm("ours, pool of one batch", lambda: replace(digits(), coupling_pool=1)),
     Arm("ours + early diffusion", lambda: changed(digits(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
     Arm("ours + clip", lambda: replace(digits(), clip=TukeyClip())),

@@ -1,7 +1,8 @@
-"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``."""
+"""Backbones behind one signature, ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``: diffusers' and a small MLP."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +109,71 @@ class DiT:
                 caption_channels=None,
                 use_additional_conditions=False,
                 norm_num_groups=1,
+                activation_fn="gelu",  # its tanh approximation takes three times as long on a CPU
             )
         return _Timed(network, self.time_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualMLP:
+    """A residual MLP on flattened latents: several times faster than a one-token DiT, for ablations of many runs.
+
+    Blocks ``h + W2 silu(W1 LayerNorm(h) + T e)``, e a Fourier embedding of the noise level; the output starts at zero.
+    """
+
+    width: int = 256
+    layers: int = 4
+    dropout: float = 0.0
+    time_scale: float = 0.2
+    """As in ``DiT``."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.layers < 1:
+            raise ValueError(f"width and layers must be at least 1, got {self.width} and {self.layers}")
+
+    def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
+        """For latents of ``shape`` (ch, h, w); the initial weights are a function of ``seed``."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return _ResidualMLP(math.prod(shape), self.width, self.layers, self.dropout, self.time_scale)
+
+
+class _ResidualMLP(nn.Module):
+    def __init__(self, d: int, width: int, layers: int, dropout: float, time_scale: float) -> None:
+        super().__init__()
+        from diffusers.models.embeddings import Timesteps  # slow to import
+
+        self.time_scale = time_scale
+        self.fourier = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU())
+        self.enter = nn.Linear(d, width)
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(layers))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
+        nn.init.zeros_(self.leave[1].weight)
+        nn.init.zeros_(self.leave[1].bias)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        embedding = self.time(self.fourier(self.time_scale * c_noise).to(x.dtype))
+        h = self.enter(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        output: Tensor = self.leave(h).reshape(x.shape)
+        return output
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.time = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(2 * width, width)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        inner = torch.nn.functional.silu(self.expand(self.norm(h)) + self.time(embedding))
+        output: Tensor = h + self.contract(self.dropout(inner))
+        return output
 
 
 class _Timed(nn.Module):

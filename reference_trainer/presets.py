@@ -14,6 +14,7 @@ from reference_trainer.images import ImageFolder
 from reference_trainer.networks import DiT
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
+from robustcm.gates import everywhere
 from robustcm.losses import cauchy, pseudo_huber
 from robustcm.scales import ConstantC, PowerLawC
 
@@ -38,7 +39,7 @@ def paper() -> TrainConfig:
         distance=cauchy,  # 1
         extra=EarlyDiffusion(weight=5.0, start=0.75),  # 2
         coupler=exact,  # 3
-        couple_above=0.0,
+        gate=everywhere,
         c=PowerLawC(),  # 4
     )
     return replace(config, objective=objective, coupling_pool=1, non_scaling_norm=True)  # 5
@@ -59,6 +60,13 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
     """
     config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4 * config.coupling_pool)
     if isinstance(config.autoencoder, KLAutoencoder):
-        autoencoder = replace(config.autoencoder, latent_channels=4, likelihood="gaussian", kl_weight=1e-3)
+        autoencoder = replace(
+            config.autoencoder,
+            patch=2,
+            block_out_channels=(16, 32, 32),
+            latent_channels=4,
+            likelihood="gaussian",
+            kl_weight=1e-3,
+        )
         config = replace(config, autoencoder=autoencoder, network=DiT(patch=2))
     return config

@@ -1,4 +1,4 @@
-"""Pairings of noise and data inside a batch (technique 3), the gate that confines them, and what they gain.
+"""Pairings of noise and data inside a batch (technique 3), and what they gain; `robustcm.gates` confines them.
 
 A coupler maps ``x [b, ...]`` and ``z [b, ...]`` to a permutation ``[b]`` (int64): ``z[perm]`` is the coupled noise.
 The data stays put, so labels and shapes cannot get lost, and every noise is used exactly once. Couplers solve on the
@@ -123,23 +123,6 @@ class WithinClasses:
             inside = self.coupler(x[members], z[members], labels=labels[members], generator=generator)
             perm[members] = members[inside]
         return perm
-
-
-def gated_noise(z: Tensor, coupled: Tensor, t: Tensor, above: float) -> Tensor:
-    """The ``coupled`` noise for samples whose level ``t`` exceeds ``above``, their own ``z`` for the others.
-
-    Below the gate the noise is independent of the data, as the consistency function at small noise needs it; above
-    it the coupling straightens the path. ``above = 0`` couples everywhere, ``inf`` nowhere.
-
-    Args:
-        z: noise ``[b, ...]``, as drawn.
-        coupled: noise ``[b, ...]`` as paired: ``z[perm]``, or this batch's part of a larger pool.
-        t: noise level of each sample ``[b]``.
-        above: threshold in units of sigma.
-    Source: ours; in a prototype at d = 256 the coupling hurt without a gate and helped with one.
-    """
-    gate = (t > above).reshape(-1, *[1] * (z.dim() - 1))
-    return torch.where(gate, coupled, z)
 
 
 def coupling_gain(x: Tensor, z: Tensor, perm: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Usable in any loop::
 
-    objective = Objective(distance=cauchy, c=MeasuredC(), coupler=exact, couple_above=3.0)
+    objective = Objective(distance=cauchy, c=MeasuredC(), coupler=exact, gate=Above(3.0))
     state = objective.init(device)
     for step in range(total_steps):
         draws = draw(seed, step, x.shape)                            # all randomness of the step
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from robustcm.consistency import ConsistencyFunction, temporal_difference
-from robustcm.couplers import Coupler, gated_noise, independent
+from robustcm.couplers import Coupler, independent
+from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
 from robustcm.scales import CSchedule, MeasuredC
 from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
@@ -38,8 +39,10 @@ class Draws(NamedTuple):
     """Standard noise, the shape of the batch, float32, CPU."""
     uniform: Tensor
     """``[b]`` in [0, 1), float64, CPU: picks the noise levels."""
+    gate: Tensor
+    """``[b]`` in [0, 1), float64, CPU: picks who takes the coupled noise where the gate leaves it to chance."""
     generator: torch.Generator
-    """For what draws a varying amount (an entropic coupler); placed behind the two tensors above."""
+    """For what draws a varying amount (an entropic coupler); placed behind the tensors above."""
 
 
 def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
@@ -52,7 +55,8 @@ def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
     """
     generator = step_generator(seed, step)
     z = torch.randn(shape, generator=generator)
-    return Draws(z, torch.rand(shape[0], generator=generator, dtype=torch.float64), generator)
+    uniform, gate = torch.rand(2, shape[0], generator=generator, dtype=torch.float64)
+    return Draws(z, uniform, gate, generator)
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -114,8 +118,8 @@ class Objective:
     levels: PairLaw = LevelGrid()
     weight: PairWeight = inverse_gap
     coupler: Coupler = independent
-    couple_above: float = 0.0
-    """The coupled noise goes to samples with t_hi above this sigma, the others keep their own."""
+    gate: Gate = everywhere
+    """Which samples take the coupled noise; the others keep their own."""
     extra: ExtraTerm | None = None
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
@@ -144,7 +148,8 @@ class Objective:
             if self.coupler is independent:
                 return Batch(x, draws.z, pairs)
             coupled = draws.z[self.coupler(x, draws.z, labels=labels, generator=draws.generator)]
-        return Batch(x, gated_noise(draws.z, coupled, pairs.t_hi, self.couple_above), pairs)
+        probability = self.gate(pairs.t_hi, step / total_steps)
+        return Batch(x, gated_noise(draws.z, coupled, probability, draws.gate), pairs)
 
     def __call__(self, f: ConsistencyFunction, batch: Batch, state: Tensor) -> Terms:
         """The loss of ``f`` on ``batch``, both on one device; no synchronisation."""

@@ -18,6 +18,7 @@ from reference_trainer.ablate import jobs_of, stopped_arms, training_seconds
 from reference_trainer.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
 from reference_trainer.ladder import ARMS, BASELINE, SUITES
 from reference_trainer.run import RunFolder
+from robustcm.gates import Above
 
 TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
@@ -59,12 +60,12 @@ def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
 
 
 def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], tmp_path: Path):
-    command += ["--arm", "paper", "objective.couple_above=3", "ema_decay=0.9", "--steps", "2", "--seeds", "0"]
+    command += ["--arm", "paper", "objective.gate=Above(3)", "ema_decay=0.9", "--steps", "2", "--seeds", "0"]
     assert main(command) == 0
     runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
-    assert [run["arm"] for run in runs] == [BASELINE, "paper couple_above=3 ema_decay=0.9"]
-    config = RunFolder(tmp_path / "out" / "clean" / "paper-couple-above-3-ema-decay-0-9" / "seed-0").config()
-    assert (config.objective.couple_above, config.ema_decay, config.non_scaling_norm) == (3.0, 0.9, True)
+    assert [run["arm"] for run in runs] == [BASELINE, "paper gate=Above(3) ema_decay=0.9"]
+    config = RunFolder(tmp_path / "out" / "clean" / "paper-gate-above-3-ema-decay-0-9" / "seed-0").config()
+    assert (config.objective.gate, config.ema_decay, config.non_scaling_norm) == (Above(3.0), 0.9, True)
 
 
 def test_an_arm_that_fails_is_named_and_the_others_go_on(

@@ -11,13 +11,14 @@ from reference_trainer.batches import Batches, batch_indices
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from robustcm.couplers import coupling_gain, exact, independent
+from robustcm.gates import Above
 from robustcm.objective import Objective, draw
 
 LATENTS = 0.5 * torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
 def config(pool: int, above: float = 0.0) -> TrainConfig:
-    objective = Objective(coupler=exact, couple_above=above)
+    objective = Objective(coupler=exact, gate=Above(above))
     return TrainConfig(objective=objective, coupling_pool=pool, batch_size=8, steps=30)
 
 

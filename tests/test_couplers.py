@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, gated_noise, independent
+from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
 
 COUPLERS = [independent, exact, Entropic(), Entropic(reg=1e-6), WithinClasses(), WithinClasses(Entropic())]
 
@@ -208,24 +208,7 @@ def test_within_classes_needs_a_label_for_each_sample(labels):
         WithinClasses()(*pair(4), labels=labels)
 
 
-# --- Gate and gain ---------------------------------------------------------------------------------------------------
-
-
-def test_gate_gives_coupled_noise_above_it_and_own_noise_below(device):
-    z, perm, t = (
-        torch.arange(4.0)[:, None, None].expand(4, 2, 2),
-        torch.tensor([1, 2, 3, 0]),
-        torch.tensor([1, 3, 2, 5.0]),
-    )
-    z, perm, t = (v.to(device) for v in (z, perm, t))
-    assert gated_noise(z, z[perm], t, above=2)[:, 0, 0].tolist() == [0, 2, 2, 0]
-
-
-@pytest.mark.parametrize(("above", "coupled"), [(0, True), (float("inf"), False)])
-def test_gate_at_its_ends_couples_everywhere_and_nowhere(above, coupled):
-    _, z = pair(9)
-    perm = torch.randperm(9, generator=generator())
-    assert torch.equal(gated_noise(z, z[perm], torch.full((9,), 0.002), above), z[perm] if coupled else z)
+# --- Gain --------------------------------------------------------------------------------------------------------------
 
 
 def test_gain_is_one_minus_the_cost_over_the_mean_of_the_cost_matrix():

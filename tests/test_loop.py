@@ -30,6 +30,7 @@ from reference_trainer.sample import load_model
 from reference_trainer.store import load_tensors
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
+from robustcm.gates import Above
 from robustcm.objective import Batch, Objective
 from robustcm.scales import MeasuredC
 
@@ -46,7 +47,7 @@ def config(image_folder: Path) -> TrainConfig:
         ),
         network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1),
         non_scaling_norm=True,
-        objective=Objective(c=MeasuredC(bins=2), coupler=exact, couple_above=0.5, extra=EarlyDiffusion()),
+        objective=Objective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5), extra=EarlyDiffusion()),
         batch_size=8,
         steps=12,
         log_every=2,

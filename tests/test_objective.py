@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from robustcm.consistency import Preconditioned, add_noise
 from robustcm.couplers import WithinClasses, exact
 from robustcm.early import EarlyDiffusion
+from robustcm.gates import Above
 from robustcm.losses import PerElement, PerToken, cauchy, cauchy_of_r2, pseudo_huber, sample_r2, squared_l2
 from robustcm.objective import Batch, Objective, draw, step_generator
 from robustcm.scales import ConstantC, MeasuredC
@@ -76,9 +77,11 @@ def test_draws_of_neighbouring_seeds_and_steps_are_uncorrelated():
 
 
 def test_draws_have_the_laws_they_claim():
-    z, uniform, _ = draw(0, 0, (5000, 2))
+    z, uniform, gate, _ = draw(0, 0, (5000, 2))
     assert scipy.stats.kstest(z.flatten().numpy(), scipy.stats.norm.cdf).pvalue > 1e-3
     assert scipy.stats.kstest(uniform.numpy(), scipy.stats.uniform.cdf).pvalue > 1e-3
+    assert scipy.stats.kstest(gate.numpy(), scipy.stats.uniform.cdf).pvalue > 1e-3
+    assert abs(float(torch.corrcoef(torch.stack([uniform, gate]))[0, 1])) < 5 / 5000**0.5
     assert (z.dtype, uniform.dtype, uniform.shape) == (torch.float32, torch.float64, (5000,))
 
 
@@ -87,7 +90,7 @@ def test_draws_have_the_laws_they_claim():
 
 def test_preparing_couples_only_above_the_gate():
     x, draws = data(b=256), draw(0, 0, (256, 2))
-    batch = Objective(coupler=exact, couple_above=1.0).prepare(x, draws, 0, 100)
+    batch = Objective(coupler=exact, gate=Above(1.0)).prepare(x, draws, 0, 100)
     coupled = draws.z[exact(x, draws.z)]
     above = batch.pairs.t_hi > 1.0
     assert 20 < above.sum() < 236
@@ -263,7 +266,7 @@ GRID = LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40))
     "objective",
     [
         Objective(distance=pseudo_huber, levels=GRID),
-        Objective(distance=cauchy, levels=GRID, coupler=exact, couple_above=3.0, extra=EarlyDiffusion()),
+        Objective(distance=cauchy, levels=GRID, coupler=exact, gate=Above(3.0), extra=EarlyDiffusion()),
         Objective(distance=cauchy, levels=RatioLevels(stages=6), weight=inverse_gap),
     ],
     ids=["ict", "all-techniques", "ect-levels"],

@@ -1,0 +1,140 @@
+"""Which samples take the coupled noise: the gate of technique 3, and the noise level that suggests where to put it.
+
+A gate is ``gate(t [b], progress) -> [b]``: the probability with which a sample at noise level t takes the noise it was
+paired with; otherwise it keeps its own, independent of the data. Why a gate at all: below some level the input shows
+which sample it came from, the pairing has nothing left to tell, and f only learns inputs that the sampler, whose
+second noise is drawn afresh, never produces (docs/evidence.md derives and measures it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Gate: TypeAlias = Callable[[Tensor, float], Tensor]
+"""``gate(t [b] in units of sigma, progress in [0, 1]) -> [b]`` in [0, 1]."""
+
+
+def everywhere(t: Tensor, progress: float) -> Tensor:
+    """Coupled noise for every sample: the coupling as published."""
+    return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class Above:
+    """Coupled noise for samples at noise levels above ``sigma``, and for no other."""
+
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(sigma=self.sigma >= 0)
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return (t > self.sigma).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class SoftAbove:
+    """Coupled noise with probability ``t^k / (t^k + sigma^k)``: one half at ``sigma``, ``Above`` as k grows."""
+
+    sigma: float = 1.0
+    k: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check(sigma=self.sigma > 0, k=self.k > 0)
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return torch.sigmoid(self.k * torch.log(t / self.sigma))
+
+
+@dataclass(frozen=True)
+class AnnealedAbove:
+    """``Above`` a threshold that moves from ``start`` to ``end`` in equal ratios over the run."""
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check(start=self.start > 0, end=self.end > 0)
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return Above(self.start * (self.end / self.start) ** progress)(t, progress)
+
+
+@dataclass(frozen=True)
+class ShareAbove:
+    """Coupled noise for a random ``share`` of the samples above ``sigma``: a partial coupling."""
+
+    share: float = 0.5
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(share=0 <= self.share <= 1, sigma=self.sigma >= 0)
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return self.share * Above(self.sigma)(t, progress)
+
+
+def gated_noise(z: Tensor, coupled: Tensor, probability: Tensor, uniform: Tensor) -> Tensor:
+    """``coupled`` for the samples whose ``uniform`` lies below their ``probability``, their own ``z`` for the others.
+
+    Args:
+        z: noise ``[b, ...]``, as drawn.
+        coupled: noise ``[b, ...]`` as paired: ``z[perm]``, or this batch's part of a larger pool.
+        probability: ``[b]``, what a gate gave.
+        uniform: ``[b]`` in [0, 1), the caller's randomness; without effect for probabilities of 0 and 1.
+    """
+    takes = (uniform < probability).reshape(-1, *[1] * (z.dim() - 1))
+    return torch.where(takes, coupled, z)
+
+
+def recognisable_below(
+    x: Tensor, generator: torch.Generator, *, probes: int = 512, half_share: float = 0.5, sigma_max: float = 80.0
+) -> float:
+    """The noise level at which a noisy sample stops showing which one it was, in units of sigma.
+
+    With the data set as prior, the posterior weight of x_i given ``y = x_i + t z`` is the softmax over j of
+    ``-||y - x_j||^2 / (2 t^2)`` at i; its mean over samples falls from 1 to 1 / n as t grows, and this is the t where
+    it is ``half_share``. For n Gaussian samples of d elements it is near ``std sqrt(d / (2 ln n))``.
+
+    Args:
+        x: data ``[n, ...]``, n >= 2; a few thousand samples of a larger set serve.
+        generator: CPU; chooses the probes and their noise.
+        probes: how many samples the mean is taken over.
+        half_share: see above.
+        sigma_max: returned where the samples are told apart even there.
+    Raises:
+        ValueError: fewer than two samples.
+    Source: ours.
+    """
+    if len(x) < 2:
+        raise ValueError(f"need at least two samples to tell apart, got {len(x)}")
+    flat = x.detach().flatten(1).double().cpu()
+    chosen = torch.randperm(len(flat), generator=generator)[:probes]
+    z = torch.randn(len(chosen), flat.shape[1], generator=generator, dtype=torch.float64)
+    probe = flat[chosen]
+    # ||x_i + t z - x_j||^2 = ||x_i - x_j||^2 + 2 t z (x_i - x_j) + t^2 ||z||^2, the last the same for every j.
+    far = (probe.square().sum(1)[:, None] + flat.square().sum(1)[None, :] - 2 * probe @ flat.T).clamp(min=0)
+    along = (z * probe).sum(1)[:, None] - z @ flat.T
+    own = torch.arange(len(chosen)), chosen
+
+    def weight(t: float) -> float:
+        return float((-(far / (2 * t * t) + along / t)).softmax(1)[own].mean())
+
+    low, high = 1e-4, sigma_max
+    if weight(high) >= half_share:
+        return sigma_max
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if weight(middle) >= half_share else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _check(**conditions: bool) -> None:
+    if wrong := [name for name, holds in conditions.items() if not holds]:
+        raise ValueError(f"{', '.join(wrong)} out of range")

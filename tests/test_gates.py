@@ -1,0 +1,135 @@
+"""Gates give probabilities that meet in their limits; noise is never mixed; the recognisable level is that of theory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustcm.gates import (
+    Above,
+    AnnealedAbove,
+    Gate,
+    ShareAbove,
+    SoftAbove,
+    everywhere,
+    gated_noise,
+    recognisable_below,
+)
+
+T = torch.logspace(math.log10(0.002), math.log10(80), 60)
+GATES: list[Gate] = [everywhere, Above(1.0), SoftAbove(1.0), AnnealedAbove(0.5, 5.0), ShareAbove(0.3, 2.0)]
+sigmas = st.floats(0.01, 50)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_gives_probabilities_that_do_not_fall_with_the_noise(gate: Gate):
+    for progress in (0.0, 0.4, 1.0):
+        p = gate(T, progress)
+        assert p.shape == T.shape
+        assert p.dtype == T.dtype
+        assert ((p >= 0) & (p <= 1)).all()
+        assert (p.diff() >= 0).all()
+
+
+@given(sigmas)
+def test_the_soft_gate_is_one_half_at_sigma_and_the_hard_gate_in_the_limit(sigma: float):
+    t = T.double()
+    assert float(SoftAbove(sigma)(torch.tensor([sigma], dtype=torch.float64), 0.0)) == pytest.approx(0.5)
+    away = (t / sigma).log().abs() > 0.01
+    torch.testing.assert_close(SoftAbove(sigma, k=1e5)(t, 0.0)[away], Above(sigma)(t, 0.0)[away])
+
+
+@given(sigmas, sigmas, st.floats(0, 1))
+def test_the_annealed_gate_is_the_hard_one_at_its_ends_and_geometric_between(start: float, end: float, progress: float):
+    gate = AnnealedAbove(start, end)
+    assert torch.equal(gate(T, 0.0), Above(start)(T, 0.0))
+    assert torch.equal(gate(T, 0.5), Above(start * (end / start) ** 0.5)(T, 0.0))
+    low, high = sorted((start, end))
+    p = gate(T, progress)
+    assert (p[high * (1 + 1e-6) < T] == 1).all()
+    assert (p[low * (1 - 1e-6) > T] == 0).all()
+
+
+def test_a_share_is_the_hard_gate_scaled():
+    assert torch.equal(ShareAbove(0.25, 2.0)(T, 0.0), 0.25 * Above(2.0)(T, 0.0))
+    assert torch.equal(ShareAbove(1.0, 0.0)(T, 0.0), everywhere(T, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "wrong"),
+    [
+        (lambda: Above(-1.0), "sigma"),
+        (lambda: SoftAbove(0.0), "sigma"),
+        (lambda: SoftAbove(1.0, k=0.0), "k"),
+        (lambda: AnnealedAbove(0.0, 1.0), "start"),
+        (lambda: AnnealedAbove(1.0, -1.0), "end"),
+        (lambda: ShareAbove(1.5), "share"),
+    ],
+)
+def test_impossible_gates_are_refused_by_name(build, wrong: str):
+    with pytest.raises(ValueError, match=rf"^{wrong} out of range"):
+        build()
+
+
+def test_each_sample_takes_its_coupled_noise_or_its_own_and_never_a_mixture(device: torch.device):
+    z = torch.arange(5.0, device=device)[:, None, None].expand(5, 2, 2)
+    coupled = 10 + z
+    probability = torch.tensor([0.0, 0.2, 0.2, 1.0, 1.0], device=device)
+    uniform = torch.tensor([0.0, 0.1, 0.3, 0.0, 0.999], device=device)
+    assert gated_noise(z, coupled, probability, uniform)[:, 0, 0].tolist() == [0, 11, 2, 13, 14]
+
+
+def test_the_share_that_takes_the_coupled_noise_is_the_probability():
+    z = torch.zeros(20_000, 1)
+    taken = gated_noise(z, z + 1, torch.full((20_000,), 0.3), torch.rand(20_000, generator=generator()))
+    assert abs(float(taken.mean()) - 0.3) < 5 * (0.3 * 0.7 / 20_000) ** 0.5
+
+
+# --- Where a noisy sample stops showing which one it was ---------------------------------------------------------------
+
+
+def test_two_points_are_told_apart_as_the_normal_law_says():
+    # Posterior weight of the right one of two points at distance a: E[sigmoid(a^2 / (2 t^2) + a u / t)], u ~ N(0, 1).
+    x, a = torch.tensor([[0.0], [3.0]]), 3.0
+    weights = []
+    for seed in range(400):
+        weights.append(recognisable_below(x, generator(seed), probes=2, half_share=0.9))
+    t = float(torch.tensor(weights).median())
+    u = torch.randn(200_000, 2, generator=generator(), dtype=torch.float64)
+    expected = torch.sigmoid(a * a / (2 * t * t) + a * u / t).mean(1).median()
+    assert float(expected) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("d", [64, 256, 1024])
+def test_gaussian_data_are_recognised_up_to_the_level_of_theory(d: int):
+    n, std = 2000, 0.5
+    found = recognisable_below(std * torch.randn(n, d, generator=generator()), generator(1))
+    assert found == pytest.approx(std * math.sqrt(d / (2 * math.log(n))), rel=0.08)
+
+
+@given(st.floats(0.1, 10))
+def test_the_level_scales_with_the_data(k: float):
+    x = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    one, scaled = (recognisable_below(data, generator(), sigma_max=1e3) for data in (x, k * x))
+    assert scaled == pytest.approx(k * one, rel=1e-6)
+
+
+def test_the_level_ignores_the_mean_and_falls_with_the_share_asked_for():
+    x = torch.randn(200, 2, 3, 3, generator=generator(), dtype=torch.float64)
+    assert recognisable_below(x + 7, generator()) == pytest.approx(recognisable_below(x, generator()), rel=1e-6)
+    levels = [recognisable_below(x, generator(), half_share=share) for share in (0.9, 0.5, 0.1)]
+    assert levels == sorted(levels)
+
+
+def test_what_is_told_apart_everywhere_and_too_few_samples():
+    assert recognisable_below(torch.tensor([[0.0], [1e6]]), generator()) == 80.0
+    with pytest.raises(ValueError, match="at least two"):
+        recognisable_below(torch.zeros(1, 3), generator())
