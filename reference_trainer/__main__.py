@@ -15,7 +15,15 @@ import torch
 from reference_trainer import ablate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import Evaluator, as_table, choose_features, evaluate, record, write_report
+from reference_trainer.evaluate import (
+    Evaluator,
+    as_table,
+    choose_features,
+    evaluate,
+    record,
+    write_evaluation,
+    write_report,
+)
 from reference_trainer.loop import elapsed, train
 from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.options import CHOICES, describe, override
@@ -70,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
         "run as it is configured",
     )
     training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    training.add_argument(
+        "--brief", action="store_true", help="at the end measure the samples alone, without floor, ceiling and pictures"
+    )
     training.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     training.set_defaults(run_command=run_train)
 
@@ -170,11 +181,15 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
-        evaluation = evaluate(model, images, choose_features(options.features, model))
+        evaluation = evaluate(model, images, choose_features(options.features, model), bounds=not options.brief)
         record(run, evaluation)
-        files = write_report(run, model, images, evaluation)
+        if options.brief:
+            write_evaluation(run, evaluation)
+        else:
+            files = write_report(run, model, images, evaluation)
     print(as_table(evaluation))
-    print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
+    if not options.brief:
+        print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
     return 0
 
 

@@ -46,6 +46,8 @@ class Job:
     seed: int
     config: TrainConfig
     run: RunFolder
+    brief: bool
+    """Measure the samples alone: what bounds them is the same for every arm and seed, and measured by one."""
 
     def finished(self) -> bool:
         """Whether its evaluation is there."""
@@ -62,7 +64,8 @@ def jobs_of(
             for arm, config in arms:
                 ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
                 root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
-                jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root)))
+                brief = (arm.name, seed) != (arms[0][0].name, seeds[0])
+                jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief))
     return jobs
 
 
@@ -158,6 +161,7 @@ class Children:
                 "train",
                 f"--run={job.run.root}",
                 f"--device={device}",
+                *(["--brief"] if job.brief else []),
             ]
             with (job.run.root / "log.txt").open("w") as log, self._lock:
                 # A session of its own: the terminal's Ctrl-C reaches this process, which passes it on once.

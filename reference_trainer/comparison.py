@@ -117,7 +117,7 @@ def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
 
 def _bounds(results: Sequence[Result]) -> list[str]:
     """What bounds the figures of a suite: the reference rows of its first run that has them."""
-    rows = next((r.rows for r in results if r.rows), {})
+    rows = max((r.rows for r in results), key=len, default={})
     named = [f"{name} {row['frechet']:.1f}" for name, row in rows.items() if name not in (ONE, TWO)]
     return [f"FD of the bounds: {'; '.join(named)}."] if named else []
 

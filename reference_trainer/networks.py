@@ -148,16 +148,17 @@ class _ResidualMLP(nn.Module):
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU())
         self.enter = nn.Linear(d, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(layers))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
-        nn.init.zeros_(self.leave[1].weight)
-        nn.init.zeros_(self.leave[1].bias)
+        self.norm = nn.LayerNorm(width)
+        self.leave = nn.Linear(width, d)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         embedding = self.time(self.fourier(self.time_scale * c_noise).to(x.dtype))
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        output: Tensor = self.leave(h).reshape(x.shape)
+        output: Tensor = self.leave(self.norm(h)).reshape(x.shape)
         return output
 
 

@@ -208,7 +208,7 @@ def test_within_classes_needs_a_label_for_each_sample(labels):
         WithinClasses()(*pair(4), labels=labels)
 
 
-# --- Gain --------------------------------------------------------------------------------------------------------------
+# --- Gain ------------------------------------------------------------------------------------------------------------
 
 
 def test_gain_is_one_minus_the_cost_over_the_mean_of_the_cost_matrix():

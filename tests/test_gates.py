@@ -1,4 +1,4 @@
-"""Gates give probabilities that meet in their limits; noise is never mixed; the recognisable level is that of theory."""
+"""Gates give probabilities that meet in their limits; noise is never mixed; recognition follows its theory."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_share_that_takes_the_coupled_noise_is_the_probability():
     assert abs(float(taken.mean()) - 0.3) < 5 * (0.3 * 0.7 / 20_000) ** 0.5
 
 
-# --- Where a noisy sample stops showing which one it was ---------------------------------------------------------------
+# --- Where a noisy sample stops showing which one it was --------------------------------------------------------------
 
 
 def test_two_points_are_told_apart_as_the_normal_law_says():

@@ -51,7 +51,7 @@ def test_an_mlp_keeps_the_shape_uses_all_its_weights_and_starts_at_zero():
     x, c_noise = torch.randn(6, 3, 4, 5), torch.linspace(-1500, 1100, 6)
     assert torch.equal(network(x, c_noise), torch.zeros_like(x))
     with torch.no_grad():
-        network.leave[1].weight.normal_(generator=torch.Generator().manual_seed(0))
+        network.leave.weight.normal_(generator=torch.Generator().manual_seed(0))
     out = network(x, c_noise)
     out.square().sum().backward()
     assert out.shape == x.shape
