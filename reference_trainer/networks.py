@@ -118,10 +118,11 @@ class DiT:
 class ResidualMLP:
     """A residual MLP on flattened latents: several times faster than a one-token DiT, for ablations of many runs.
 
-    Blocks ``h + W2 silu(W1 LayerNorm(h) + T e)``, e a Fourier embedding of the noise level; the output starts at zero.
+    Blocks ``h + (1 + gate) W2 silu(W1 (LayerNorm(h) (1 + scale) + shift))``, gate, scale and shift from a Fourier
+    embedding of the noise level and an offset of the block (adaLN-single, as in the DiT); the output starts at zero.
     """
 
-    width: int = 256
+    width: int = 128
     layers: int = 4
     dropout: float = 0.0
     time_scale: float = 0.2
@@ -145,7 +146,7 @@ class _ResidualMLP(nn.Module):
 
         self.time_scale = time_scale
         self.fourier = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU())
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, 3 * width))
         self.enter = nn.Linear(d, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -154,10 +155,10 @@ class _ResidualMLP(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        embedding = self.time(self.fourier(self.time_scale * c_noise).to(x.dtype))
+        modulation = self.time(self.fourier(self.time_scale * c_noise).to(x.dtype))
         h = self.enter(x.flatten(1))
         for block in self.blocks:
-            h = block(h, embedding)
+            h = block(h, modulation)
         output: Tensor = self.leave(self.norm(h)).reshape(x.shape)
         return output
 
@@ -166,14 +167,15 @@ class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 2 * width)
-        self.time = nn.Linear(width, 2 * width)
+        self.modulation = nn.Parameter(torch.randn(3 * width) / width**0.5)
+        self.expand = nn.Linear(width, 4 * width)
         self.dropout = nn.Dropout(dropout)
-        self.contract = nn.Linear(2 * width, width)
+        self.contract = nn.Linear(4 * width, width)
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        inner = torch.nn.functional.silu(self.expand(self.norm(h)) + self.time(embedding))
-        output: Tensor = h + self.contract(self.dropout(inner))
+    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift, gate = (modulation + self.modulation).chunk(3, dim=1)
+        inner = torch.nn.functional.silu(self.expand(self.norm(h) * (1 + scale) + shift))
+        output: Tensor = h + (1 + gate) * self.contract(self.dropout(inner))
         return output
 
 
