@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
-from reference_trainer.networks import DiT, ResidualMLP, UNet
+from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
 from robustcm.fences import TukeyClip
 from robustcm.gates import Above
@@ -126,7 +126,7 @@ class TrainConfig:
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
     clip: TukeyClip | None = None
     """Clip the latents at Tukey's fences before they are normalised."""
-    network: DiT | UNet | ResidualMLP = DiT()
+    network: DiT | UNet = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(

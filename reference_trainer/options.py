@@ -20,7 +20,7 @@ from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainCon
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
-from reference_trainer.networks import DiT, ResidualMLP, UNet
+from reference_trainer.networks import DiT, UNet
 from robustcm import couplers, early, fences, gates, losses, objective, scales, schedules, sketch
 
 RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
@@ -30,7 +30,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.TukeyClip),
-    (TrainConfig, "network"): (DiT, UNet, ResidualMLP),
+    (TrainConfig, "network"): (DiT, UNet),
     (TrainConfig, "objective"): (objective.Objective,),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),

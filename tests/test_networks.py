@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reference_trainer.networks import DiT, ResidualMLP, UNet
+from reference_trainer.networks import DiT, UNet
 
 TINY = UNet(block_out_channels=(8, 8), attention=(False, False), norm_num_groups=4)
 
@@ -46,20 +46,13 @@ def test_patches_that_do_not_fit_are_said():
         DiT(patch=3).build((4, 8, 8), seed=0)
 
 
-def test_an_mlp_keeps_the_shape_uses_all_its_weights_and_starts_at_zero():
-    network = ResidualMLP(width=8, layers=2).build((3, 4, 5), seed=0)
-    x, c_noise = torch.randn(6, 3, 4, 5), torch.linspace(-1500, 1100, 6)
-    assert torch.equal(network(x, c_noise), torch.zeros_like(x))
-    with torch.no_grad():
-        network.leave.weight.normal_(generator=torch.Generator().manual_seed(0))
-    out = network(x, c_noise)
-    out.square().sum().backward()
-    assert out.shape == x.shape
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    moved = network(x, c_noise + 5)
-    assert not torch.equal(moved, out)  # sees the noise level
-
-
-def test_an_mlp_of_no_width_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
-        ResidualMLP(width=0)
+def test_the_shortcut_for_one_token_gives_what_attention_gives():
+    shape, x, c_noise = (3, 4, 4), torch.randn(5, 3, 4, 4), torch.linspace(-1500, 1100, 5)
+    short = DiT(width=16, layers=3, heads=2, patch=4).build(shape, seed=0).network
+    stock = type(short)(**short.config)
+    stock.load_state_dict(short.state_dict(), strict=False)
+    outputs = [n(x, encoder_hidden_states=None, timestep=c_noise).sample for n in (short, stock)]
+    torch.testing.assert_close(*outputs)
+    assert outputs[0].std() > 0.1
+    left_out = stock.state_dict().keys() - short.state_dict().keys()
+    assert {name.rsplit(".", 2)[1] for name in left_out} == {"to_q", "to_k"}
