@@ -90,7 +90,7 @@ class KLAutoencoder:
     """``bernoulli``: the decoder gives logits of a pixel's brightness, the error is their cross entropy, which suits
     nearly black-and-white images;
     ``gaussian``: it gives the pixel, the error is squared."""
-    kl_weight: float = 0.01
+    kl_weight: float = 0.1
     steps: int = 1500
     batch_size: int = 32
     lr: float = 4e-3

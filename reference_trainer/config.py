@@ -131,12 +131,12 @@ class TrainConfig:
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(
         distance=geman_mcclure,
-        c=MeasuredC(),
+        c=MeasuredC(bins=8),
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
         gate=Above(1.0),
     )
-    coupling_pool: int = 2
+    coupling_pool: int = 1
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
     time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam = Adam()

@@ -18,7 +18,7 @@ from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import TukeyClip
 from robustcm.gates import Above, everywhere
-from robustcm.losses import cauchy, geman_mcclure, pseudo_huber
+from robustcm.losses import PerElement, cauchy, geman_mcclure, geman_mcclure_of_r2, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 
 
@@ -35,6 +35,11 @@ def changed(config: TrainConfig, **parts: Any) -> TrainConfig:
     return replace(config, objective=replace(config.objective, **parts))
 
 
+def per_element() -> TrainConfig:
+    """The recipe of this repository with a distance that sees every element of a sample by itself."""
+    return changed(digits(), distance=PerElement(geman_mcclure_of_r2))
+
+
 BASELINE = "iLCT"
 
 ARMS: tuple[Arm, ...] = (
@@ -43,7 +48,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + Cauchy", lambda: changed(ilct(), distance=cauchy)),
     Arm("iLCT + Geman-McClure", lambda: changed(ilct(), distance=geman_mcclure)),
     Arm("iLCT + early diffusion", lambda: changed(ilct(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
-    Arm("iLCT + coupling", lambda: changed(replace(ilct(), coupling_pool=1), coupler=exact, gate=everywhere)),
+    Arm("iLCT + coupling", lambda: changed(ilct(), coupler=exact, gate=everywhere)),
     Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, gate=Above(1.0))),
     Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
     Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
@@ -58,11 +63,13 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, Pseudo-Huber", lambda: changed(digits(), distance=pseudo_huber)),
     Arm("ours, Cauchy", lambda: changed(digits(), distance=cauchy)),
     Arm("ours, constant c", lambda: changed(digits(), c=ConstantC())),
-    Arm("ours, c doubled", lambda: changed(digits(), c=MeasuredC(multiple=2.0))),
-    Arm("ours, c per level", lambda: changed(digits(), c=MeasuredC(bins=8))),
+    Arm("ours, c doubled", lambda: changed(digits(), c=MeasuredC(multiple=2.0, bins=8))),
+    Arm("ours, one c", lambda: changed(digits(), c=MeasuredC())),
     Arm("ours, no coupling", lambda: changed(digits(), coupler=independent)),
     Arm("ours, coupling without gate", lambda: changed(digits(), gate=everywhere)),
-    Arm("ours, pool of one batch", lambda: replace(digits(), coupling_pool=1)),
+    Arm("ours, pool of two batches", lambda: replace(digits(), coupling_pool=2)),
+    Arm("ours, per element", per_element),
+    Arm("ours, per element + clip", lambda: replace(per_element(), clip=TukeyClip())),
     Arm("ours + early diffusion", lambda: changed(digits(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
     Arm("ours + clip", lambda: replace(digits(), clip=TukeyClip())),
     Arm("ours + NsLN", lambda: replace(digits(), non_scaling_norm=True)),

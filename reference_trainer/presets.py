@@ -42,7 +42,7 @@ def paper() -> TrainConfig:
         gate=everywhere,
         c=PowerLawC(),  # 4
     )
-    return replace(config, objective=objective, coupling_pool=1, non_scaling_norm=True)  # 5
+    return replace(config, objective=objective, non_scaling_norm=True)  # 5
 
 
 def pixels() -> TrainConfig:
@@ -58,7 +58,7 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
 
     Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept.
     """
-    config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4 * config.coupling_pool)
+    config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4)
     if isinstance(config.autoencoder, KLAutoencoder):
         autoencoder = replace(
             config.autoencoder,
