@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
-from robustcm.fences import TukeyClip
+from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.gates import Above
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
@@ -124,8 +125,8 @@ class TrainConfig:
     autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
     outliers: ImpulsiveOutliers | None = None
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
-    clip: TukeyClip | None = None
-    """Clip the latents at Tukey's fences before they are normalised."""
+    clip: ConditionalClip | TukeyClip | None = ConditionalClip()
+    """Take impulsive outliers out of the latents before they are normalised."""
     network: DiT | UNet = DiT()
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
@@ -166,9 +167,16 @@ class TrainConfig:
         _require(0.002 < self.second_sigma < 80, f"second_sigma must lie between 0.002 and 80, got {self.second_sigma}")
 
     def prepare_latents(self, raw_latents: Tensor) -> Tensor:
-        """``[n, ch, h, w] -> [n, ch, h, w]``: with outliers put in and clipped, as far as asked; not normalised."""
-        for change in (self.outliers, self.clip):
-            raw_latents = raw_latents if change is None else change(raw_latents)
+        """``[n, ch, h, w] -> [n, ch, h, w]``: with outliers put in and clipped, as far as asked; not normalised.
+
+        Raises:
+            UserError: latents the clip is not made for.
+        """
+        try:
+            for change in (self.outliers, self.clip):
+                raw_latents = raw_latents if change is None else change(raw_latents)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return raw_latents
 
     def evaluates_at(self, step: int) -> bool:

@@ -175,13 +175,14 @@ def as_table(evaluation: dict[str, Any]) -> str:
 
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
     """evaluation.json, the sheet of images and the loss curves; returns the files."""
-    real = images.train[torch.linspace(0, len(images.train) - 1, 64).long()]
-    latents = model.space.normalise(model.config.prepare_latents(encode(model.space.codec, real, model.device)))
+    real = training_images(images, seed=0)  # all of them: what is an outlier depends on the others
+    raw = model.config.prepare_latents(encode(model.space.codec, real, model.device))
+    latents = model.space.normalise(raw)[:64]
     sheet = draw_sheet(
         [
             ("1 evaluation", model.images(64, model.sigmas(1), seed=1)),
             ("2 evaluations", model.images(64, model.sigmas(2), seed=1)),
-            ("real", real),
+            ("real", real[:64]),
             ("reconstructed", model.space.decode(latents.to(model.device))),
         ]
     )

@@ -29,7 +29,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder),
     (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
-    (TrainConfig, "clip"): (None, fences.TukeyClip),
+    (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
     (TrainConfig, "network"): (DiT, UNet),
     (TrainConfig, "objective"): (objective.Objective,),
     (TrainConfig, "optimizer"): (Adam, RAdam),

@@ -14,6 +14,7 @@ from reference_trainer.images import ImageFolder
 from reference_trainer.networks import DiT
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
+from robustcm.fences import TukeyClip
 from robustcm.gates import everywhere
 from robustcm.losses import cauchy, pseudo_huber
 from robustcm.scales import ConstantC, PowerLawC
@@ -28,7 +29,7 @@ def ilct() -> TrainConfig:
     """The baseline, iCT on latents: Pseudo-Huber, constant c, nothing else."""
     config = digits()
     objective = replace(config.objective, distance=pseudo_huber, c=ConstantC(), coupler=independent)
-    return replace(config, objective=objective)
+    return replace(config, objective=objective, clip=None)
 
 
 def paper() -> TrainConfig:
@@ -47,7 +48,7 @@ def paper() -> TrainConfig:
 
 def pixels() -> TrainConfig:
     """The recipe of `digits` on the pixels themselves: no autoencoder."""
-    return replace(digits(), autoencoder=PixelSpace(), network=DiT(patch=8))
+    return replace(digits(), autoencoder=PixelSpace(), network=DiT(patch=8), clip=None)
 
 
 PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels)
@@ -59,6 +60,8 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
     Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept.
     """
     config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4)
+    if config.clip is not None:  # of extreme values only: whether a decoder needs the others is not known
+        config = replace(config, clip=TukeyClip(k=3.0))
     if isinstance(config.autoencoder, KLAutoencoder):
         autoencoder = replace(
             config.autoencoder,

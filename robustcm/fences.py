@@ -1,4 +1,4 @@
-"""Impulsive outliers taken out of the latents themselves, before they are normalised: clipping at Tukey's fences.
+"""Impulsive outliers taken out of the latents themselves, before they are normalised: clipping at fences.
 
 The five techniques make training on outliers bearable; a model that fits its data still draws them. What an
 autoencoder's decoder does not need is better taken out of the data, and the fences say what is out of line without
@@ -8,7 +8,9 @@ being moved by it: up to a quarter of a channel's values on either side may be a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from robustcm.tails import box_statistics_along
@@ -49,3 +51,62 @@ class TukeyClip:
         low = [box.q1 - r for box, r in zip(boxes, reach, strict=True)]
         high = [box.q3 + r for box, r in zip(boxes, reach, strict=True)]
         return raw_latents.new_tensor(low), raw_latents.new_tensor(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionalClip:
+    """Latents that do not fit the rest of their sample, moved to within ``to`` standard deviations of what fits.
+
+    Every element has a mean and a standard deviation given all other elements of its sample, by a Gaussian fitted to
+    the data. One farther than ``k`` of those from that mean is put at ``to`` of them, on its own side. This is done
+    ``rounds`` times, the others taken as the round before left them, at first clipped at Tukey's inner fences.
+    ``TukeyClip`` sees only what is out of line among all samples and leaves it at the edge; this also sees what is out
+    of line in its sample, and puts there what is likely.
+
+    Source: ours; the idea that cells, not samples, are deviant and are predicted by the others is that of Rousseeuw
+    and Van den Bossche 2018, "Detecting deviating data cells".
+    """
+
+    k: float = 4.0
+    to: float = 1.0
+    """0 is the conditional mean. An outlier often keeps its sign, so a little of its deviation is likely right."""
+    rounds: int = 3
+
+    MOST_ELEMENTS: ClassVar[int] = 4096
+
+    def __post_init__(self) -> None:
+        if not (self.k > 0 and 0 <= self.to <= self.k and self.rounds >= 1):
+            raise ValueError(f"need 0 <= to <= k, k > 0 and rounds >= 1, got {self.to}, {self.k} and {self.rounds}")
+
+    def __call__(self, raw_latents: Tensor) -> Tensor:
+        """``[n, ch, ...] -> [n, ch, ...]``; latents with a NaN come back as they are.
+
+        Raises:
+            ValueError: samples of more elements than a covariance of can be inverted in a short while.
+        """
+        x = raw_latents.flatten(1).double()
+        n, d = x.shape
+        if d > self.MOST_ELEMENTS:
+            raise ValueError(
+                f"clip=ConditionalClip is for up to {self.MOST_ELEMENTS} latent elements, got {d}: use TukeyClip"
+            )
+        if not x.isfinite().all():
+            return raw_latents
+        q1, q3 = (x.kthvalue(max(1, round(q * n)), dim=0).values for q in (0.25, 0.75))
+        clipped = x.clamp(q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1))
+        for turn in range(self.rounds):
+            if turn < 2:  # with every further fit, what was moved wrongly would loosen it, and move more
+                mean, precision = _fitted(clipped)
+                std = precision.diagonal().rsqrt()
+            likely = clipped - (clipped - mean) @ precision / precision.diagonal()
+            off = x - likely
+            clipped = torch.where(off.abs() > self.k * std, likely + self.to * std * off.sign(), x)
+        return clipped.to(raw_latents.dtype).reshape(raw_latents.shape)
+
+
+def _fitted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[d]`` and precision ``[d, d]`` of the Gaussian fitted to ``x [n, d]``."""
+    mean, variance = x.mean(0), x.var(0)
+    covariance = (x - mean).T @ (x - mean) / max(1, len(x) - 1)
+    # A little on the diagonal: few samples, or an element that never changes, leave it singular.
+    return mean, torch.linalg.inv(covariance + torch.diag(1e-6 * variance + 1e-12))

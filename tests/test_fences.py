@@ -13,7 +13,7 @@ from torch import Tensor
 from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.options import from_json, override, to_json
 from reference_trainer.presets import digits
-from robustcm.fences import TukeyClip
+from robustcm.fences import ConditionalClip, TukeyClip
 
 
 def latents(seed: int = 0, n: int = 400, ch: int = 3) -> Tensor:
@@ -80,6 +80,7 @@ def test_nan_stays_for_the_normalisation_to_complain_about():
     x = latents().float()
     x[3, 1, 0, 0] = torch.nan
     assert TukeyClip()(x).isnan().sum() == 1
+    assert ConditionalClip()(x) is x
 
 
 def test_it_comes_behind_the_injected_outliers_and_is_an_option():
@@ -94,3 +95,83 @@ def test_it_comes_behind_the_injected_outliers_and_is_an_option():
 def test_a_negative_k_is_refused():
     with pytest.raises(ValueError, match="k must be 0 or more"):
         TukeyClip(k=-1)
+
+
+# --- Given the rest of the sample -------------------------------------------------------------------------------------
+
+
+def gaussian(seed: int = 0, n: int = 3000, d: int = 6) -> tuple[Tensor, Tensor]:
+    """Gaussian samples ``[n, d, 1, 1]`` whose elements share a part of their variance, and their precision matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = 0.8 * float(torch.rand((), generator=generator))
+    own, common = (torch.randn(n, k, generator=generator, dtype=torch.float64) for k in (d, 1))
+    covariance = (1 - shared) * torch.eye(d, dtype=torch.float64) + shared
+    return ((1 - shared) ** 0.5 * own + shared**0.5 * common)[:, :, None, None] + 3, torch.linalg.inv(covariance)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=15)
+def test_hardly_an_element_of_gaussian_samples_is_moved_and_the_others_stay_bit_for_bit(seed: int):
+    x, precision = gaussian(seed)
+    out = ConditionalClip()(x)
+    moved = out != x
+    assert moved.float().mean() < 2e-3
+    mean = x.mean(0).flatten()
+    y = out.flatten(1) - mean
+    off = (y @ precision / precision.diagonal()).abs() * precision.diagonal().sqrt()
+    assert (off < 6).all()  # what is left fits its sample
+
+
+@given(seed=st.integers(0, 1000), to=st.sampled_from([0.0, 1.0, 2.5]))
+@settings(max_examples=15)
+def test_an_outlier_is_put_where_the_gaussian_law_says_it_belongs(seed: int, to: float):
+    x, precision = gaussian(seed)
+    x[7, 2] += 1e3
+    mean = x[8:].mean(0).flatten()
+    others = torch.arange(6) != 2
+    cross = precision[2][others] / precision[2, 2]
+    expected = mean[2] - cross @ (x[7].flatten() - mean)[others] + to * precision[2, 2].rsqrt()
+    found = ConditionalClip(to=to)(x)
+    assert float(found[7, 2]) == pytest.approx(float(expected), abs=0.3 * float(precision[2, 2].rsqrt()))
+    assert torch.equal(found[7, others], x[7, others])
+
+
+def test_what_is_usual_among_all_but_not_in_its_sample_is_seen_by_this_clip_alone():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(2000, 1, generator=generator)
+    x = (shared + 0.05 * torch.randn(2000, 5, generator=generator))[:, :, None, None]
+    x[0, 1] = x[0, 0] + 1.0  # twenty of its conditional standard deviations, one of its marginal ones
+    assert torch.equal(TukeyClip()(x)[0], x[0])
+    found = ConditionalClip()(x)
+    assert abs(float(found[0, 1] - found[0, 0])) < 0.2
+
+
+@given(scale=st.floats(0.01, 100), shift=st.floats(-100, 100))
+@settings(max_examples=15)
+def test_another_unit_or_origin_changes_nothing_for_the_conditional_clip(scale: float, shift: float):
+    x, _ = gaussian(n=400)
+    x[:20, 1] *= 30
+    clip = ConditionalClip()
+    torch.testing.assert_close(clip(scale * x + shift), scale * clip(x) + shift, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_injected_outliers_are_brought_nearer_to_the_truth_than_by_tukeys_fences():
+    x = gaussian(n=4000)[0].float()
+    bad = ImpulsiveOutliers(share=0.05)(x)
+    error = {type(clip): float((clip(bad) - x).square().mean()) for clip in (ConditionalClip(), TukeyClip())}
+    assert error[ConditionalClip] < 0.7 * error[TukeyClip] < 0.1 * float((bad - x).square().mean())
+
+
+def test_fewer_samples_than_elements_and_constant_elements_are_no_obstacle():
+    x = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 2.0
+    out = ConditionalClip()(x)
+    assert out.isfinite().all()
+    assert torch.equal(out[:, 0], x[:, 0])
+
+
+def test_the_conditional_clip_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="up to 4096 latent elements, got 5000: use TukeyClip"):
+        ConditionalClip()(torch.zeros(3, 5000, 1, 1))
+    with pytest.raises(ValueError, match="0 <= to <= k"):
+        ConditionalClip(to=5, k=4)
