@@ -339,7 +339,9 @@ def run_space(run: RunFolder, images: ImageSet, *, num_levels: int | None, count
     """
     trained = trained_run(run, images, device)
     name = "pixels" if isinstance(trained.config.autoencoder, PixelSpace) else "latents"
-    return Space(name, trained.data, trained.residuals(num_levels or last_stage(trained.config), count))
+    clip = trained.config.clip
+    note = "" if clip is None else f"as the run sees them, behind {clip}"
+    return Space(name, trained.data, trained.residuals(num_levels or last_stage(trained.config), count), note)
 
 
 def last_stage(config: TrainConfig) -> int:

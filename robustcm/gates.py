@@ -94,19 +94,19 @@ def gated_noise(z: Tensor, coupled: Tensor, probability: Tensor, uniform: Tensor
 
 
 def recognisable_below(
-    x: Tensor, generator: torch.Generator, *, probes: int = 512, half_share: float = 0.5, sigma_max: float = 80.0
+    x: Tensor, generator: torch.Generator, *, probes: int = 512, share: float = 0.5, sigma_max: float = 80.0
 ) -> float:
     """The noise level at which a noisy sample stops showing which one it was, in units of sigma.
 
     With the data set as prior, the posterior weight of x_i given ``y = x_i + t z`` is the softmax over j of
     ``-||y - x_j||^2 / (2 t^2)`` at i; its mean over samples falls from 1 to 1 / n as t grows, and this is the t where
-    it is ``half_share``. For n Gaussian samples of d elements it is near ``std sqrt(d / (2 ln n))``.
+    it is ``share``. For n Gaussian samples of d elements it is near ``std sqrt(d / (2 ln n))``.
 
     Args:
         x: data ``[n, ...]``, n >= 2; a few thousand samples of a larger set serve.
         generator: CPU; chooses the probes and their noise.
         probes: how many samples the mean is taken over.
-        half_share: see above.
+        share: see above.
         sigma_max: returned where the samples are told apart even there.
     Raises:
         ValueError: fewer than two samples.
@@ -127,11 +127,11 @@ def recognisable_below(
         return float((-(far / (2 * t * t) + along / t)).softmax(1)[own].mean())
 
     low, high = 1e-4, sigma_max
-    if weight(high) >= half_share:
+    if weight(high) >= share:
         return sigma_max
     for _ in range(40):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if weight(middle) >= half_share else (low, middle)
+        low, high = (middle, high) if weight(middle) >= share else (low, middle)
     return math.sqrt(low * high)
 
 

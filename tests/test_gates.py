@@ -101,7 +101,7 @@ def test_two_points_are_told_apart_as_the_normal_law_says():
     x, a = torch.tensor([[0.0], [3.0]]), 3.0
     weights = []
     for seed in range(400):
-        weights.append(recognisable_below(x, generator(seed), probes=2, half_share=0.9))
+        weights.append(recognisable_below(x, generator(seed), probes=2, share=0.9))
     t = float(torch.tensor(weights).median())
     u = torch.randn(200_000, 2, generator=generator(), dtype=torch.float64)
     expected = torch.sigmoid(a * a / (2 * t * t) + a * u / t).mean(1).median()
@@ -125,7 +125,7 @@ def test_the_level_scales_with_the_data(k: float):
 def test_the_level_ignores_the_mean_and_falls_with_the_share_asked_for():
     x = torch.randn(200, 2, 3, 3, generator=generator(), dtype=torch.float64)
     assert recognisable_below(x + 7, generator()) == pytest.approx(recognisable_below(x, generator()), rel=1e-6)
-    levels = [recognisable_below(x, generator(), half_share=share) for share in (0.9, 0.5, 0.1)]
+    levels = [recognisable_below(x, generator(), share=share) for share in (0.9, 0.5, 0.1)]
     assert levels == sorted(levels)
 
 
