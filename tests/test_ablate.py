@@ -50,6 +50,8 @@ def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
     assert [(run["arm"], run["seed"], run["failure"]) for run in runs] == [
         *((BASELINE, 0, ""), ("ours", 0, ""), (BASELINE, 1, ""), ("ours", 1, ""))
     ]
+    assert ["reconstructions" in run["rows"] for run in runs] == [True, False, False, False]  # measured once a suite
+    assert "FD of the bounds: reconstructions" in printed
     config = RunFolder(out / "outliers-5pc" / "ours" / "seed-1").config()
     assert (config.seed, config.steps, config.outliers.share) == (1, 3, 0.05)
     assert (out / "ablation.png").stat().st_size > 10_000
