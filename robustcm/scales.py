@@ -106,6 +106,10 @@ class MeasuredC:
     multiple: float = 1.0
     q: float = 0.5
     bins: int = 1
+    at_least_pooled: bool = False
+    """No level's c below the one of all levels together. One c for all leaves a level behind whose residuals are far
+    above it, where Geman-McClure has no gradient; a c for each weighs the levels of small residuals up. This does
+    neither."""
     halflife_steps: float = 100.0
     histogram: LogHistogram = LogHistogram(smallest=1e-8, largest=1e8, relative_error=0.02)
 
@@ -124,8 +128,11 @@ class MeasuredC:
         return state * fade + seen
 
     def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> Tensor:
-        per_bin = self.multiple / (pairs.num_levels - 1) * self.histogram.quantile(state, self.q)
-        return per_bin.float()[self._bin(pairs)]
+        typical = self.histogram.quantile(state, self.q)
+        if self.at_least_pooled:
+            pooled = self.histogram.quantile(state.sum(0, keepdim=True), self.q)
+            typical = torch.where(typical > pooled, typical, pooled)  # also where a level was never seen: NaN
+        return (self.multiple / (pairs.num_levels - 1) * typical).float()[self._bin(pairs)]
 
     def _bin(self, pairs: LevelPairs) -> Tensor:
         return (pairs.depth * self.bins).long().clamp(0, self.bins - 1)

@@ -122,6 +122,25 @@ def test_each_bin_of_depth_has_its_own_quantile():
         assert low * 0.98 <= c[100 * k].item() <= high * 1.021
 
 
+def test_no_bin_falls_below_the_scale_of_all_where_that_is_asked():
+    depth = torch.arange(400) / 400
+    r = residuals(400) * 10.0 ** torch.arange(4).repeat_interleave(100)
+    pairs = pairs_of(401, depth)
+    own, pooled, both = (
+        scale(scale.observe(scale.init(), r, pairs), pairs, 1)
+        for scale in (MeasuredC(bins=4), MeasuredC(), MeasuredC(bins=4, at_least_pooled=True))
+    )
+    assert torch.equal(both, torch.maximum(own, pooled))
+    assert ((both == own).any(), (both == pooled).any(), (own < pooled).any()) == (True, True, True)
+
+
+def test_a_bin_never_seen_has_the_scale_of_all():
+    scale = MeasuredC(bins=4, at_least_pooled=True)
+    state = scale.observe(scale.init(), residuals(50), pairs_of(11, torch.zeros(50)))
+    c = scale(state, pairs_of(11, torch.tensor([0.0, 0.9])), 1)
+    assert c[0] == c[1]
+
+
 def test_a_sample_always_has_a_scale_even_when_its_bin_was_empty_before():
     scale = MeasuredC(bins=8)
     state = scale.observe(scale.init(), residuals(3), pairs_of(11, torch.tensor([0.0, 0.1, 0.2])))
