@@ -132,7 +132,7 @@ class TrainConfig:
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(
         distance=geman_mcclure,
-        c=MeasuredC(bins=8),
+        c=MeasuredC(bins=8, at_least_pooled=True),
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
         gate=Above(1.0),
