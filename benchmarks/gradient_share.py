@@ -4,7 +4,7 @@
 
 For a trained run, at the N it has reached, the norm of the loss's gradient at the network's output is summed over the
 samples of each range of noise levels, for every distance, c and weight. c is iCT's constant, or measured on these very
-residuals (one for all levels, or one for each of eight ranges). ``early`` is the early diffusion term's share
+residuals: one for all levels, one for each of eight ranges, or the latter but nowhere below the former. ``early`` is the early diffusion term's share
 (``gradient_share``) beside that distance, as published and summed over the elements.
 """
 
@@ -34,7 +34,12 @@ from robustcm.schedules import BoundedInverseGap, SnrPlusWeight, equal_weight, i
 EDGES = (0.05, 0.3, 1.0, 5.0)
 RANGES = ("t < 0.05", "0.05 .. 0.3", "0.3 .. 1", "1 .. 5", "t > 5")
 DISTANCES = (squared_l2, pseudo_huber, cauchy, geman_mcclure)
-SCALES = {"constant": ConstantC(), "measured": MeasuredC(), "per level": MeasuredC(bins=8)}
+SCALES = {
+    "constant": ConstantC(),
+    "measured": MeasuredC(),
+    "per level": MeasuredC(bins=8),
+    "floored": MeasuredC(bins=8, at_least_pooled=True),
+}
 WEIGHTS = {"1/dt": inverse_gap, "bounded": BoundedInverseGap(), "snr+": SnrPlusWeight(), "equal": equal_weight}
 EARLY = {"mean": EarlyDiffusion(), "sum": EarlyDiffusion(reduction="sum")}
 
