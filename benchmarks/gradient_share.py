@@ -3,9 +3,9 @@
     python benchmarks/gradient_share.py RUN [--batches 40]
 
 For a trained run, at the N it has reached, the norm of the loss's gradient at the network's output is summed over the
-samples of each range of noise levels, for every distance, c and weight. c is iCT's constant, or measured on these very
-residuals: one for all levels, one for each of eight ranges, or the latter but nowhere below the former. ``early`` is the
-early diffusion term's share (``gradient_share``) beside that distance, as published and summed over the elements.
+samples of each range of noise levels, for every distance, c and weight. c is iCT's constant, or measured on these
+residuals: one for all levels, one for each of eight ranges, or the latter but nowhere below the former. ``early`` is
+the early diffusion term's share (``gradient_share``) beside that distance, as published and summed over the elements.
 """
 
 from __future__ import annotations
