@@ -81,17 +81,17 @@ class KLAutoencoder:
     """
 
     latent_channels: int = 2
-    block_out_channels: tuple[int, ...] = (32, 32)
-    """One entry a resolution: two entries shrink the patched image twice in each direction."""
-    patch: int = 4
+    block_out_channels: tuple[int, ...] = (16, 32, 32)
+    """One entry a resolution: three entries shrink the patched image four times in each direction."""
+    patch: int = 2
     layers_per_block: int = 1
     norm_num_groups: int = 8
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """``bernoulli``: the decoder gives logits of a pixel's brightness, the error is their cross entropy, which suits
     nearly black-and-white images;
     ``gaussian``: it gives the pixel, the error is squared."""
-    kl_weight: float = 0.1
-    steps: int = 1500
+    kl_weight: float = 0.01
+    steps: int = 1300
     batch_size: int = 32
     lr: float = 4e-3
     seed: int = 0
