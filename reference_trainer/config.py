@@ -145,7 +145,7 @@ class TrainConfig:
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
     batch_size: int = 256
-    steps: int = 3400
+    steps: int = 3300
     seed: int = 0
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
