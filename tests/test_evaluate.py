@@ -126,7 +126,7 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
 
     class Copier:
-        config, step, shape, device = TrainConfig(), 0, (1, 32, 32), torch.device("cpu")
+        config, step, shape, device = TrainConfig(clip=None), 0, (1, 32, 32), torch.device("cpu")
 
         def __init__(self) -> None:
             codec = PixelSpace().build(1, {})
