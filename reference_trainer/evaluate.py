@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ def evaluate(
             "floor: half against half": train[:half],
             "ceiling: noise decoded": model.space.decode(noise.to(model.device)),
         }
-    vectors, held_out_vectors = features(train), features(held_out)
+    with ThreadPoolExecutor(2) as pool:  # each image by itself, so two at a time change no digit
+        found = pool.map(features, [train, held_out, *sets.values()])
+        bar = tqdm(found, desc="features", unit="set", total=len(sets) + 2, leave=False, delay=2)
+        vectors, held_out_vectors, *others = bar
     rows = {}
-    for name, pixels in tqdm(sets.items(), desc="comparing", unit="set", leave=False, delay=2):
+    for (name, pixels), those in zip(sets.items(), others, strict=True):
         reference = vectors[half:] if name.startswith("floor: half") else vectors
-        rows[name] = measure(pixels, reference, features, None if pixels is held_out else held_out_vectors)
+        rows[name] = measure(those, reference, features, None if pixels is held_out else held_out_vectors)
     out = {
         "step": model.step,
         "seed": seed,
@@ -91,7 +95,7 @@ class Evaluator:
             self._reference = features, features(training_images(self.images, self.seed))
         features, vectors = self._reference
         samples = samples_of(model, len(vectors), self.seed)
-        rows = {name: measure(pixels, vectors, features) for name, pixels in samples.items()}
+        rows = {name: measure(features(pixels), vectors, features) for name, pixels in samples.items()}
         record(self.run, {"step": model.step, "seed": self.seed, "features": features.name, "rows": rows})
 
 
@@ -124,13 +128,12 @@ def samples_of(model: TrainedModel, n: int, seed: int) -> dict[str, Tensor]:
     return {name: model.images(n, model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
 
 
-def measure(pixels: Tensor, vectors: Tensor, features: Features, held_out: Tensor | None = None) -> dict[str, float]:
-    """All metrics of ``pixels [n, ch, h, w]`` against ``vectors [m, k]``; of digits also which share looks like one.
+def measure(others: Tensor, vectors: Tensor, features: Features, held_out: Tensor | None = None) -> dict[str, float]:
+    """All metrics of ``others [n, k]`` against ``vectors [m, k]``; of digits also which share looks like one.
 
     With enough ``held_out [l, k]`` for a covariance, also the Frechet distance to these: a model that memorises comes
     close to the training images alone.
     """
-    others = features(pixels)
     row = compare(vectors, others)
     if held_out is not None and len(held_out) > held_out.shape[1]:
         row["frechet_held_out"] = frechet_distance(held_out, others)
