@@ -108,7 +108,7 @@ class DiT:
                 caption_channels=None,
                 use_additional_conditions=False,
                 norm_num_groups=1,
-                activation_fn="gelu",  # its tanh approximation takes three times as long on a CPU
+                activation_fn="gelu",  # the tanh approximation is slower on a CPU
             )
         if h == self.patch:
             _attend_to_the_one_token(network)
@@ -123,7 +123,7 @@ def _attend_to_the_one_token(network: Any) -> None:
 
 
 class _OneToken:
-    """diffusers' attention where every sequence has one token: a fifth of the time of a training step less."""
+    """diffusers' attention where every sequence has one token."""
 
     def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         project, dropout = attention.to_out

@@ -1,8 +1,8 @@
-"""Impulsive outliers taken out of the latents themselves, before they are normalised: clipping at fences.
+"""Impulsive outliers taken out of the latents themselves, before they are normalised: clipping them.
 
 The five techniques make training on outliers bearable; a model that fits its data still draws them. What an
 autoencoder's decoder does not need is better taken out of the data, and the fences say what is out of line without
-being moved by it: up to a quarter of a channel's values on either side may be arbitrarily wrong.
+being moved by it (``TukeyClip``): up to a quarter of a channel's values on either side may be arbitrarily wrong.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class ConditionalClip:
     ``TukeyClip`` sees only what is out of line among all samples and leaves it at the edge; this also sees what is out
     of line in its sample, and puts there what is likely.
 
+    ``k``, ``to`` and ``rounds`` were chosen on the latents of the digits with 1 and 5 % of outliers put in. Elements that
+    are nearly a function of the others are beyond this fit: too many of them get moved.
+
     Source: ours; the idea that cells, not samples, are deviant and are predicted by the others is that of Rousseeuw
     and Van den Bossche 2018, "Detecting deviating data cells".
     """
@@ -82,7 +85,7 @@ class ConditionalClip:
         """``[n, ch, ...] -> [n, ch, ...]``; latents with a NaN come back as they are.
 
         Raises:
-            ValueError: samples of more elements than a covariance of can be inverted in a short while.
+            ValueError: samples of more than ``MOST_ELEMENTS`` elements, whose covariance would take long to invert.
         """
         x = raw_latents.flatten(1).double()
         n, d = x.shape

@@ -3,7 +3,7 @@
 A gate is ``gate(t [b], progress) -> [b]``: the probability with which a sample at noise level t takes the noise it was
 paired with; otherwise it keeps its own, independent of the data. Why a gate at all: below some level the input shows
 which sample it came from, the pairing has nothing left to tell, and f only learns inputs that the sampler, whose
-second noise is drawn afresh, never produces (docs/evidence.md derives and measures it).
+second noise is drawn afresh, never produces (derived in docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Above:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(sigma=self.sigma >= 0)
+        _check(self, sigma=self.sigma >= 0)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return (t > self.sigma).to(t.dtype)
@@ -46,7 +46,7 @@ class SoftAbove:
     k: float = 2.0
 
     def __post_init__(self) -> None:
-        _check(sigma=self.sigma > 0, k=self.k > 0)
+        _check(self, sigma=self.sigma > 0, k=self.k > 0)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return torch.sigmoid(self.k * torch.log(t / self.sigma))
@@ -60,7 +60,7 @@ class AnnealedAbove:
     end: float
 
     def __post_init__(self) -> None:
-        _check(start=self.start > 0, end=self.end > 0)
+        _check(self, start=self.start > 0, end=self.end > 0)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return Above(self.start * (self.end / self.start) ** progress)(t, progress)
@@ -74,7 +74,7 @@ class ShareAbove:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(share=0 <= self.share <= 1, sigma=self.sigma >= 0)
+        _check(self, share=0 <= self.share <= 1, sigma=self.sigma >= 0)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return self.share * Above(self.sigma)(t, progress)
@@ -135,6 +135,6 @@ def recognisable_below(
     return math.sqrt(low * high)
 
 
-def _check(**conditions: bool) -> None:
+def _check(gate: Gate, **conditions: bool) -> None:
     if wrong := [name for name, holds in conditions.items() if not holds]:
-        raise ValueError(f"{', '.join(wrong)} out of range")
+        raise ValueError(f"{', '.join(wrong)} out of range: {gate}")
