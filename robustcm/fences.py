@@ -63,8 +63,8 @@ class ConditionalClip:
     ``TukeyClip`` sees only what is out of line among all samples and leaves it at the edge; this also sees what is out
     of line in its sample, and puts there what is likely.
 
-    ``k``, ``to`` and ``rounds`` were chosen on the latents of the digits with 1 and 5 % of outliers put in. Elements that
-    are nearly a function of the others are beyond this fit: too many of them get moved.
+    ``k``, ``to`` and ``rounds`` were chosen on the latents of the digits with 1 and 5 % of outliers put in. Elements
+    that are nearly a function of the others are beyond this fit: too many of them get moved.
 
     Source: ours; the idea that cells, not samples, are deviant and are predicted by the others is that of Rousseeuw
     and Van den Bossche 2018, "Detecting deviating data cells".
