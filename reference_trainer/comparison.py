@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is slow to import
 
 from reference_trainer.report import new_figure
 
@@ -59,7 +59,7 @@ def paired_ratio(values: dict[int, float], baseline: dict[int, float]) -> Ratio 
     mean = statistics.fmean(logs)
     if len(logs) == 1:
         return Ratio(math.exp(mean), None, None, 1)
-    half = student_t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = stdtrit(len(logs) - 1, 0.975) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
 
 

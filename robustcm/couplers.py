@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import ot
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -80,6 +79,8 @@ class Entropic:
         _check(x, z)
         if generator is None:
             raise ValueError("the coupler Entropic draws its permutation: pass a torch.Generator as generator=")
+        import ot.bregman  # slow to import: it brings scikit-learn
+
         b = len(x)
         cost = _cost(x, z)
         weights = np.full(b, 1 / b)
