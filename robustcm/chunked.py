@@ -27,10 +27,11 @@ from robustcm.guess import QUARTILES, Guess, least_distance, union
 
 T = TypeVar("T")
 
-CHUNK = 2**16
+CHUNK = 2**17
 SAMPLE = 2**14, 2**18  # values, at least and at most
 ROW = 2**12
 ONES = torch.ones(ROW, 1, dtype=torch.float64).numpy()  # see ``_reserve``
+MOST_CUTS = 2 * len(QUARTILES) + 2  # the ends of the brackets and of the reach
 KEPT = 2**20  # values a thread keeps of each bracket and of the far ones, or 1/64 of all values if that is more
 LARGEST = {t: float(np.finfo(t).max) for t in (np.float32, np.float64)}
 
@@ -130,7 +131,7 @@ class _Look:
         self._gathered: list[Array] = []  # those not yet sorted into ``parts``
         self._waiting = 0  # how many these are
         self._nothing = np.empty(0, type(guess.reach[0]))
-        self._scratch, self._masks = np.empty((2, 0)), np.empty((2, 0), bool)
+        self._scratch, self._masks, self._keep = np.empty((2, 0)), np.empty((0, 0), bool), np.empty(0, bool)
         self._plan()
 
     def over(self, chunks: Chunks, pieces: range) -> _Look:
@@ -156,22 +157,23 @@ class _Look:
             intervals += [(-np.inf, self.guess.reach[0]), (self.guess.reach[1], np.inf)]
         ends = [end for pair in union(intervals) for end in pair]
         self._open = ends[-1:] == [np.inf]
-        self._cuts = {end for end in ends if np.isfinite(end)}
-        self._compared = self._cuts | self.up_to.keys()
+        cuts = [end for end in ends if np.isfinite(end)]
+        self._num_cuts = len(cuts)
+        compared = cuts + [low for low in self.up_to if low not in cuts]
+        self._compared = np.array(compared, self._nothing.dtype)[:, None]
+        self._row_of = {low: compared.index(low) for low in self.up_to}
 
     def _count(self, piece: Array) -> None:
-        mask, keep = (x[: piece.size] for x in self._masks)
-        keep.fill(self._open)
-        for value in self._compared:
-            np.less_equal(piece, value, out=mask)
-            if value in self._cuts:
-                np.bitwise_xor(keep, mask, out=keep)
-            if value in self.up_to:
-                self.up_to[value] += int(np.count_nonzero(mask))
+        # All comparisons in one call: between two calls a thread waits for the other to let go of the interpreter.
+        masks, keep = self._masks[: len(self._compared), : piece.size], self._keep[: piece.size]
+        np.less_equal(piece, self._compared, out=masks)
+        np.bitwise_xor.reduce(masks[: self._num_cuts], axis=0, out=keep, initial=self._open)
+        for low, row in self._row_of.items():
+            self.up_to[low] += int(np.count_nonzero(masks[row]))
         for j, (low, high) in enumerate(self.guess.brackets):
             if self.full[j]:
                 self.within[j] += int(np.count_nonzero((piece > low) & (piece <= high)))
-        if self._cuts or self._open:
+        if self._num_cuts or self._open:
             self._gathered.append(piece[np.flatnonzero(keep)])  # twice as fast as the mask itself where few are set
             self._waiting += len(self._gathered[-1])
             if self._waiting > self.kept:
@@ -195,11 +197,12 @@ class _Look:
         self._plan()
 
     def _reserve(self, size: int) -> None:
-        """Two float64 rows and two masks; torch's memory begins at a cache line, numpy's not: 1.5 times slower."""
-        if self._masks.shape[1] < size:
+        """Two float64 rows and the masks; torch's memory begins at a cache line, numpy's not: 1.5 times slower."""
+        if len(self._keep) < size:
             width = -(-size // 64) * 64  # so that the second row begins at one too
             self._scratch = torch.empty(2, width, dtype=torch.float64).numpy()
-            self._masks = torch.empty(2, width, dtype=torch.bool).numpy()
+            self._masks = torch.empty(MOST_CUTS, width, dtype=torch.bool).numpy()
+            self._keep = torch.empty(width, dtype=torch.bool).numpy()
 
     def _power_sums(self, piece: Array) -> tuple[float, float, float, float]:
         d, e = (x[: piece.size] for x in self._scratch)
