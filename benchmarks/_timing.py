@@ -42,16 +42,44 @@ def measure(call: Callable[[], object], min_seconds: float = 2.0, min_runs: int 
     """Times ``call`` until ``min_seconds`` and ``min_runs`` are reached, after one unmeasured warm-up."""
     call()
     _wait()
-    wall: list[float] = []
-    cpu: list[float] = []
-    while len(wall) < min_runs or (sum(wall) < min_seconds and len(wall) < max_runs):
-        start, start_cpu = time.perf_counter(), time.process_time()
+    runs: list[tuple[float, float]] = []
+    while len(runs) < min_runs or (sum(wall for wall, _ in runs) < min_seconds and len(runs) < max_runs):
+        runs.append(_timed(call))
+    return _summary(runs)
+
+
+def measure_in_turns(
+    calls: dict[str, Callable[[], object]], reference: str, min_seconds: float = 6.0, min_rounds: int = 5
+) -> tuple[dict[str, Timing], dict[str, tuple[float, float, float]]]:
+    """Times the calls one after the other, round by round: a machine that is slow for a while is so for all of them.
+
+    Returns:
+        The timings, and of each call the quartiles over the rounds of wall time of ``reference`` / wall time of it.
+    """
+    for call in calls.values():
         call()
-        _wait()  # inside the timed region: a GPU call returns before its work is done
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - start_cpu)
-    q1, median, q3 = np.quantile(wall, [0.25, 0.5, 0.75]).tolist()
-    return Timing(median, q1, q3, statistics.median(cpu), len(wall))
+    _wait()
+    rounds: list[dict[str, tuple[float, float]]] = []
+    while len(rounds) < min_rounds or sum(wall for row in rounds for wall, _ in row.values()) < min_seconds:
+        rounds.append({name: _timed(call) for name, call in calls.items()})
+    ratios = {}
+    for name in calls:
+        q1, median, q3 = np.quantile([row[reference][0] / row[name][0] for row in rounds], [0.25, 0.5, 0.75]).tolist()
+        ratios[name] = (q1, median, q3)
+    return {name: _summary([row[name] for row in rounds]) for name in calls}, ratios
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    call()
+    _wait()  # inside the timed region: a GPU call returns before its work is done
+    return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def _summary(runs: list[tuple[float, float]]) -> Timing:
+    q1, median, q3 = np.quantile([wall for wall, _ in runs], [0.25, 0.5, 0.75]).tolist()
+    return Timing(median, q1, q3, statistics.median(cpu for _, cpu in runs), len(runs))
 
 
 def extra_memory(script: Path, *arguments: str) -> float:

@@ -2,10 +2,11 @@
 
     python benchmarks/tails.py [--quick]
 
-Float32 Gaussian values. Compared in one run: ``box_statistics`` (quartiles, fences, shares beyond, whiskers, moments,
-tail index), ``matplotlib.cbook.boxplot_stats`` (quartiles, whiskers, outliers, mean) and the three quartiles of
-``numpy.percentile`` alone. Memory is the peak beyond the input, each in a process of its own. The stream adds pieces
-of 1e7 values to one state. ``--quick`` ends at 1e7 and streams 1e8.
+Float32 Gaussian values. Compared in one run, in turns: ``box_statistics`` (quartiles, fences, shares beyond, whiskers,
+moments, tail index), ``matplotlib.cbook.boxplot_stats`` (quartiles, whiskers, outliers, mean) and the quartiles of
+``numpy.percentile`` alone. The ratio is that of a turn: its median and quartiles over the turns. Memory is the peak
+beyond the input, each in a process of its own. The stream adds pieces of 1e7 values to one state. ``--quick`` ends at
+1e7 and streams 1e8.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from _timing import extra_memory, measure, peak_beyond, write_json
+from _timing import extra_memory, measure_in_turns, peak_beyond, write_json
 from matplotlib.cbook import boxplot_stats
 
 from reference_trainer.machine import describe_machine
 from robustcm.tails import TailStream, box_statistics
 
 PIECE = 10**7
+MATPLOTLIB = "matplotlib boxplot_stats"
 CALLS: dict[str, Callable[[np.ndarray], object]] = {
     "box_statistics": box_statistics,
-    "matplotlib boxplot_stats": boxplot_stats,
+    MATPLOTLIB: boxplot_stats,
     "numpy percentile": lambda x: np.percentile(x, [25, 50, 75]),
 }
 
@@ -39,19 +41,22 @@ def values(n: int) -> np.ndarray:
 
 def exact(sizes: list[int]) -> list[dict[str, Any]]:
     rows = []
-    print(f"{'':26}{'n':>7}   {'wall':>8} {'IQR':>7} {'cpu':>8}   {'memory':>9}   matplotlib / this: wall, cpu, memory")
+    print(
+        f"{'':26}{'n':>7}   {'wall':>8} {'IQR':>7} {'cpu':>8}   {'memory':>9}   matplotlib / this: wall (IQR), memory"
+    )
     for n in sizes:
         x = values(n)
-        timings = {name: measure(partial(call, x)) for name, call in CALLS.items()}
+        timings, ratios = measure_in_turns({name: partial(call, x) for name, call in CALLS.items()}, MATPLOTLIB)
         del x  # the memory is measured in another process and both must fit
         memory = {name: extra_memory(Path(__file__), "--memory-of", name, "--size", str(n)) for name in CALLS}
-        other = timings["matplotlib boxplot_stats"], memory["matplotlib boxplot_stats"]
         for name, t in timings.items():
-            ratios = other[0].median / t.median, other[0].cpu / t.cpu, other[1] / max(memory[name], 0.1)
-            rows.append({"what": name, "n": n, "seconds": t, "extra_mb": memory[name], "matplotlib_over_this": ratios})
+            q1, ratio, q3 = ratios[name]
+            less = memory[MATPLOTLIB] / max(memory[name], 0.1)
+            rows.append({"what": name, "n": n, "seconds": t, "extra_mb": memory[name]})
+            rows[-1] |= {"matplotlib_wall_over_this": ratios[name], "matplotlib_memory_over_this": less}
             print(
                 f"{name:26}{n:7.0e}   {t.median:6.3f} s {t.q3 - t.q1:5.3f} s {t.cpu:6.3f} s   {memory[name]:6.0f} MB   "
-                + "  ".join(f"{r:6.1f}x" for r in ratios)
+                f"{ratio:6.1f}x ({q1:.1f} .. {q3:.1f}) {less:6.1f}x"
             )
     return rows
 
