@@ -299,7 +299,7 @@ def trained_run(run: RunFolder, images: ImageSet, device: torch.device, name: st
         UserError: no run, or no checkpoint.
     """
     model = load_model(run, device)
-    data = model.space.normalise(model.config.prepare_latents(encode(model.space.codec, images.train, device)))
+    data = model.latents_of(images.train)
     origin = f"{name or 'run ' + run.root.resolve().name} ({model.step} steps)"
     return Trained(model.config, network_of(model.config, run, model.shape, device), data, origin, device)
 

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import torch
 from _timing import write_json
-from torch import Tensor
 
 from reference_trainer.batches import Batches
-from reference_trainer.latents import encode
 from reference_trainer.machine import describe_machine
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import TrainedModel, load_model
@@ -42,12 +40,6 @@ SCALES = {
 }
 WEIGHTS = {"1/dt": inverse_gap, "bounded": BoundedInverseGap(), "snr+": SnrPlusWeight(), "equal": equal_weight}
 EARLY = {"mean": EarlyDiffusion(), "sum": EarlyDiffusion(reduction="sum")}
-
-
-def latents_of(model: TrainedModel) -> Tensor:
-    """Normalised training latents ``[n, ch, h, w]``, on the CPU."""
-    raw = encode(model.space.codec, model.config.data.load().train, model.device)
-    return model.space.normalise(model.config.prepare_latents(raw).to(model.device)).cpu()
 
 
 def shares(model: TrainedModel, batches: list[Batch], objective: Objective) -> tuple[list[float], dict[str, float]]:
@@ -91,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(model.config.threads)
     model.network.requires_grad_(True)
     # The last steps of the run: their noise, their levels.
-    source, steps = Batches(model.config, latents_of(model)), model.config.steps
+    source, steps = Batches(model.config, model.latents_of(model.config.data.load().train)), model.config.steps
     batches = [source(step) for step in range(max(0, steps - options.batches), steps)]
     about, rows = describe_machine(), []
     print(f"N = {batches[0].pairs.num_levels}, {sum(len(b.x) for b in batches)} samples of {options.run}")

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from reference_trainer.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.features import Features, Imported, PooledLatents
 from reference_trainer.images import Digits, ImageSet
-from reference_trainer.latents import encode
 from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
 from reference_trainer.report import draw_losses, draw_sheet, draw_tails, save_figure
 from reference_trainer.run import EVALUATIONS, RunFolder
@@ -52,9 +51,8 @@ def evaluate(
     sets = samples_of(model, len(train), seed)
     if bounds:
         noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
-        latents = model.config.prepare_latents(encode(model.space.codec, train, model.device))
         sets |= {
-            "reconstructions": model.space.decode(model.space.normalise(latents).to(model.device)),
+            "reconstructions": model.space.decode(model.latents_of(train).to(model.device)),
             "floor: held-out images": held_out,
             "floor: half against half": train[:half],
             "ceiling: noise decoded": model.space.decode(noise.to(model.device)),
@@ -178,9 +176,8 @@ def as_table(evaluation: dict[str, Any]) -> str:
 
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
     """evaluation.json, the sheet of images and the loss curves; returns the files."""
-    real = training_images(images, seed=0)  # all of them: what is an outlier depends on the others
-    raw = model.config.prepare_latents(encode(model.space.codec, real, model.device))
-    latents = model.space.normalise(raw)[:64]
+    real = training_images(images, seed=0)
+    latents = model.latents_of(real)[:64]
     sheet = draw_sheet(
         [
             ("1 evaluation", model.images(64, model.sigmas(1), seed=1)),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from reference_trainer.batches import SAMPLING
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.latents import LatentSpace
+from reference_trainer.latents import LatentSpace, encode
 from reference_trainer.run import RunFolder
 from reference_trainer.state import build_network
 from reference_trainer.store import load_tensors
@@ -50,6 +50,13 @@ class TrainedModel:
             bar.update(len(z))
         bar.close()
         return torch.cat(parts)
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """uint8 ``[n, ch, h, w]`` -> what the run trains on: with outliers, clipped, normalised; CPU.
+
+        What is clipped depends on the other images: give it all of them.
+        """
+        return self.space.normalise(self.config.prepare_latents(encode(self.space.codec, pixels, self.device)))
 
     def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> Tensor:
         """uint8 ``[n, ch, h, w]``."""

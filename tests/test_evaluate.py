@@ -16,6 +16,7 @@ from reference_trainer.images import Digits, ImageSet, to_unit
 from reference_trainer.latents import LatentSpace
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import draw_losses, draw_sheet, draw_tails, tile
+from reference_trainer.sample import TrainedModel
 from robustcm.objective import Terms
 from robustcm.schedules import LevelPairs
 
@@ -125,20 +126,13 @@ def test_the_table_names_its_features_and_reference():
 def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(digits: ImageSet):
     """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
 
-    class Copier:
-        config, step, shape, device = TrainConfig(clip=None), 0, (1, 32, 32), torch.device("cpu")
-
-        def __init__(self) -> None:
-            codec = PixelSpace().build(1, {})
-            self.space = LatentSpace.of(codec, to_unit(digits.train))
-
-        def sigmas(self, evaluations: int) -> tuple[float, ...]:
-            return (80.0,) * evaluations
-
+    class Copier(TrainedModel):
         def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> torch.Tensor:
             return digits.held_out
 
-    rows = evaluate(Copier(), digits, load_digit_classifier())["rows"]
+    space = LatentSpace.of(PixelSpace().build(1, {}), to_unit(digits.train))
+    model = Copier(TrainConfig(clip=None), torch.nn.Identity(), space, (1, 32, 32), 0, torch.device("cpu"))
+    rows = evaluate(model, digits, load_digit_classifier())["rows"]
     assert rows["1 evaluation"]["frechet"] == rows["floor: held-out images"]["frechet"] < 20
     assert rows["ceiling: noise decoded"]["frechet"] > 10 * rows["floor: half against half"]["frechet"]
     assert rows["1 evaluation"]["precision"] > 0.7
