@@ -122,9 +122,11 @@ def heavy_tailed(config: TrainConfig) -> TrainConfig:
     """Latents of 8 x 8 x 8 from a fit whose tails are heavy by nature: most positions of a digit show background.
 
     Their box plot: ``analysis/td_outliers.py --autoencoder 'KLAutoencoder(latent_channels=8, patch=2,
-    block_out_channels=(16,32), steps=700, kl_weight=0.1)' --steps 0``.
+    block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)' --steps 0``.
     """
-    autoencoder = KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16, 32), steps=700, kl_weight=0.1)
+    autoencoder = KLAutoencoder(
+        latent_channels=8, patch=2, block_out_channels=(16, 32), attention=True, steps=700, kl_weight=0.1
+    )
     return replace(config, autoencoder=autoencoder, network=replace(config.network, patch=8))
 
 
