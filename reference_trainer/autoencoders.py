@@ -93,7 +93,7 @@ class KLAutoencoder:
     nearly black-and-white images;
     ``gaussian``: it gives the pixel, the error is squared."""
     kl_weight: float = 0.01
-    steps: int = 1000
+    steps: int = 1100
     batch_size: int = 32
     lr: float = 4e-3
     seed: int = 0

@@ -110,24 +110,49 @@ class DiT:
                 norm_num_groups=1,
                 activation_fn="gelu",  # the tanh approximation is slower on a CPU
             )
+        _embed_each_level_once(network)
         if h == self.patch:
             _attend_to_the_one_token(network)
         return _Timed(network, self.time_scale)
 
 
+def _embed_each_level_once(network: Any) -> None:
+    """Time modulation from a row for each noise level in the batch, not for each sample: N - 1 pairs share a batch."""
+    from diffusers.models.normalization import AdaLayerNormSingle
+
+    class OncePerLevel(AdaLayerNormSingle):
+        def forward(
+            self,
+            timestep: Tensor,
+            added_cond_kwargs: Any = None,
+            batch_size: int | None = None,
+            hidden_dtype: torch.dtype | None = None,
+        ) -> Any:
+            if timestep.device.type != "cpu":  # how many levels there are is not known without waiting for the device
+                return super().forward(timestep, added_cond_kwargs, batch_size, hidden_dtype)
+            levels, which = timestep.unique(return_inverse=True)
+            rows = super().forward(levels, added_cond_kwargs, len(levels), hidden_dtype)
+            return [row.index_select(0, which) for row in rows]
+
+    once = OncePerLevel(network.inner_dim)
+    once.load_state_dict(network.adaln_single.state_dict())
+    network.adaln_single = once
+
+
 def _attend_to_the_one_token(network: Any) -> None:
-    """Leave out what cannot matter with a single token: its attention weight is 1, whatever query and key say."""
+    """Leave out what cannot matter with a single token: its attention weight is 1, whatever query and key say, and
+    two linear maps in a row, value and output, are one."""
     network.set_attn_processor(_OneToken())
     for block in network.transformer_blocks:
-        block.attn1.to_q = block.attn1.to_k = None
+        block.attn1.to_q = block.attn1.to_k = block.attn1.to_v = None
 
 
 class _OneToken:
-    """diffusers' attention where every sequence has one token."""
+    """diffusers' attention where every sequence has one token, which is its own value."""
 
     def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         project, dropout = attention.to_out
-        out: Tensor = dropout(project(attention.to_v(hidden_states)))
+        out: Tensor = dropout(project(hidden_states))
         return out
 
 

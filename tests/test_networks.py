@@ -46,13 +46,23 @@ def test_patches_that_do_not_fit_are_said():
         DiT(patch=3).build((4, 8, 8), seed=0)
 
 
-def test_the_shortcut_for_one_token_gives_what_attention_gives():
-    shape, x, c_noise = (3, 4, 4), torch.randn(5, 3, 4, 4), torch.linspace(-1500, 1100, 5)
+def test_the_shortcuts_give_what_the_whole_network_gives():
+    """One token with an identity for its value; modulation once a noise level; the gradients too."""
+    shape, x = (3, 4, 4), torch.randn(6, 3, 4, 4)
+    c_noise = torch.tensor([-1500.0, 3.0, 3.0, 1100.0, -1500.0, 7.0])
     short = DiT(width=16, layers=3, heads=2, patch=4).build(shape, seed=0).network
     stock = type(short)(**short.config)
-    stock.load_state_dict(short.state_dict(), strict=False)
+    missing, unexpected = stock.load_state_dict(short.state_dict(), strict=False)
+    assert not unexpected
+    assert {name.rsplit(".", 2)[1] for name in missing} == {"to_q", "to_k", "to_v"}
+    for block in stock.transformer_blocks:
+        torch.nn.init.eye_(block.attn1.to_v.weight)
+        torch.nn.init.zeros_(block.attn1.to_v.bias)
     outputs = [n(x, encoder_hidden_states=None, timestep=c_noise).sample for n in (short, stock)]
     torch.testing.assert_close(*outputs)
     assert outputs[0].std() > 0.1
-    left_out = stock.state_dict().keys() - short.state_dict().keys()
-    assert {name.rsplit(".", 2)[1] for name in left_out} == {"to_q", "to_k"}
+    for output in outputs:
+        output.square().sum().backward()
+    gradients = dict(stock.named_parameters())
+    for name, parameter in short.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5)
