@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +49,23 @@ def evaluate(
         bounds: False leaves out all rows but the samples': they cost twice as much and are the same for every model.
     """
     train, held_out = training_images(images, seed), images.held_out[:MAX_IMAGES]
-    half = len(train) // 2
-    sets = samples_of(model, len(train), seed)
+    noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
+    sets: dict[str, Callable[[], Tensor]] = {"train": lambda: train, "held-out": lambda: held_out}
+    sets |= {name: partial(model.images, len(train), model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
     if bounds:
-        noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
-        sets |= {
-            "reconstructions": model.space.decode(model.latents_of(train).to(model.device)),
-            "floor: held-out images": held_out,
-            "floor: half against half": train[:half],
-            "ceiling: noise decoded": model.space.decode(noise.to(model.device)),
-        }
-    with ThreadPoolExecutor(2) as pool:  # each image by itself, so two at a time change no digit
-        found = pool.map(features, [train, held_out, *sets.values()])
-        bar = tqdm(found, desc="features", unit="set", total=len(sets) + 2, leave=False, delay=2)
-        vectors, held_out_vectors, *others = bar
-    rows = {}
-    for (name, pixels), those in zip(sets.items(), others, strict=True):
-        reference = vectors[half:] if name.startswith("floor: half") else vectors
-        rows[name] = measure(those, reference, features, None if pixels is held_out else held_out_vectors)
+        sets["reconstructions"] = lambda: model.space.decode(model.latents_of(train).to(model.device))
+        sets["ceiling: noise decoded"] = lambda: model.space.decode(noise.to(model.device))
+    with ThreadPoolExecutor(2) as pool:  # each image by itself, so two sets at a time change no digit
+        found = pool.map(lambda make: features(make()), sets.values())
+        bar = tqdm(found, desc="samples and features", unit="set", total=len(sets), leave=False, delay=2)
+        vectors = dict(zip(sets, bar, strict=True))
+    real, held_out_real = vectors.pop("train"), vectors.pop("held-out")
+    rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
+    if bounds:
+        half = len(real) // 2
+        rows["floor: held-out images"] = measure(held_out_real, real, features)
+        rows["floor: half against half"] = measure(real[:half], real[half:], features, held_out_real)
+        rows["ceiling: noise decoded"] = rows.pop("ceiling: noise decoded")  # last in the table
     out = {
         "step": model.step,
         "seed": seed,
