@@ -1,6 +1,7 @@
 """What a coupling gains and what it asks of f, without training: by space, pool size and noise level.
 
-`python benchmarks/coupling.py [--epochs 40]`: latents of the digits, Gaussians of two sizes. For each pool size
+`python benchmarks/coupling.py [--epochs 40]`: latents of the digits and of the suite `heavy`, Gaussians of two sizes.
+For each pool size
 
 recognised below  where a noisy sample keeps 2 % posterior weight: the suggested gate;
 gain      share of the random pairing's cost that the exact pairing saves;
@@ -21,6 +22,8 @@ from _timing import write_json
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.config import TrainConfig
+from reference_trainer.ladder import heavy_tailed
 from reference_trainer.latents import LatentSpace, encode
 from reference_trainer.machine import cache_folder, describe_machine
 from reference_trainer.presets import digits
@@ -31,9 +34,9 @@ from robustcm.objective import step_generator
 LEVELS = (0.3, 1.0, 3.0, 10.0)
 
 
-def digits_latents() -> Tensor:
-    """Normalised latents of the training digits ``[n, d]``."""
-    config, device = digits(), torch.device("cpu")
+def latents_of(config: TrainConfig) -> Tensor:
+    """Normalised latents of the training images ``[n, d]``."""
+    device = torch.device("cpu")
     images = config.data.load()
     codec = config.autoencoder.fit(images, device, cache_folder())
     raw = encode(codec, images.train, device)
@@ -79,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     about, rows, started = describe_machine(), [], time.monotonic()
     generator = torch.Generator().manual_seed(0)
-    spaces = {"latents of the digits": digits_latents()}
+    spaces = {"digits": latents_of(digits()), "digits, suite heavy": latents_of(heavy_tailed(digits()))}
     spaces |= {f"Gaussian, d = {d}": 0.5 * torch.randn(2048, d, generator=generator) for d in (64, 256)}
     for name, x in spaces.items():
         for pool in options.pools:

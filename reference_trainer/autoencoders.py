@@ -86,7 +86,7 @@ class KLAutoencoder:
     patch: int = 2
     layers_per_block: int = 1
     attention: bool = False
-    """Self-attention at the smallest resolution: a tenth of the time here, for nothing."""
+    """Self-attention at the smallest resolution; without it the convolutions still see all of a small image."""
     norm_num_groups: int = 8
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """``bernoulli``: the decoder gives logits of a pixel's brightness, the error is their cross entropy, which suits
