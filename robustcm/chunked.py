@@ -3,7 +3,7 @@
 The first pass sums powers, counts around a guess of each quartile, taken from a sample, and keeps the few values
 inside these brackets and those near and beyond the fences, which then tell the rest. A guess that failed, or a tie so
 heavy that its bracket is full, is settled by bisection over the floats themselves, too many far values by a second
-pass. So the sample decides the time and never the result. Beyond the input: about 40 MB at 1e8 values.
+pass. So the sample decides the time and never the result. Beyond the input: about 50 MB at 1e8 values.
 numpy releases the interpreter's lock, so pieces are shared by as many threads as torch uses; sums are added in the
 order of the pieces, whoever computed them.
 """

@@ -39,7 +39,7 @@ def box_statistics(values: Array | Tensor) -> BoxStatistics:
     """Exact box statistics of all the values, whatever their shape; quantiles as ``numpy.quantile``'s default.
 
     float16, bfloat16 and float32 are compared as float32, all else as float64; moments are float64 throughout.
-    Extra memory about 40 MB at 1e8 float32 values (``benchmarks/tails.py``), plus one piece where ``values`` is on a
+    Extra memory about 50 MB at 1e8 float32 values (``benchmarks/tails.py``), plus one piece where ``values`` is on a
     device or not contiguous. NaN and infinities are set aside, counted in ``nan_count`` and reported in ``notes``.
 
     Raises:
