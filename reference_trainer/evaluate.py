@@ -49,10 +49,10 @@ def evaluate(
         bounds: False leaves out all rows but the samples': they cost twice as much and are the same for every model.
     """
     train, held_out = training_images(images, seed), images.held_out[:MAX_IMAGES]
-    noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
     sets: dict[str, Callable[[], Tensor]] = {"train": lambda: train, "held-out": lambda: held_out}
-    sets |= {name: partial(model.images, len(train), model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
+    sets |= samplers(model, len(train), seed)
     if bounds:
+        noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
         sets["reconstructions"] = lambda: model.space.decode(model.latents_of(train).to(model.device))
         sets["ceiling: noise decoded"] = lambda: model.space.decode(noise.to(model.device))
     with ThreadPoolExecutor(2) as pool:  # each image by itself, so two sets at a time change no digit
@@ -93,8 +93,8 @@ class Evaluator:
             features = choose_features(self.name, model)
             self._reference = features, features(training_images(self.images, self.seed))
         features, vectors = self._reference
-        samples = samples_of(model, len(vectors), self.seed)
-        rows = {name: measure(features(pixels), vectors, features) for name, pixels in samples.items()}
+        draws = samplers(model, len(vectors), self.seed)
+        rows = {name: measure(features(draw()), vectors, features) for name, draw in draws.items()}
         record(self.run, {"step": model.step, "seed": self.seed, "features": features.name, "rows": rows})
 
 
@@ -122,9 +122,9 @@ def training_images(images: ImageSet, seed: int) -> Tensor:
     return images.train[order[:MAX_IMAGES]]
 
 
-def samples_of(model: TrainedModel, n: int, seed: int) -> dict[str, Tensor]:
-    """uint8 ``[n, ch, h, w]`` by number of network evaluations."""
-    return {name: model.images(n, model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
+def samplers(model: TrainedModel, n: int, seed: int) -> dict[str, Callable[[], Tensor]]:
+    """What draws uint8 ``[n, ch, h, w]``, by number of network evaluations."""
+    return {name: partial(model.images, n, model.sigmas(i + 1), seed) for i, name in enumerate(SAMPLES)}
 
 
 def measure(others: Tensor, vectors: Tensor, features: Features, held_out: Tensor | None = None) -> dict[str, float]:

