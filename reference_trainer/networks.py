@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ class DiT:
             )
         _embed_each_level_once(network)
         if h == self.patch:
-            _attend_to_the_one_token(network)
+            _leave_out_what_one_token_does_not_need(network)
         return _Timed(network, self.time_scale)
 
 
@@ -139,21 +140,36 @@ def _embed_each_level_once(network: Any) -> None:
     network.adaln_single = once
 
 
-def _attend_to_the_one_token(network: Any) -> None:
-    """Leave out what cannot matter with a single token: its attention weight is 1, whatever query and key say, and
-    two linear maps in a row, value and output, are one."""
-    network.set_attn_processor(_OneToken())
+def _leave_out_what_one_token_does_not_need(network: Any) -> None:
+    """The same function in fewer operations: a single token has attention weight 1, whatever query and key say; two
+    linear maps in a row, value and output, are one; and a convolution with one position is a product of matrices."""
+    network.pos_embed.proj = _OnePosition(network.pos_embed.proj)
     for block in network.transformer_blocks:
-        block.attn1.to_q = block.attn1.to_k = block.attn1.to_v = None
+        block.attn1 = _OneToken(block.attn1.to_out)
 
 
-class _OneToken:
+class _OneToken(nn.Module):
     """diffusers' attention where every sequence has one token, which is its own value."""
 
-    def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        project, dropout = attention.to_out
+    def __init__(self, to_out: nn.ModuleList) -> None:
+        super().__init__()
+        self.to_out = to_out
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        project, dropout = self.to_out
         out: Tensor = dropout(project(hidden_states))
         return out
+
+
+class _OnePosition(nn.Module):
+    """A convolution whose kernel covers the whole map: ``[b, ch, h, w] -> [b, out, 1, 1]``."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
 
 
 class _Timed(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +52,26 @@ class TrainState:
             num_bad_steps=torch.tensor(0, device=device),
         )
 
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """The network's, listed once: walking its modules for them at every step takes longer than averaging them."""
+        return list(self.network.parameters())
+
+    @cached_property
+    def averages(self) -> list[Tensor]:
+        """The ema's, in the order of ``weights``."""
+        return list(self.ema.parameters())
+
     def optimizer_step(self, config: Adam, lr: float) -> None:
         """Clip, step, clear the gradients; remembers non-finite ones on the device, without synchronising."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.weights if p.grad is not None]
         if config.on_nonfinite == "zero":
             finite = torch.stack([g.isfinite().all() for g in gradients]).all()
             for gradient in gradients:
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_norm)
+            torch.nn.utils.clip_grad_norm_(self.weights, config.max_norm)
         else:
-            finite = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_norm).isfinite()
+            finite = torch.nn.utils.clip_grad_norm_(self.weights, config.max_norm).isfinite()
             is_first = ~finite & (self.first_bad_step < 0)
             self.first_bad_step = torch.where(is_first, self.step, self.first_bad_step)
         self.num_bad_steps = self.num_bad_steps + (~finite).long()
@@ -73,7 +84,7 @@ class TrainState:
     def update_ema(self, decay: float) -> None:
         """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps."""
         ramped = min(decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - ramped)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - ramped)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state under readable names: ``network/..., ema/..., optimizer/NAME/exp_avg, ...``."""
