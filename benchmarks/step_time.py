@@ -1,6 +1,6 @@
 """What does a training step of the preset `digits` cost, part by part, and what does keeping freed memory save?
 
-    python benchmarks/step_time.py [--preset digits] [--latents 1 4 4]
+    python benchmarks/step_time.py [--preset digits] [--latents 2 4 4] [--threads 1]
 
 Each part is timed alone on the same batch, on random latents. The whole step runs twice, each time in a process of its
 own: as the trainer runs it, and with glibc's own way with freed memory.
@@ -83,11 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS], default="digits")
     parser.add_argument("--latents", type=int, nargs=3, default=[2, 4, 4], metavar=("CH", "H", "W"))
+    parser.add_argument("--threads", type=int, help="of torch; without it those of the preset")
     parser.add_argument("--whole", choices=["kept", "given back"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = next(preset() for preset in PRESETS if preset.__name__ == options.preset)
     shape = (options.latents[0], options.latents[1], options.latents[2])
-    torch.set_num_threads(config.threads)  # as the trainer does
+    torch.set_num_threads(options.threads or config.threads)  # as the trainer does
     if options.whole:
         if options.whole == "kept":
             keep_freed_memory()
@@ -100,7 +101,8 @@ def main() -> None:
         rows.append({"part": name, "seconds": measure(call)})
         print(f"{name:24} {rows[-1]['seconds']}", flush=True)
     for memory in ("kept", "given back"):
-        command = [sys.executable, __file__, f"--preset={options.preset}", f"--whole={memory}", "--latents"]
+        command = [sys.executable, __file__, f"--preset={options.preset}", f"--whole={memory}"]
+        command += [f"--threads={torch.get_num_threads()}", "--latents"]
         ran = subprocess.run([*command, *map(str, shape)], check=True, capture_output=True, text=True)
         *seconds, runs = ran.stdout.split()
         rows.append({"part": f"whole step, freed memory {memory}", "seconds": Timing(*map(float, seconds), int(runs))})
