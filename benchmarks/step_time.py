@@ -88,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     config = next(preset() for preset in PRESETS if preset.__name__ == options.preset)
     shape = (options.latents[0], options.latents[1], options.latents[2])
-    torch.set_num_threads(options.threads or config.threads)  # as the trainer does
+    torch.set_num_threads(options.threads or config.threads)
     if options.whole:
         if options.whole == "kept":
             keep_freed_memory()

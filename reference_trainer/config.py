@@ -153,9 +153,8 @@ class TrainConfig:
     seed: int = 0
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
-    digits' a second thread shortens a step by a third while nothing else runs, but threads wait by spinning: beside one
-    busy process a step takes several times as long, beside two dozens of times
-    (``benchmarks/step_time.py --threads 2`` times yours)."""
+    digits' a second thread pays while nothing else runs (``benchmarks/step_time.py --threads 2`` times it); but torch's
+    threads wait for each other by spinning, and beside other busy processes a step then takes many times as long."""
     second_sigma: float = 0.2
     """Noise level of the second evaluation when sampling with two (iCT: 0.821)."""
     log_every: int = 50
