@@ -11,9 +11,13 @@ from tqdm import tqdm
 from reference_trainer.autoencoders import Codec
 from reference_trainer.errors import UserError
 from reference_trainer.images import to_pixels, to_unit
+from robustcm.gates import recognisable_below
 from robustcm.objective import step_generator
 
 OUTLIERS = 5  # the stream of `step_generator` they are drawn from
+
+MOST_COMPARED = 5000
+"""Most latents that are told apart to find the noise level at which they are recognised."""
 
 SIGMA_DATA = 0.5
 """Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
@@ -52,6 +56,9 @@ class LatentSpace:
     """``[ch]``, of the raw latents of the training images."""
     std: Tensor
     """``[ch]``."""
+    half_recognisable: float
+    """Noise level, in the model's units, at which a training latent shows with weight one half which it is: the
+    second evaluation's (docs/evidence.md)."""
 
     @staticmethod
     def of(codec: Codec, raw_latents: Tensor) -> LatentSpace:
@@ -70,7 +77,10 @@ class LatentSpace:
         if not (std > 0).all():
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
-        return LatentSpace(codec, mean.float(), std.float())
+        some = torch.randperm(len(raw_latents), generator=step_generator(0, 0))[:MOST_COMPARED]
+        latents = (raw_latents[some] - _map(mean.float(), raw_latents)) * (SIGMA_DATA / _map(std.float(), raw_latents))
+        half = recognisable_below(latents, step_generator(0, 1), share=0.5) if len(latents) > 1 else SIGMA_DATA
+        return LatentSpace(codec, mean.float(), std.float(), half)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``."""

@@ -100,7 +100,11 @@ def prepare_latents(
     save_tensors(
         run.root / "autoencoder.safetensors",
         tensors,
-        {"shape": list(raw.shape[1:]), "image_channels": images.pixels.shape[1]},
+        {
+            "shape": list(raw.shape[1:]),
+            "image_channels": images.pixels.shape[1],
+            "half_recognisable": space.half_recognisable,
+        },
     )
     return space.normalise(raw), space
 

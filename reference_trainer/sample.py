@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,22 @@ class TrainedModel:
     device: torch.device
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
-        """Noise levels of the sampler: sigma_max, the run's second sigma, then halving it each time."""
+        """Noise levels of the sampler: sigma_max, the run's second sigma, then halving it each time.
+
+        Each but the first is the level nearest to that which the run was training at.
+
+        Raises:
+            UserError: fewer than 1, or more evaluations than there are levels to halve through.
+        """
         if evaluations < 1:
             raise UserError(f"need at least 1 evaluation, got {evaluations}")
-        return (SIGMA_MAX, *(self.config.second_sigma / 2**i for i in range(evaluations - 1)))
+        config, last = self.config, max(0, self.step - 1)
+        second = config.second_sigma or min(self.space.half_recognisable, SIGMA_MAX / 2)
+        wanted = (second / 2**i for i in range(evaluations - 1))
+        levels = (SIGMA_MAX, *(config.objective.levels.nearest(t, last, config.steps) for t in wanted))
+        if any(a <= b for a, b in pairwise(levels)):
+            raise UserError(f"{evaluations} evaluations are more than there are trained noise levels to halve through")
+        return levels
 
     def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
         """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
@@ -78,6 +91,8 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     ch, h, w = about["shape"]
     codec_tensors = {name.removeprefix("codec/"): t for name, t in stored.items() if name.startswith("codec/")}
     codec = config.autoencoder.build(about["image_channels"], codec_tensors).to(device)
+    if "half_recognisable" not in about:
+        raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
     network = build_network(config, (ch, h, w))
     try:
         network.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
@@ -86,7 +101,7 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     return TrainedModel(
         config=config,
         network=network.to(device).eval().requires_grad_(False),
-        space=LatentSpace(codec, stored["mean"], stored["std"]),
+        space=LatentSpace(codec, stored["mean"], stored["std"], about["half_recognisable"]),
         shape=(ch, h, w),
         step=step,
         device=device,

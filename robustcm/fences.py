@@ -71,7 +71,7 @@ class ConditionalClip:
     """
 
     k: float = 4.0
-    to: float = 1.0
+    to: float = 0.0
     """0 is the conditional mean. An outlier often keeps its sign, so a little of its deviation is likely right."""
     rounds: int = 3
 

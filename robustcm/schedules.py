@@ -171,6 +171,13 @@ class PairLaw(Protocol):
         """``uniform``: ``[b]`` in [0, 1), the caller's randomness."""
         ...
 
+    def nearest(self, sigma: float, step: int, total_steps: int) -> float:
+        """The noise level nearest to ``sigma`` (in ln t) that f is trained at in ``step``: where to sample.
+
+        Between the levels of a grid f is what its network makes of a time it never saw.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LevelGrid:
@@ -189,6 +196,11 @@ class LevelGrid:
         i = torch.searchsorted(cdf, uniform.double().cpu(), right=True).clamp(max=num_levels - 2)
         t_hi, t_lo, depth = (v.float().to(uniform.device) for v in (levels[i], levels[i + 1], i / num_levels))
         return LevelPairs(t_hi, t_lo, depth, num_levels)
+
+    def nearest(self, sigma: float, step: int, total_steps: int) -> float:
+        """See ``PairLaw``."""
+        levels = karras_sigmas(self.curriculum(step, total_steps), self.sigma_min, self.sigma_max, self.rho)
+        return float(levels[(levels.log() - math.log(sigma)).abs().argmin()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +238,10 @@ class RatioLevels:
         t_lo = (t_hi * (1 - gap)).clamp(min=self.sigma_min)
         depth = karras_depth(t_hi, self.sigma_min, self.sigma_max, self.rho)
         return LevelPairs(t_hi.float(), t_lo.float(), depth.clamp(0, 1).float(), self._num_levels(stage))
+
+    def nearest(self, sigma: float, step: int, total_steps: int) -> float:
+        """``sigma``, within the range of levels: all of them are trained at."""
+        return min(max(sigma, self.sigma_min), self.sigma_max)
 
     def _quantile_of(self, t: float) -> float:
         return 0.5 * (1 + math.erf((math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)))
