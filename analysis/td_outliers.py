@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
@@ -17,12 +18,15 @@ from analysis.values import Space, autoencoder_of, baseline_space, data_in, load
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
+from reference_trainer.latents import some_of
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically
 from robustcm.advice import Advice, advise
 from robustcm.boxes import FEW
+from robustcm.gates import recognisable_below
+from robustcm.objective import step_generator
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
 
 EPILOG = """
@@ -140,6 +144,7 @@ def measure(space: Space) -> dict[str, Any]:
     if space.data.numel() < 20:
         raise UserError(f"{space.data.numel()} values in {space.name}: need at least 20 to speak of tails")
     entry: dict[str, Any] = {"note": space.note, "data": described(space.data.numpy())}
+    entry["recognisable"] = recognisable(space.data)
     if (found := space.residuals) is not None:
         td = described(found.td.numpy())
         levels = box_statistics_by(found.td, found.level)
@@ -150,6 +155,15 @@ def measure(space: Space) -> dict[str, Any]:
         ]
         entry["r"] = box_statistics(found.r).as_dict()
     return entry
+
+
+def recognisable(data: Tensor) -> dict[str, float] | None:
+    """Noise levels up to which a sample shows which it is, by its weight there; None: nothing to compare."""
+    some = some_of(data)
+    if len(some) < 2 or not some.isfinite().all():
+        return None
+    generator = step_generator(0, 1)
+    return {f"{share:.0%}": recognisable_below(some, generator, share=share) for share in (0.5, 0.02)}
 
 
 def described(values: np.ndarray) -> dict[str, Any]:
@@ -222,6 +236,11 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
         if box["iqr"] > 0:
             lines.append(f"    {heaviness(box)}")
         lines += [f"    {note}" for note in box["notes"]]
+    if (found := entry["recognisable"]) is not None:
+        lines.append(
+            f"  a sample shows which it is under noise up to t = {found['50%']:.2g} (weight one half) and "
+            f"{found['2%']:.2g} (2 %): the second evaluation and the coupling's gate belong near these"
+        )
     return lines
 
 

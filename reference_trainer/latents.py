@@ -16,9 +16,6 @@ from robustcm.objective import step_generator
 
 OUTLIERS = 5  # the stream of `step_generator` they are drawn from
 
-MOST_COMPARED = 5000
-"""Most latents that are told apart to find the noise level at which they are recognised."""
-
 SIGMA_DATA = 0.5
 """Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
 
@@ -77,9 +74,8 @@ class LatentSpace:
         if not (std > 0).all():
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
-        some = torch.randperm(len(raw_latents), generator=step_generator(0, 0))[:MOST_COMPARED]
-        latents = (raw_latents[some] - _map(mean.float(), raw_latents)) * (SIGMA_DATA / _map(std.float(), raw_latents))
-        half = recognisable_below(latents, step_generator(0, 1), share=0.5) if len(latents) > 1 else SIGMA_DATA
+        scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
+        half = recognisable_below(scaled, step_generator(0, 1), share=0.5) if len(scaled) > 1 else SIGMA_DATA
         return LatentSpace(codec, mean.float(), std.float(), half)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
@@ -99,6 +95,12 @@ def encode(codec: Codec, pixels: Tensor, device: torch.device, batch_size: int =
     """uint8 ``[n, ch, h, w]`` -> raw latents on the CPU."""
     parts = tqdm(pixels.split(batch_size), desc="encoding", unit="batch", leave=False, delay=2)
     return torch.cat([codec.encode(to_unit(part).to(device)).cpu() for part in parts])
+
+
+def some_of(latents: Tensor, most: int = 5000, most_elements: int = 50_000_000) -> Tensor:
+    """A random part of ``latents [n, ...]`` small enough to compare each with all."""
+    fit = max(2, min(most, most_elements // latents[0].numel()))
+    return latents[torch.randperm(len(latents), generator=step_generator(0, 0))[:fit]]
 
 
 def _map(per_channel: Tensor, like: Tensor) -> Tensor:

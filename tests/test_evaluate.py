@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reference_trainer.autoencoders import PixelSpace
 from reference_trainer.config import TrainConfig
@@ -18,7 +23,7 @@ from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import draw_losses, draw_sheet, draw_tails, tile
 from reference_trainer.sample import TrainedModel
 from robustcm.objective import Terms
-from robustcm.schedules import LevelPairs
+from robustcm.schedules import FixedCurriculum, LevelGrid, LevelPairs, karras_sigmas
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +143,32 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     assert rows["1 evaluation"]["precision"] > 0.7
     assert rows["1 evaluation"]["recall"] > 0.7
     assert rows["reconstructions"]["frechet"] < 0.01
+
+
+def sampled_at(num_levels: int, half_recognisable: float, evaluations: int, **options: object) -> list[float]:
+    config = replace(TrainConfig(clip=None), **options)
+    curriculum = FixedCurriculum(num_levels=num_levels)
+    config = replace(config, objective=replace(config.objective, levels=LevelGrid(curriculum=curriculum)))
+    space = LatentSpace(PixelSpace().build(1, {}), torch.zeros(1), torch.ones(1), half_recognisable)
+    model = TrainedModel(config, torch.nn.Identity(), space, (1, 2, 2), 10, torch.device("cpu"))
+    return list(model.sigmas(evaluations))
+
+
+@given(num_levels=st.integers(20, 700), half=st.floats(0.01, 1000))
+def test_samples_are_drawn_at_levels_of_training_that_fall(num_levels: int, half: float):
+    levels = karras_sigmas(num_levels).tolist()
+    found = sampled_at(num_levels, half, 2)
+    assert found[0] == 80
+    assert found[1] in levels[1:]
+    wanted = min(half, 40)
+    assert all(abs(math.log(found[1] / wanted)) <= abs(math.log(t / wanted)) for t in levels)
+
+
+def test_a_second_level_of_the_user_goes_before_the_measured_one():
+    assert sampled_at(641, 2.0, 2)[1] == pytest.approx(2.0, rel=0.01)
+    assert sampled_at(641, 2.0, 3, second_sigma=0.8)[1:] == pytest.approx([0.8, 0.4], rel=0.01)
+
+
+def test_more_evaluations_than_levels_are_refused():
+    with pytest.raises(UserError, match="more than there are trained noise levels"):
+        sampled_at(3, 2.0, 4)

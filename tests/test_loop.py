@@ -27,7 +27,7 @@ from reference_trainer.loop import train
 from reference_trainer.networks import UNet
 from reference_trainer.run import RunFolder
 from reference_trainer.sample import load_model
-from reference_trainer.store import load_tensors
+from reference_trainer.store import load_tensors, save_tensors
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
 from robustcm.gates import Above
@@ -185,6 +185,17 @@ def test_an_evaluation_in_training_is_that_of_the_checkpoint(
     assert folder.evaluations()[-1] == row
     assert row["rows"].keys() == {"1 evaluation", "2 evaluations"}
     assert row["rows"]["1 evaluation"].keys() >= {"frechet", "kernel_x1000", "precision", "recall"}
+
+
+def test_a_run_of_an_earlier_version_says_what_to_do(config: TrainConfig, tmp_path: Path):
+    folder = run(config, tmp_path / "run")
+    tensors, about = load_tensors(folder.root / "autoencoder.safetensors")
+    del about["half_recognisable"]
+    save_tensors(folder.root / "autoencoder.safetensors", tensors, about)
+    with pytest.raises(UserError, match="the train command, given again"):
+        load_model(folder, CPU)
+    run(config, folder.root)
+    load_model(folder, CPU)
 
 
 def test_evaluations_behind_the_restored_checkpoint_are_dropped_and_made_again(

@@ -248,3 +248,17 @@ def test_bounded_inverse_gap_bounds_what_inverse_gap_does_not():
     pairs = LevelGrid(curriculum=FixedCurriculum(num_levels=641))(0, 1, uniform_numbers(1000))
     assert inverse_gap(pairs.t_hi, pairs.t_lo).max() > 1e3
     assert BoundedInverseGap(floor=0.05)(pairs.t_hi, pairs.t_lo).max() <= 20
+
+
+@given(sigma=st.floats(1e-3, 100), step=st.integers(0, 99))
+def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
+    grid = LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40))
+    levels = karras_sigmas(grid.curriculum(step, 100)).tolist()
+    found = grid.nearest(sigma, step, 100)
+    assert found in levels
+    assert all(abs(math.log(found / sigma)) <= abs(math.log(t / sigma)) for t in levels)
+
+
+def test_continuous_levels_take_every_level_of_their_range():
+    levels = RatioLevels()
+    assert [levels.nearest(t, 0, 10) for t in (1e-4, 0.37, 500.0)] == [0.002, 0.37, 80.0]

@@ -1,0 +1,72 @@
+"""At which noise level should the second evaluation be? Runs are sampled at many, trained levels and between them.
+
+`python benchmarks/second_sigma.py RUN [RUN ...]`: for each run the Frechet distance to the training images at 1
+evaluation, then at 2 with the second at every trained level around the one where latents are half recognisable
+(marked <-: what `second_sigma=None` takes) and, "between", half-way to the next. Several runs: their mean and range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from _timing import write_json
+from tqdm import tqdm
+
+from reference_trainer.evaluate import choose_features, training_images
+from reference_trainer.machine import describe_machine
+from reference_trainer.metrics import frechet_distance
+from reference_trainer.run import RunFolder
+from reference_trainer.sample import TrainedModel, load_model
+from robustcm.schedules import SIGMA_MAX
+
+
+def levels_around(model: TrainedModel, factor: float) -> list[tuple[str, float]]:
+    """Levels within ``factor`` of the half recognisable one, from the largest: ("trained" or "between", t)."""
+    nearest, steps = model.config.objective.levels.nearest, model.config.steps
+    half = model.space.half_recognisable
+    asked = [half * factor ** (1 - i / 50) for i in range(101)]
+    trained = sorted({nearest(t, steps - 1, steps) for t in asked}, reverse=True)
+    found = [("trained", trained[0])]
+    for high, low in pairwise(trained):
+        found += [("between", math.sqrt(high * low)), ("trained", low)]
+    return found
+
+
+def distances(model: TrainedModel, levels: Sequence[float], n: int) -> list[float]:
+    """Frechet distance at 1 evaluation, then with the second at each of ``levels``."""
+    features = choose_features(None, model)
+    real = features(training_images(model.config.data.load(), seed=0)[:n])
+    bar = tqdm([(SIGMA_MAX,), *((SIGMA_MAX, t) for t in levels)], leave=False)
+    return [frechet_distance(real, features(model.images(len(real), sigmas, 0))) for sigmas in bar]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--factor", type=float, default=4.0, help="how far around that level to look (default 4)")
+    parser.add_argument("--n", type=int, default=5000, help="samples, at most (default 5000)")
+    options = parser.parse_args()
+    models = [load_model(RunFolder(run), torch.device("cpu")) for run in options.runs]
+    torch.set_num_threads(models[0].config.threads)
+    levels, about = levels_around(models[0], options.factor), describe_machine()
+    found = [distances(model, [t for _, t in levels], options.n) for model in models]
+    default = models[0].config.objective.levels.nearest(
+        models[0].space.half_recognisable, models[0].config.steps - 1, models[0].config.steps
+    )
+    print(f"half recognisable at {models[0].space.half_recognisable:.3g}; FD, mean (smallest .. largest of the runs)")
+    rows = []
+    for (kind, t), values in zip([("1 evaluation", math.nan), *levels], zip(*found, strict=True), strict=True):
+        mark = "<-" if t == default else ""
+        mean = sum(values) / len(values)
+        print(f"{kind:14}{t:8.3f}{mean:9.2f}  ({min(values):.2f} .. {max(values):.2f}) {mark}", flush=True)
+        rows.append({"kind": kind, "t": None if math.isnan(t) else t, "frechet": values, "default": bool(mark)})
+    print(f"wrote {write_json('second_sigma', rows, about).name}")
+
+
+if __name__ == "__main__":
+    main()
