@@ -55,31 +55,34 @@ class TukeyClip:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionalClip:
-    """Latents that do not fit the rest of their sample, moved to within ``to`` standard deviations of what fits.
+    """Latents that do not fit the rest of their sample, put where the rest of it says.
 
     Every element has a mean and a standard deviation given all other elements of its sample, by a Gaussian fitted to
-    the data. One farther than ``k`` of those from that mean is put at ``to`` of them, on its own side. This is done
-    ``rounds`` times, the others taken as the round before left them, at first clipped at Tukey's inner fences.
+    the data. One farther than ``k`` of those from that mean is put there. This is done ``rounds`` times, the others
+    taken as the round before left them, at first clipped at Tukey's inner fences; then as often again with a Gaussian
+    for each of ``groups`` of similar samples, whose covariances share a part ``shared`` of the one within all groups.
     ``TukeyClip`` sees only what is out of line among all samples and leaves it at the edge; this also sees what is out
     of line in its sample, and puts there what is likely.
 
-    ``k``, ``to`` and ``rounds`` were chosen on the latents of the digits with 1 and 5 % of outliers put in. Elements
-    that are nearly a function of the others are beyond this fit: too many of them get moved.
+    The numbers were chosen on the latents of the digits with 0, 1 and 5 % of outliers put in. Elements that are nearly
+    a function of the others are beyond this fit: too many of them get moved.
 
     Source: ours; the idea that cells, not samples, are deviant and are predicted by the others is that of Rousseeuw
     and Van den Bossche 2018, "Detecting deviating data cells".
     """
 
     k: float = 4.0
-    to: float = 0.0
-    """0 is the conditional mean. An outlier often keeps its sign, so a little of its deviation is likely right."""
     rounds: int = 3
+    groups: int = 20
+    """At most; fewer where a group would have less than ``SAMPLES_AN_ELEMENT`` samples for each latent element."""
+    shared: float = 0.3
 
     MOST_ELEMENTS: ClassVar[int] = 4096
+    SAMPLES_AN_ELEMENT: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        if not (self.k > 0 and 0 <= self.to <= self.k and self.rounds >= 1):
-            raise ValueError(f"need 0 <= to <= k, k > 0 and rounds >= 1, got {self.to}, {self.k} and {self.rounds}")
+        if not (self.k > 0 and self.rounds >= 1 and self.groups >= 1 and 0 <= self.shared <= 1):
+            raise ValueError(f"need k > 0, rounds >= 1, groups >= 1 and shared in [0, 1], got {self}")
 
     def __call__(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, ...] -> [n, ch, ...]``; latents with a NaN come back as they are.
@@ -97,19 +100,39 @@ class ConditionalClip:
             return raw_latents
         q1, q3 = (x.kthvalue(max(1, round(q * n)), dim=0).values for q in (0.25, 0.75))
         clipped = x.clamp(q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1))
-        for turn in range(self.rounds):
-            if turn < 2:  # with every further fit, what was moved wrongly would loosen it, and move more
-                mean, precision = _fitted(clipped)
-                std = precision.diagonal().rsqrt()
-            likely = clipped - (clipped - mean) @ precision / precision.diagonal()
-            off = x - likely
-            clipped = torch.where(off.abs() > self.k * std, likely + self.to * std * off.sign(), x)
+        groups = min(self.groups, n // (self.SAMPLES_AN_ELEMENT * d))
+        for count in [1] * self.rounds + [groups] * self.rounds * (groups > 1):
+            clipped = self._moved(x, clipped, _similar(clipped, count))
         return clipped.to(raw_latents.dtype).reshape(raw_latents.shape)
 
+    def _moved(self, x: Tensor, clipped: Tensor, group: Tensor) -> Tensor:
+        """One round: ``x [n, d]`` where it fits the rest of ``clipped [n, d]``, given each one's ``group [n]``."""
+        members = [torch.nonzero(group == g)[:, 0] for g in range(int(group.max()) + 1) if (group == g).any()]
+        means = [clipped[those].mean(0) for those in members]
+        centred = [clipped[those] - mean for those, mean in zip(members, means, strict=True)]
+        spread = [part.T @ part for part in centred]
+        within = torch.stack(spread).sum(0) / max(1, len(x) - 1)
+        # A little on the diagonal: few samples, or an element that never changes, leave it singular.
+        ridge = torch.diag(1e-6 * within.diagonal() + 1e-12)
+        out = torch.empty_like(x)
+        for those, mean, own in zip(members, means, spread, strict=True):
+            covariance = self.shared * within + (1 - self.shared) * own / max(1, len(those) - 1)
+            precision = torch.linalg.inv(covariance + ridge)
+            likely = clipped[those] - (clipped[those] - mean) @ precision / precision.diagonal()
+            fits = (x[those] - likely).abs() <= self.k * precision.diagonal().rsqrt()
+            out[those] = torch.where(fits, x[those], likely)
+        return out
 
-def _fitted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[d]`` and precision ``[d, d]`` of the Gaussian fitted to ``x [n, d]``."""
-    mean, variance = x.mean(0), x.var(0)
-    covariance = (x - mean).T @ (x - mean) / max(1, len(x) - 1)
-    # A little on the diagonal: few samples, or an element that never changes, leave it singular.
-    return mean, torch.linalg.inv(covariance + torch.diag(1e-6 * variance + 1e-12))
+
+def _similar(x: Tensor, groups: int, rounds: int = 15) -> Tensor:
+    """The group ``[n]`` of each of ``x [n, d]``: k-means from evenly chosen samples, so a function of ``x`` alone."""
+    group = torch.zeros(len(x), dtype=torch.long)
+    if groups == 1:
+        return group
+    centres = x[torch.linspace(0, len(x) - 1, groups).long()]
+    for _ in range(rounds):
+        group = torch.cdist(x, centres).argmin(1)
+        count = group.bincount(minlength=groups)[:, None]
+        total = torch.zeros_like(centres).index_add(0, group, x)
+        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
+    return group
