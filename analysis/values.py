@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.autoencoders import Codec, KLAutoencoder, PixelSpace
-from reference_trainer.batches import batch_indices
+from reference_trainer.batches import batch_indices, with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder, ImageSet
@@ -271,7 +271,8 @@ class Trained:
         Levels, noise and coupling come from the objective, its curriculum held at ``num_levels``; objectives without
         a level grid (``RatioLevels``) are looked at on the default one.
         """
-        objective, f = self.config.objective, cast(ConsistencyFunction, Preconditioned(self.network))
+        objective = with_measured_gate(self.config.objective, self.data)
+        f = cast(ConsistencyFunction, Preconditioned(self.network))
         grid = objective.levels if isinstance(objective.levels, LevelGrid) else LevelGrid()
         grid = replace(grid, curriculum=FixedCurriculum(num_levels=num_levels))
         objective, data = replace(objective, levels=grid), self.data

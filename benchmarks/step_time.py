@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from _timing import Timing, measure, write_json
 
+from reference_trainer.batches import with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.machine import describe_machine, keep_freed_memory
 from reference_trainer.meters import LevelMeter, TailMeter
@@ -32,8 +33,9 @@ CPU = torch.device("cpu")
 def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
     """The parts of a step, and the step."""
     state = TrainState.create(config, shape, CPU)
-    f, objective, step = Preconditioned(state.network), config.objective, config.steps - 1
+    f, step = Preconditioned(state.network), config.steps - 1
     x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    objective = with_measured_gate(config.objective, x)
     draws = draw(0, step, x.shape)
     batch: Batch = objective.prepare(x, draws, step, config.steps)
     terms = objective(f, batch, state.c)

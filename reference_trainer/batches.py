@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.latents import some_of
 from robustcm.couplers import independent
-from robustcm.objective import Batch, draw, step_generator
+from robustcm.gates import AboveRecognised
+from robustcm.objective import Batch, Objective, draw, step_generator
 
 ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is `draw`'s
 
@@ -28,6 +31,7 @@ class Batches:
         if config.batch_size > len(latents):
             raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
         self.config, self.latents = config, latents
+        self.objective = with_measured_gate(config.objective, latents)
         self._solver = ThreadPoolExecutor(1)
         self._pools: dict[int, Future[tuple[Tensor, ...]]] = {}
 
@@ -35,7 +39,7 @@ class Batches:
         """The batch of ``step``, on the CPU."""
         x = self._x(step)
         draws = draw(self.config.seed, step, x.shape)
-        return self.config.objective.prepare(x, draws, step, self.config.steps, coupled=self._coupled(step))
+        return self.objective.prepare(x, draws, step, self.config.steps, coupled=self._coupled(step))
 
     def dropout_seed(self, step: int) -> int:
         """For torch's own generators, which dropout draws from."""
@@ -61,6 +65,20 @@ class Batches:
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
         perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, COUPLING))
         return z[perm].split(config.batch_size)
+
+
+def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
+    """``objective`` with its gate put where ``latents [n, ch, h, w]`` say, if it is one that asks them.
+
+    Raises:
+        UserError: a single image.
+    """
+    if objective.coupler is independent or not isinstance(objective.gate, AboveRecognised):
+        return objective
+    try:
+        return replace(objective, gate=objective.gate.on(some_of(latents), step_generator(0, 0)))
+    except ValueError as error:
+        raise UserError(f"objective.gate={objective.gate}: {error}") from error
 
 
 def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from robustcm.gates import (
     Above,
+    AboveRecognised,
     AnnealedAbove,
     Gate,
     ShareAbove,
@@ -133,3 +134,11 @@ def test_what_is_told_apart_everywhere_and_too_few_samples():
     assert recognisable_below(torch.tensor([[0.0], [1e6]]), generator()) == 80.0
     with pytest.raises(ValueError, match="at least two"):
         recognisable_below(torch.zeros(1, 3), generator())
+
+
+def test_the_gate_without_a_search_is_above_the_level_measured_and_refuses_before():
+    x = 0.5 * torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
+    level = recognisable_below(x, torch.Generator().manual_seed(2), share=0.1)
+    assert AboveRecognised(0.1).on(x, torch.Generator().manual_seed(2)) == Above(level)
+    with pytest.raises(ValueError, match="has seen no data"):
+        AboveRecognised()(torch.ones(3), 0.0)
