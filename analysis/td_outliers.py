@@ -25,7 +25,7 @@ from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically
 from robustcm.advice import Advice, advise
 from robustcm.boxes import FEW
-from robustcm.gates import recognisable_below
+from robustcm.gates import AboveRecognised, recognisable_below
 from robustcm.objective import step_generator
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
 
@@ -163,7 +163,7 @@ def recognisable(data: Tensor) -> dict[str, float] | None:
     if len(some) < 2 or not some.isfinite().all():
         return None
     generator = step_generator(0, 1)
-    return {f"{share:.0%}": recognisable_below(some, generator, share=share) for share in (0.5, 0.02)}
+    return {f"{share:.0%}": recognisable_below(some, generator, share=share) for share in (0.5, AboveRecognised.share)}
 
 
 def described(values: np.ndarray) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
     if (found := entry["recognisable"]) is not None:
         lines.append(
             f"  a sample shows which it is under noise up to t = {found['50%']:.2g} (weight one half) and "
-            f"{found['2%']:.2g} (2 %): the second evaluation and the coupling's gate belong near these"
+            f"{found['1%']:.2g} (1 %): the second evaluation and the coupling's gate belong near these"
         )
     return lines
 

@@ -89,7 +89,7 @@ class AboveRecognised:
     Source: ours; tried at d = 32 to 512 (docs/evidence.md).
     """
 
-    share: float = 0.02
+    share: float = 0.01
 
     def __post_init__(self) -> None:
         _check(self, share=0 < self.share < 1)
