@@ -18,7 +18,7 @@ from analysis.values import Space, autoencoder_of, baseline_space, data_in, load
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.latents import some_of
+from reference_trainer.latents import RECOGNISED, some_of
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
@@ -163,7 +163,10 @@ def recognisable(data: Tensor) -> dict[str, float] | None:
     if len(some) < 2 or not some.isfinite().all():
         return None
     generator = step_generator(0, 1)
-    return {f"{share:.0%}": recognisable_below(some, generator, share=share) for share in (0.5, AboveRecognised.share)}
+    return {
+        f"{share:.0%}": recognisable_below(some, generator, share=share)
+        for share in (RECOGNISED, AboveRecognised.share)
+    }
 
 
 def described(values: np.ndarray) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
         lines += [f"    {note}" for note in box["notes"]]
     if (found := entry["recognisable"]) is not None:
         lines.append(
-            f"  a sample shows which it is under noise up to t = {found['50%']:.2g} (weight one half) and "
+            f"  a sample shows which it is under noise up to t = {found['90%']:.2g} (weight 90 %) and "
             f"{found['1%']:.2g} (1 %): the second evaluation and the coupling's gate belong near these"
         )
     return lines

@@ -1,7 +1,7 @@
 """At which noise level should the second evaluation be? Runs are sampled at many, trained levels and between them.
 
 `python benchmarks/second_sigma.py RUN [RUN ...]`: for each run the Frechet distance to the training images at 1
-evaluation, then at 2 with the second at every trained level around the one where latents are half recognisable
+evaluation, then at 2 with the second at every trained level around the one up to which latents are recognised
 (marked <-: what `second_sigma=None` takes) and, "between", half-way to the next. Several runs: their mean and range.
 """
 
@@ -26,10 +26,10 @@ from robustcm.schedules import SIGMA_MAX
 
 
 def levels_around(model: TrainedModel, factor: float) -> list[tuple[str, float]]:
-    """Levels within ``factor`` of the half recognisable one, from the largest: ("trained" or "between", t)."""
+    """Levels within ``factor`` of the one up to which latents are recognised, from the largest: ("trained" or "between", t)."""
     nearest, steps = model.config.objective.levels.nearest, model.config.steps
-    half = model.space.half_recognisable
-    asked = [half * factor ** (1 - i / 50) for i in range(101)]
+    level = model.space.recognised_at
+    asked = [level * factor ** (1 - i / 50) for i in range(101)]
     trained = sorted({nearest(t, steps - 1, steps) for t in asked}, reverse=True)
     found = [("trained", trained[0])]
     for high, low in pairwise(trained):
@@ -56,16 +56,16 @@ def main() -> None:
     levels, about = levels_around(models[0], options.factor), describe_machine()
     found = [distances(model, [t for _, t in levels], options.n) for model in models]
     default = models[0].config.objective.levels.nearest(
-        models[0].space.half_recognisable, models[0].config.steps - 1, models[0].config.steps
+        models[0].space.recognised_at, models[0].config.steps - 1, models[0].config.steps
     )
-    print(f"half recognisable at {models[0].space.half_recognisable:.3g}; FD, mean (smallest .. largest of the runs)")
-    rows = []
+    print(f"recognised up to {models[0].space.recognised_at:.3g}; FD, mean (smallest .. largest of the runs)")
+    rows, theme = [], f"second_sigma_d{math.prod(models[0].shape)}"
     for (kind, t), values in zip([("1 evaluation", math.nan), *levels], zip(*found, strict=True), strict=True):
         mark = "<-" if t == default else ""
         mean = sum(values) / len(values)
         print(f"{kind:14}{t:8.3f}{mean:9.2f}  ({min(values):.2f} .. {max(values):.2f}) {mark}", flush=True)
         rows.append({"kind": kind, "t": None if math.isnan(t) else t, "frechet": values, "default": bool(mark)})
-    print(f"wrote {write_json('second_sigma', rows, about).name}")
+    print(f"wrote {write_json(theme, rows, about).name}")
 
 
 if __name__ == "__main__":

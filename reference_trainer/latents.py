@@ -16,6 +16,9 @@ from robustcm.objective import step_generator
 
 OUTLIERS = 5  # the stream of `step_generator` they are drawn from
 
+RECOGNISED = 0.9
+"""Posterior weight of the right sample, the data as prior; see ``recognisable_below``."""
+
 SIGMA_DATA = 0.5
 """Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
 
@@ -53,9 +56,9 @@ class LatentSpace:
     """``[ch]``, of the raw latents of the training images."""
     std: Tensor
     """``[ch]``."""
-    half_recognisable: float
-    """Noise level, in the model's units, at which a training latent shows with weight one half which it is: the
-    second evaluation's (docs/evidence.md)."""
+    recognised_at: float
+    """Noise level, in the model's units, up to which a training latent shows with weight ``RECOGNISED`` which it is:
+    where the second evaluation works best (docs/evidence.md)."""
 
     @staticmethod
     def of(codec: Codec, raw_latents: Tensor) -> LatentSpace:
@@ -75,8 +78,8 @@ class LatentSpace:
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
         scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
-        half = recognisable_below(scaled, step_generator(0, 1), share=0.5) if len(scaled) > 1 else SIGMA_DATA
-        return LatentSpace(codec, mean.float(), std.float(), half)
+        level = recognisable_below(scaled, step_generator(0, 1), share=RECOGNISED) if len(scaled) > 1 else SIGMA_DATA
+        return LatentSpace(codec, mean.float(), std.float(), level)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``."""

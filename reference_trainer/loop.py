@@ -103,7 +103,7 @@ def prepare_latents(
         {
             "shape": list(raw.shape[1:]),
             "image_channels": images.pixels.shape[1],
-            "half_recognisable": space.half_recognisable,
+            "recognised_at": space.recognised_at,
         },
     )
     return space.normalise(raw), space

@@ -44,7 +44,7 @@ class TrainedModel:
         if evaluations < 1:
             raise UserError(f"need at least 1 evaluation, got {evaluations}")
         config, last = self.config, max(0, self.step - 1)
-        second = config.second_sigma or min(self.space.half_recognisable, SIGMA_MAX / 2)
+        second = config.second_sigma or min(self.space.recognised_at, SIGMA_MAX / 2)
         wanted = (second / 2**i for i in range(evaluations - 1))
         levels = (SIGMA_MAX, *(config.objective.levels.nearest(t, last, config.steps) for t in wanted))
         if any(a <= b for a, b in pairwise(levels)):
@@ -91,7 +91,7 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     ch, h, w = about["shape"]
     codec_tensors = {name.removeprefix("codec/"): t for name, t in stored.items() if name.startswith("codec/")}
     codec = config.autoencoder.build(about["image_channels"], codec_tensors).to(device)
-    if "half_recognisable" not in about:
+    if "recognised_at" not in about:
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
     network = build_network(config, (ch, h, w))
     try:
@@ -101,7 +101,7 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     return TrainedModel(
         config=config,
         network=network.to(device).eval().requires_grad_(False),
-        space=LatentSpace(codec, stored["mean"], stored["std"], about["half_recognisable"]),
+        space=LatentSpace(codec, stored["mean"], stored["std"], about["recognised_at"]),
         shape=(ch, h, w),
         step=step,
         device=device,

@@ -145,11 +145,11 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     assert rows["reconstructions"]["frechet"] < 0.01
 
 
-def sampled_at(num_levels: int, half_recognisable: float, evaluations: int, **options: object) -> list[float]:
+def sampled_at(num_levels: int, recognised_at: float, evaluations: int, **options: object) -> list[float]:
     config = replace(TrainConfig(clip=None), **options)
     curriculum = FixedCurriculum(num_levels=num_levels)
     config = replace(config, objective=replace(config.objective, levels=LevelGrid(curriculum=curriculum)))
-    space = LatentSpace(PixelSpace().build(1, {}), torch.zeros(1), torch.ones(1), half_recognisable)
+    space = LatentSpace(PixelSpace().build(1, {}), torch.zeros(1), torch.ones(1), recognised_at)
     model = TrainedModel(config, torch.nn.Identity(), space, (1, 2, 2), 10, torch.device("cpu"))
     return list(model.sigmas(evaluations))
 

@@ -190,7 +190,7 @@ def test_an_evaluation_in_training_is_that_of_the_checkpoint(
 def test_a_run_of_an_earlier_version_says_what_to_do(config: TrainConfig, tmp_path: Path):
     folder = run(config, tmp_path / "run")
     tensors, about = load_tensors(folder.root / "autoencoder.safetensors")
-    del about["half_recognisable"]
+    del about["recognised_at"]
     save_tensors(folder.root / "autoencoder.safetensors", tensors, about)
     with pytest.raises(UserError, match="the train command, given again"):
         load_model(folder, CPU)
