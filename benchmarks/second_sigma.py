@@ -26,7 +26,7 @@ from robustcm.schedules import SIGMA_MAX
 
 
 def levels_around(model: TrainedModel, factor: float) -> list[tuple[str, float]]:
-    """Levels within ``factor`` of the one up to which latents are recognised, from the largest: ("trained" or "between", t)."""
+    """("trained" or "between", t), falling: within ``factor`` of the level up to which latents are recognised."""
     nearest, steps = model.config.objective.levels.nearest, model.config.steps
     level = model.space.recognised_at
     asked = [level * factor ** (1 - i / 50) for i in range(101)]
