@@ -241,8 +241,8 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
         lines += [f"    {note}" for note in box["notes"]]
     if (found := entry["recognisable"]) is not None:
         lines.append(
-            f"  a sample shows which it is under noise up to t = {found['90%']:.2g} (weight 90 %) and "
-            f"{found['1%']:.2g} (1 %): the second evaluation and the coupling's gate belong near these"
+            f"  a sample shows which it is under noise up to t = {found['90%']:.3g} (weight 90 %) and "
+            f"{found['1%']:.3g} (1 %): the second evaluation and the coupling's gate belong near these"
         )
     return lines
 
