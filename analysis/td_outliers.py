@@ -18,7 +18,7 @@ from analysis.values import Space, autoencoder_of, baseline_space, data_in, load
 from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.latents import RECOGNISED, some_of
+from reference_trainer.latents import RECOGNISED, comparing, some_of
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
@@ -26,7 +26,6 @@ from reference_trainer.store import write_atomically
 from robustcm.advice import Advice, advise
 from robustcm.boxes import FEW
 from robustcm.gates import AboveRecognised, recognisable_below
-from robustcm.objective import step_generator
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
 
 EPILOG = """
@@ -158,13 +157,15 @@ def measure(space: Space) -> dict[str, Any]:
 
 
 def recognisable(data: Tensor) -> dict[str, float] | None:
-    """Noise levels up to which a sample shows which it is, by its weight there; None: nothing to compare."""
+    """Noise levels up to which a sample shows which it is, by its weight there (``data [n, ...]``, std 0.5).
+
+    What the trainer takes for data it normalises itself. None: nothing to compare.
+    """
     some = some_of(data)
     if len(some) < 2 or not some.isfinite().all():
         return None
-    generator = step_generator(0, 1)
     return {
-        f"{share:.0%}": recognisable_below(some, generator, share=share)
+        f"{share:.0%}": recognisable_below(some, comparing(), share=share)
         for share in (RECOGNISED, AboveRecognised.share)
     }
 

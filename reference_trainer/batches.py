@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.latents import some_of
+from reference_trainer.latents import comparing, some_of
 from robustcm.couplers import independent
 from robustcm.gates import AboveRecognised
 from robustcm.objective import Batch, Objective, draw, step_generator
@@ -76,7 +76,7 @@ def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
     if objective.coupler is independent or not isinstance(objective.gate, AboveRecognised):
         return objective
     try:
-        return replace(objective, gate=objective.gate.on(some_of(latents), step_generator(0, 0)))
+        return replace(objective, gate=objective.gate.on(some_of(latents), comparing()))
     except ValueError as error:
         raise UserError(f"objective.gate={objective.gate}: {error}") from error
 

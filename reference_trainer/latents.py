@@ -58,7 +58,7 @@ class LatentSpace:
     """``[ch]``."""
     recognised_at: float
     """Noise level, in the model's units, up to which a training latent shows with weight ``RECOGNISED`` which it is:
-    where the second evaluation works best (docs/evidence.md)."""
+    the second evaluation's, unless the user gives one."""
 
     @staticmethod
     def of(codec: Codec, raw_latents: Tensor) -> LatentSpace:
@@ -77,8 +77,10 @@ class LatentSpace:
         if not (std > 0).all():
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
-        scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
-        level = recognisable_below(scaled, step_generator(0, 1), share=RECOGNISED) if len(scaled) > 1 else SIGMA_DATA
+        level = SIGMA_DATA  # of a single image every level shows which it is
+        if len(raw_latents) > 1:
+            scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
+            level = recognisable_below(scaled, comparing(), share=RECOGNISED)
         return LatentSpace(codec, mean.float(), std.float(), level)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
@@ -104,6 +106,11 @@ def some_of(latents: Tensor, most: int = 5000, most_elements: int = 50_000_000) 
     """A random part of ``latents [n, ...]`` small enough to compare each with all."""
     fit = max(2, min(most, most_elements // latents[0].numel()))
     return latents[torch.randperm(len(latents), generator=step_generator(0, 0))[:fit]]
+
+
+def comparing() -> torch.Generator:
+    """The randomness of ``recognisable_below``: one for all, so that training, sampling and analysis agree."""
+    return step_generator(0, 1)
 
 
 def _map(per_channel: Tensor, like: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class ConditionalClip:
         q1, q3 = (x.kthvalue(max(1, round(q * n)), dim=0).values for q in (0.25, 0.75))
         clipped = x.clamp(q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1))
         groups = min(self.groups, n // (self.SAMPLES_AN_ELEMENT * d))
-        for count in [1] * self.rounds + [groups] * self.rounds * (groups > 1):
+        for count in [1] * self.rounds + ([groups] * self.rounds if groups > 1 else []):
             clipped = self._moved(x, clipped, _similar(clipped, count))
         return clipped.to(raw_latents.dtype).reshape(raw_latents.shape)
 
@@ -126,7 +126,7 @@ class ConditionalClip:
 
 def _similar(x: Tensor, groups: int, rounds: int = 15) -> Tensor:
     """The group ``[n]`` of each of ``x [n, d]``: k-means from evenly chosen samples, so a function of ``x`` alone."""
-    group = torch.zeros(len(x), dtype=torch.long)
+    group = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if groups == 1:
         return group
     centres = x[torch.linspace(0, len(x) - 1, groups).long()]

@@ -154,13 +154,13 @@ def sampled_at(num_levels: int, recognised_at: float, evaluations: int, **option
     return list(model.sigmas(evaluations))
 
 
-@given(num_levels=st.integers(20, 700), half=st.floats(0.01, 1000))
-def test_samples_are_drawn_at_levels_of_training_that_fall(num_levels: int, half: float):
+@given(num_levels=st.integers(20, 700), recognised_at=st.floats(0.01, 1000))
+def test_samples_are_drawn_at_levels_of_training_that_fall(num_levels: int, recognised_at: float):
     levels = karras_sigmas(num_levels).tolist()
-    found = sampled_at(num_levels, half, 2)
+    found = sampled_at(num_levels, recognised_at, 2)
     assert found[0] == 80
     assert found[1] in levels[1:]
-    wanted = min(half, 40)
+    wanted = min(recognised_at, 40)
     assert all(abs(math.log(found[1] / wanted)) <= abs(math.log(t / wanted)) for t in levels)
 
 
