@@ -6,7 +6,6 @@ Axes: n = samples, ch, h, w; data are normalised per channel to mean 0, std 0.5 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference_trainer.autoencoders import Codec, KLAutoencoder, PixelSpace
+from reference_trainer.autoencoders import Autoencoder, Codec, PixelSpace, PretrainedAutoencoder
 from reference_trainer.batches import batch_indices, with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder, ImageSet
-from reference_trainer.latents import SIGMA_DATA, encode
+from reference_trainer.latents import SIGMA_DATA, encode_once
 from reference_trainer.loop import train
 from reference_trainer.networks import DiT
 from reference_trainer.options import override, to_json
@@ -90,40 +89,6 @@ class GivenAutoencoder:
         return self.codec
 
 
-class Foreign:
-    """A codec around an object of the user's with ``encode(images in -1 .. 1) -> latents`` and ``decode``."""
-
-    PIXELS = 2**20  # encoded at a time
-
-    def __init__(self, name: str, autoencoder: Any) -> None:
-        self.name, self.autoencoder = name, autoencoder
-
-    def to(self, device: torch.device) -> Foreign:
-        return self
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        size = max(1, self.PIXELS // images[0, 0].numel())
-        bar = tqdm(images.split(size), desc=f"encoding with {self.name}", unit="batch", leave=False, delay=2)
-        try:
-            latents = torch.cat([self.autoencoder.encode(part) for part in bar])
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--autoencoder {self.name}: encode() failed on images [n, {', '.join(map(str, images.shape[1:]))}]: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        if latents.dim() != 4 or len(latents) != len(images):
-            raise UserError(f"--autoencoder {self.name}: encode() must give [n, ch, h, w], got {list(latents.shape)}")
-        return latents
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        return cast(Tensor, self.autoencoder.decode(latents))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-
 def load_images(data: Digits | ImageFolder, limit: int) -> ImageSet:
     """The training images of ``data``, at most ``limit`` of them (a fixed random choice, in order).
 
@@ -142,31 +107,23 @@ def load_images(data: Digits | ImageFolder, limit: int) -> ImageSet:
     return images
 
 
-def autoencoder_of(text: str, device: torch.device) -> KLAutoencoder | PixelSpace:
+def autoencoder_of(text: str, device: torch.device) -> Autoencoder:
     """What ``--autoencoder`` names: a part such as ``KLAutoencoder``, a run folder, or ``module:function``.
 
     Raises:
         UserError: none of the three.
     """
-    given: GivenAutoencoder
+    codec: Codec | None = None
     if Path(text).is_dir():
-        given = GivenAutoencoder(text, load_model(RunFolder(Path(text)), device).space.codec)
+        codec = load_model(RunFolder(Path(text)), device).space.codec
     elif ":" in text and "(" not in text:
-        module, _, function = text.partition(":")
-        try:
-            made = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(
-                f"--autoencoder {text}: expected module:function, importable from PYTHONPATH, that returns an object "
-                f"with encode and decode ({error})"
-            ) from error
-        given = GivenAutoencoder(text, Foreign(text, made))
-    else:
-        try:
-            return override(TrainConfig(), f"autoencoder={text}").autoencoder
-        except UserError as error:
-            raise UserError(f"--autoencoder {text}: no run folder of this name, no module:function; {error}") from error
-    return cast(Any, given)  # in all that is used here it is as good as a part
+        codec = PretrainedAutoencoder(load=text).build(3, {}).to(device)
+    if codec is not None:
+        return cast(Any, GivenAutoencoder(text, codec))  # in all that is used here it is as good as a part
+    try:
+        return override(TrainConfig(), f"autoencoder={text}").autoencoder
+    except UserError as error:
+        raise UserError(f"--autoencoder {text}: no run folder of this name, no module:function; {error}") from error
 
 
 def normalised(raw: Tensor) -> tuple[Tensor, int]:
@@ -185,13 +142,13 @@ def normalised(raw: Tensor) -> tuple[Tensor, int]:
     return ((values - mean) * (SIGMA_DATA / std)).float(), int((~finite).sum())
 
 
-def data_in(part: KLAutoencoder | PixelSpace, images: ImageSet, cache: Path, device: torch.device) -> Tensor:
+def data_in(part: Autoencoder, images: ImageSet, cache: Path, device: torch.device) -> Tensor:
     """Raw values ``[n, ch, h, w]`` of the training images in the space of ``part`` (fitted or from the cache)."""
-    return encode(part.fit(images, device, cache), images.train, device)
+    return encode_once(part.fit(images, device, cache), images, device, cache)
 
 
 def baseline_config(
-    data: Digits | ImageFolder, part: KLAutoencoder | PixelSpace, shape: Sequence[int], num_levels: int, steps: int
+    data: Digits | ImageFolder, part: Autoencoder, shape: Sequence[int], num_levels: int, steps: int
 ) -> TrainConfig:
     """iLCT at a fixed N, briefly: the preset ``ilct`` with a network of at most 4 x 4 tokens for ``shape`` (ch, h, w).
 
@@ -307,7 +264,7 @@ def trained_run(run: RunFolder, images: ImageSet, device: torch.device, name: st
 
 def baseline_space(
     name: str,
-    part: KLAutoencoder | PixelSpace,
+    part: Autoencoder,
     data: Digits | ImageFolder,
     images: ImageSet,
     *,

@@ -27,8 +27,9 @@ from reference_trainer.batches import Batches
 from reference_trainer.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.features import Imported
 from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
-from reference_trainer.latents import encode
+from reference_trainer.latents import encode, encode_once
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
@@ -48,6 +49,8 @@ class Job:
     run: RunFolder
     brief: bool
     """Measure the samples alone: what bounds them is the same for every arm and seed, and measured by one."""
+    features: str | None = None
+    """``module:function``, as ``train`` takes it."""
 
     def finished(self) -> bool:
         """Whether its evaluation is there."""
@@ -55,7 +58,11 @@ class Job:
 
 
 def jobs_of(
-    arms: Sequence[tuple[Arm, TrainConfig]], suites: Sequence[Suite], seeds: Sequence[int], out: Path
+    arms: Sequence[tuple[Arm, TrainConfig]],
+    suites: Sequence[Suite],
+    seeds: Sequence[int],
+    out: Path,
+    features: str | None = None,
 ) -> list[Job]:
     """All runs, seed by seed, so that every arm has its first seed before any has its second."""
     jobs = []
@@ -65,7 +72,7 @@ def jobs_of(
                 ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
                 root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
                 brief = (arm.name, seed) != (arms[0][0].name, seeds[0])
-                jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief))
+                jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief, features))
     return jobs
 
 
@@ -162,6 +169,7 @@ class Children:
                 f"--run={job.run.root}",
                 f"--device={device}",
                 *(["--brief"] if job.brief else []),
+                *([f"--features={job.features}"] if job.features else []),
             ]
             with (job.run.root / "log.txt").open("w") as log, self._lock:
                 # A session of its own: the terminal's Ctrl-C reaches this process, which passes it on once.
@@ -227,13 +235,14 @@ def write_comparison(results: Sequence[Result], out: Path, stop_above: float, ab
 
 
 def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> None:
-    """Fit, once and before the workers start, what they would each fit at the same time."""
+    """Fit and encode, once and before the workers start, what they would each do at the same time."""
     fitted = set()
     for job in jobs:
         key = (job.config.data, job.config.autoencoder)
         if not job.finished() and key not in fitted:
             fitted.add(key)
-            job.config.autoencoder.fit(job.config.data.load(), device, cache)
+            images = job.config.data.load()
+            encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 
 
 def steps_within(
@@ -318,6 +327,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="R",
         help="give an arm no further seed once its first has R times the baseline's distance (default: never)",
     )
+    parser.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
     parser.add_argument("--workers", type=int, help="runs at a time (default: the cores, or the GPUs)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     parser.add_argument("--list", action="store_true", help="print arms and suites and stop")
@@ -347,6 +357,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     ):
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}")
+    if options.features:
+        Imported.of(options.features)  # a name that cannot be imported would stop every run behind its training
     device = device_of(options.device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
     named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
@@ -361,7 +373,7 @@ def run_ablate(options: argparse.Namespace) -> int:
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
-    jobs = jobs_of(arms, suites, options.seeds, options.out)
+    jobs = jobs_of(arms, suites, options.seeds, options.out, options.features)
     fit_autoencoders(jobs, cache_folder(), device)
     workers = options.workers or len(gpus) or os.cpu_count() or 1
     run_jobs(jobs, options.out, workers, gpus or [str(device)], options.stop_above, about)

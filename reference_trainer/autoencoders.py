@@ -1,4 +1,4 @@
-"""The space a model is trained in: a small KL autoencoder fitted once and cached, or the pixels themselves.
+"""The space a model is trained in: a small KL autoencoder fitted once and cached, one of the user's, or the pixels.
 
 Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
 """
@@ -6,10 +6,11 @@ Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,93 @@ class _Pixels:
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedAutoencoder:
+    """An autoencoder of the user's, say a published VAE: what ``load``, ``module:function``, returns when called.
+
+    That is a diffusers autoencoder, or any object with ``encode(images [n, ch, h, w] in -1 .. 1) -> [n, ch, h, w]`` and
+    ``decode``; of a distribution the mean is taken. It is not fitted, and not stored with the run: the module must be
+    importable (``PYTHONPATH``) wherever the run is used.
+    """
+
+    load: str
+
+    def __post_init__(self) -> None:
+        module, colon, function = self.load.partition(":")
+        if not (module and colon and function):
+            raise ValueError(f"load must be module:function, got {self.load!r}")
+
+    def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
+        return self.build(images.pixels.shape[1], {}).to(device)
+
+    def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:
+        """Import it.
+
+        Raises:
+            UserError: no such module or function, or what it returns cannot encode and decode.
+        """
+        module, _, function = self.load.partition(":")
+        try:
+            made = getattr(importlib.import_module(module), function)()
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(
+                f"autoencoder {self.load}: expected module:function, importable from PYTHONPATH, that returns an "
+                f"object with encode and decode ({error})"
+            ) from error
+        if not (callable(getattr(made, "encode", None)) and callable(getattr(made, "decode", None))):
+            raise UserError(f"autoencoder {self.load}: a {type(made).__name__} has no encode and decode")
+        return Foreign(self.load, made)
+
+
+class Foreign:
+    """An object of the user's as a codec; a few images at a time, since its network may be large."""
+
+    PIXELS = 2**20  # encoded at a time
+    ELEMENTS = 2**16  # decoded at a time: 16 images of 256 x 256 where 8 x 8 pixels are 4 numbers
+
+    def __init__(self, name: str, autoencoder: Any) -> None:
+        self.name, self.autoencoder = name, autoencoder
+        if isinstance(autoencoder, torch.nn.Module):
+            autoencoder.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> Foreign:
+        if hasattr(self.autoencoder, "to"):
+            self.autoencoder = self.autoencoder.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self._apply("encode", images, max(1, self.PIXELS // images[0, 0].numel()))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._apply("decode", latents, max(1, self.ELEMENTS // latents[0].numel()))
+
+    def _apply(self, method: str, values: Tensor, size: int) -> Tensor:
+        bar = tqdm(values.split(size), desc=f"{method} by {self.name}", unit="batch", leave=False, delay=2)
+        where = f"autoencoder {self.name}: {method}()"
+        try:
+            out = torch.cat([_tensor_in(getattr(self.autoencoder, method)(part)).float() for part in bar])
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            shape = ", ".join(map(str, values.shape[1:]))
+            raise UserError(f"{where} failed on values [n, {shape}]: {str(error).splitlines()[0]}") from error
+        if out.dim() != 4 or len(out) != len(values):
+            raise UserError(f"{where} must give [n, ch, h, w], got {list(out.shape)}")
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+def _tensor_in(output: Any) -> Tensor:
+    """The tensor in what a diffusers autoencoder returns: ``latent_dist``, ``latents`` or ``sample``."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "latent_dist"):
+        return cast(Tensor, output.latent_dist.mean)
+    return cast(Tensor, output.latents if hasattr(output, "latents") else output.sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +270,9 @@ class KLAutoencoder:
         if self.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(LOGIT_SCALE * output, (images + 1) / 2)
         return F.mse_loss(output, images)
+
+
+Autoencoder: TypeAlias = KLAutoencoder | PretrainedAutoencoder | PixelSpace
 
 
 class _Kl:

@@ -82,7 +82,7 @@ def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tupl
 
 _COLUMNS = (
     *("arm", "FD, 1 evaluation", "ratio to the baseline", "FD, 2 evaluations", "ratio to the baseline"),
-    *("p >= .9", "precision", "recall", "FD to held-out", "steps", "s"),
+    *("p >= .9", "precision", "recall", "kernel x1000", "FD to held-out", "steps", "s"),
 )
 _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS))
 
@@ -95,6 +95,7 @@ def _line(results: Sequence[Result], suite: str, arm: str, baseline: str, stoppe
         ratio = paired_ratio(values, by_seed(results, suite, baseline, row)) if arm != baseline else None
         cells += [_spread(values, 1), str(ratio) if ratio else "-"]
     cells += [_spread(by_seed(results, suite, arm, ONE, name), 3, each=False) for name in _SHARES]
+    cells.append(_spread(by_seed(results, suite, arm, ONE, "kernel_x1000"), 1, each=False))
     cells.append(_spread(by_seed(results, suite, arm, ONE, "frechet_held_out"), 1, each=False))
     cells += [str(own[0].steps), f"{statistics.fmean(r.seconds for r in own):.0f}"]
     failures = [f"seed {r.seed} failed: {r.failure}" for r in own if r.failure]

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
 from reference_trainer.latents import ImpulsiveOutliers
@@ -126,7 +126,7 @@ class TrainConfig:
     """One run. The same config and seed give the same weights, bit for bit, on the same machine."""
 
     data: Digits | ImageFolder = Digits()
-    autoencoder: KLAutoencoder | PixelSpace = KLAutoencoder()
+    autoencoder: Autoencoder = KLAutoencoder()
     outliers: ImpulsiveOutliers | None = None
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
     clip: ConditionalClip | TukeyClip | None = ConditionalClip()

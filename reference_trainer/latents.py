@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.autoencoders import Codec
+from reference_trainer.autoencoders import Codec, Foreign
 from reference_trainer.errors import UserError
-from reference_trainer.images import to_pixels, to_unit
+from reference_trainer.images import ImageSet, to_pixels, to_unit
+from reference_trainer.store import load_tensors, save_tensors
 from robustcm.gates import recognisable_below
 from robustcm.objective import step_generator
 
@@ -100,6 +103,29 @@ def encode(codec: Codec, pixels: Tensor, device: torch.device, batch_size: int =
     """uint8 ``[n, ch, h, w]`` -> raw latents on the CPU."""
     parts = tqdm(pixels.split(batch_size), desc="encoding", unit="batch", leave=False, delay=2)
     return torch.cat([codec.encode(to_unit(part).to(device)).cpu() for part in parts])
+
+
+def encode_once(codec: Codec, images: ImageSet, device: torch.device, cache: Path) -> Tensor:
+    """``encode`` of the training images, kept in ``cache`` if the codec is the user's, which may take minutes.
+
+    The file's name is made of the images and of what the codec makes of the first few: another codec, another name.
+    """
+    if not isinstance(codec, Foreign):  # small, or nothing to do
+        return encode(codec, images.train, device)
+    digest = hashlib.sha256(images.fingerprint().encode())
+    digest.update(encode(codec, images.train[:4], device).numpy().tobytes())
+    file = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
+    if file.is_file():
+        try:
+            return load_tensors(file)[0]["raw"]
+        except UserError as error:
+            tqdm.write(f"encoding again: {error}")
+    raw = encode(codec, images.train, device)
+    try:
+        save_tensors(file, {"raw": raw}, {})
+    except UserError as error:
+        tqdm.write(f"the latents are not cached: {error}")
+    return raw
 
 
 def some_of(latents: Tensor, most: int = 5000, most_elements: int = 50_000_000) -> Tensor:

@@ -17,7 +17,7 @@ from reference_trainer.batches import Batches
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageSet
-from reference_trainer.latents import LatentSpace, encode
+from reference_trainer.latents import LatentSpace, encode_once
 from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.report import Logger
 from reference_trainer.run import RunFolder
@@ -93,7 +93,7 @@ def prepare_latents(
 ) -> tuple[Tensor, LatentSpace]:
     """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space; kept in the run folder."""
     codec = config.autoencoder.fit(images, device, cache)
-    raw = config.prepare_latents(encode(codec, images.train, device))
+    raw = config.prepare_latents(encode_once(codec, images, device, cache))
     space = LatentSpace.of(codec, raw)
     tensors = {f"codec/{name}": tensor for name, tensor in codec.tensors().items()}
     tensors |= {"mean": space.mean, "std": space.std}

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.images import Digits, ImageFolder
@@ -27,7 +27,7 @@ RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder),
-    (TrainConfig, "autoencoder"): (KLAutoencoder, PixelSpace),
+    (TrainConfig, "autoencoder"): (KLAutoencoder, PretrainedAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
     (TrainConfig, "network"): (DiT, UNet),

@@ -70,6 +70,21 @@ def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], t
     assert (config.objective.gate, config.ema_decay, config.non_scaling_norm) == (Above(3.0), 0.9, True)
 
 
+def flat_pixels():
+    """What ``--features`` calls."""
+    return lambda pixels: pixels.float().flatten(1)[:, ::97]
+
+
+def test_the_runs_are_compared_in_features_of_the_users(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # each run is a process of its own
+    command += ["--arms", "ours", "--seeds", "0", "--steps", "2", "--features", "test_ablate:flat_pixels"]
+    assert main(command) == 0
+    evaluations = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/*/*/evaluation.json")]
+    assert [evaluation["features"] for evaluation in evaluations] == ["test_ablate:flat_pixels"] * 2
+
+
 def test_an_arm_that_fails_is_named_and_the_others_go_on(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -104,6 +119,7 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
         (["--suites", "dirty"], "unknown dirty"),
         (["--steps", "0"], "--steps must be positive"),
         (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
+        (["--features", "nowhere:features"], "expected an importable module:function"),
         (["nosuch=1"], "unknown option nosuch"),
         (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels)"),
         (["--arm", "digits", "nosuch=1"], "unknown option nosuch"),

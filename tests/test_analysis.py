@@ -204,12 +204,6 @@ def test_an_autoencoder_can_be_a_part_a_function_or_a_run(tiny):
     assert torch.equal(values.autoencoder_of(str(run.root), CPU).codec.encode(images), images)
 
 
-def test_a_users_autoencoder_that_fails_is_named():
-    codec = values.Foreign("mine:vae", Doubling())
-    with pytest.raises(UserError, match=r"mine:vae: encode\(\) failed on images \[n, 3, 7, 7\]"):
-        codec.encode(torch.zeros(2, 3, 7, 7))
-
-
 def one_colour(folder):
     for i in range(20):
         Image.new("L", (8, 8), 100).save(folder / f"{i}.png")

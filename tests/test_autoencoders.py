@@ -1,0 +1,160 @@
+"""An autoencoder of the user's: trained on, sampled from, encoded once, and named when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reference_trainer.__main__ import main
+from reference_trainer.autoencoders import Foreign, PretrainedAutoencoder
+from reference_trainer.errors import UserError
+from reference_trainer.images import ImageFolder
+from reference_trainer.latents import encode_once
+from reference_trainer.options import from_json, override, to_json
+from reference_trainer.presets import digits
+from reference_trainer.run import RunFolder
+from reference_trainer.sample import load_model
+
+CPU = torch.device("cpu")
+
+
+class Half:
+    """Images at half their size; counts what it encodes."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.encoded, self.factor = 0, factor
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.encoded += len(images)
+        return self.factor * nn.functional.avg_pool2d(images, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return nn.functional.interpolate(latents / self.factor, scale_factor=2)
+
+
+class LikeDiffusers(nn.Module):
+    """Returns what diffusers' autoencoders do, and has a weight that could be trained."""
+
+    def __init__(self, wrap: Callable[[Tensor], SimpleNamespace]) -> None:
+        super().__init__()
+        self.wrap, self.gain = wrap, nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(0.9)
+
+    def encode(self, images: Tensor) -> SimpleNamespace:
+        return self.wrap(self.dropout(self.gain * images))
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.gain * latents)
+
+
+def without_methods() -> object:
+    return object()
+
+
+def failing() -> Half:
+    raise OSError("weights.safetensors is missing")
+
+
+def test_a_run_trains_on_it_and_samples_through_it(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    options = ["autoencoder=PretrainedAutoencoder(load='test_autoencoders:Half')", "steps=2", "batch_size=4"]
+    options += ["network=DiT(width=8,layers=1,heads=2,patch=4)", "coupling_pool=1", "data.resolution=16"]
+    folder = tmp_path / "run"
+    assert main(["--device=cpu", "--data", str(image_folder), "--run", str(folder), *options]) == 0
+    model = load_model(RunFolder(folder), CPU)
+    assert (model.shape, model.images(3, (80.0,), seed=0).shape) == ((3, 8, 8), (3, 3, 16, 16))
+    assert "reconstructions" in capsys.readouterr().out
+
+
+def test_training_images_are_encoded_once(image_folder: Path, tmp_path: Path):
+    images = ImageFolder(path=str(image_folder), resolution=16).load()
+    first = Half()
+    raw = encode_once(Foreign("half", first), images, CPU, tmp_path)
+    assert torch.equal(raw, nn.functional.avg_pool2d(images.train.float() / 127.5 - 1, 2))
+    again = Half()
+    assert torch.equal(encode_once(Foreign("half", again), images, CPU, tmp_path), raw)
+    assert again.encoded == min(4, len(images.train)) < first.encoded
+    other = Half(factor=2.0)  # the same name, other weights: not what is in the cache
+    assert torch.equal(encode_once(Foreign("half", other), images, CPU, tmp_path), 2 * raw)
+
+
+def test_a_damaged_cache_is_replaced(image_folder: Path, tmp_path: Path):
+    images = ImageFolder(path=str(image_folder), resolution=16).load()
+    raw = encode_once(Foreign("half", Half()), images, CPU, tmp_path)
+    (file,) = tmp_path.glob("latents-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    assert torch.equal(encode_once(Foreign("half", Half()), images, CPU, tmp_path), raw)
+    again = Half()
+    encode_once(Foreign("half", again), images, CPU, tmp_path)
+    assert again.encoded == min(4, len(images.train))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda values: SimpleNamespace(latents=values),
+        lambda values: SimpleNamespace(latent_dist=SimpleNamespace(mean=values)),
+        lambda values: values.bfloat16(),
+    ],
+)
+def test_what_diffusers_returns_is_understood(wrap: Callable[[Tensor], SimpleNamespace]):
+    module = LikeDiffusers(wrap)
+    codec, images = Foreign("vae", module).to(CPU), torch.ones(5, 3, 4, 4)
+    assert torch.equal(codec.encode(images), images)  # in eval mode: no dropout
+    assert codec.encode(images).dtype == torch.float32
+    assert torch.equal(codec.decode(images), images)
+    assert not any(weight.requires_grad for weight in module.parameters())
+
+
+def test_large_images_go_through_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    class Watched(Half):
+        def encode(self, images: Tensor) -> Tensor:
+            seen.append(len(images))
+            return super().encode(images)
+
+    monkeypatch.setattr(Foreign, "PIXELS", 40)
+    codec, images = Foreign("watched", Watched()), torch.randn(5, 3, 4, 4)
+    assert torch.equal(codec.encode(images), nn.functional.avg_pool2d(images, 2))
+    assert seen == [2, 2, 1]
+
+
+def test_what_it_is_called_survives_the_configuration_file():
+    config = override(digits(), "autoencoder=PretrainedAutoencoder(load='my_vae:load')")
+    assert from_json(to_json(config)).autoencoder == PretrainedAutoencoder(load="my_vae:load")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere_at_all:load", "expected module:function"),
+        ("test_autoencoders:nothing", "expected module:function"),
+        ("test_autoencoders:without_methods", "has no encode and decode"),
+        ("test_autoencoders:failing", "weights.safetensors is missing"),
+    ],
+)
+def test_one_that_cannot_be_had_is_named(name: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        PretrainedAutoencoder(load=name).build(3, {})
+    assert name in str(caught.value)
+
+
+def test_a_name_that_is_none_is_refused():
+    with pytest.raises(UserError, match="module:function"):
+        override(digits(), "autoencoder=PretrainedAutoencoder(load='my_vae')")
+
+
+def test_values_it_fails_on_are_named():
+    with pytest.raises(UserError, match=r"mine:vae: encode\(\) failed on values \[n, 3, 1, 1\]"):
+        Foreign("mine:vae", Half()).encode(torch.zeros(2, 3, 1, 1))
+    flat = SimpleNamespace(encode=lambda images: images.flatten(1), decode=None)
+    with pytest.raises(UserError, match=r"must give \[n, ch, h, w\], got \[2, 48\]"):
+        Foreign("mine:vae", flat).encode(torch.zeros(2, 3, 4, 4))
