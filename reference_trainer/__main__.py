@@ -126,6 +126,7 @@ def training_help() -> str:
         "  python -m reference_trainer ilct",
         "  python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'",
         "  python -m reference_trainer --data photos autoencoder.latent_channels=8 steps=20000 --run runs/photos",
+        "  python -m reference_trainer --data photos \"autoencoder=PretrainedAutoencoder(load='my_vae:load')\"",
     ]
     return "\n".join(lines)
 

@@ -213,11 +213,12 @@ def training_seconds(run: RunFolder) -> float:
 def write_comparison(results: Sequence[Result], out: Path, stop_above: float, about: dict[str, Any]) -> None:
     """ablation.md, ablation.json and ablation.png in ``out``."""
     stopped = stopped_arms(results, stop_above)
-    steps = sorted({r.steps for r in results})
+    steps, machine = sorted({r.steps for r in results}), about["machine"]
     lines = [
         f"`{about['command']}`",
         "",
-        f"{about['machine']}; {about['date']}; {'steps ' + ', '.join(map(str, steps))}; paired seeds "
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; {about['date']}; "
+        f"{'steps ' + ', '.join(map(str, steps))}; paired seeds "
         f"{sorted({r.seed for r in results})}. FD: Frechet distance to the clean training images, lower is better; "
         "mean (each seed). Ratio: geometric mean over paired seeds (95 % t interval).",
         "",

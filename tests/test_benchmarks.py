@@ -1,0 +1,63 @@
+"""The benchmarks that read a run do so: on a tiny one, what they print and write is what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from reference_trainer.__main__ import main
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps on the pixels of digits."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ["pixels", "steps=3", "batch_size=16", "network=DiT(width=8,layers=1,heads=2,patch=32)"]
+    options.append("objective.gate=Above(1)")
+    assert main(["train", *options, "--device=cpu", "--brief", "--run", str(folder)]) == 0
+    return folder
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch, results: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys.modules["_timing"], "RESULTS", results)
+    return module
+
+
+def test_gradient_share_lists_every_variant_once_and_shares_add_to_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = benchmark("gradient_share", monkeypatch, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gradient_share.py", str(run), "--batches", "2"])
+    module.main()
+    assert "32 samples" in capsys.readouterr().out
+    (file,) = tmp_path.glob("gradient_share_*.json")
+    rows = json.loads(file.read_text())["rows"]
+    variants = [tuple(row["variant"]) for row in rows]
+    assert len(set(variants)) == len(variants) == (1 + 3 * len(module.SCALES)) * len(module.WEIGHTS)
+    assert all(sum(row["share"].values()) == pytest.approx(1) for row in rows)
+
+
+def test_second_sigma_marks_the_level_the_run_would_take(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = benchmark("second_sigma", monkeypatch, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["second_sigma.py", str(run), str(run), "--factor", "1.5", "--n", "100"])
+    module.main()
+    (file,) = tmp_path.glob("second_sigma_d1024_*.json")
+    one, *others = json.loads(file.read_text())["rows"]
+    assert (one["kind"], one["t"]) == ("1 evaluation", None)
+    assert [row["kind"] for row in others] == ["trained", *["between", "trained"] * (len(others) // 2)]
+    assert sum(row["default"] for row in others) == 1
+    levels = [row["t"] for row in others]
+    assert levels == sorted(levels, reverse=True)
+    assert all(row["frechet"][0] == row["frechet"][1] for row in [one, *others])  # the same run twice
+    assert capsys.readouterr().out.count("<-") == 1
