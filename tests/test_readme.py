@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_training_commands_resolve():
     commands = re.findall(r"^python -m reference_trainer *(.*?) *(?:#.*)?$", README, re.MULTILINE)
     assert len(commands) > 5
     for command in commands:
-        words = re.sub(r"'([^']*)'", r"\1", command).split()
+        words = shlex.split(command)
         if not words or words[0] not in COMMANDS:
             words.insert(0, "train")
         options = parser().parse_args(words)
