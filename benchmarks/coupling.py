@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 from _timing import write_json
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.ladder import heavy_tailed
-from reference_trainer.latents import LatentSpace, encode
+from reference_trainer.loop import training_latents
 from reference_trainer.machine import cache_folder, describe_machine
 from reference_trainer.presets import digits
 from robustcm.couplers import coupling_gain, exact
@@ -36,11 +37,8 @@ LEVELS = (0.3, 1.0, 3.0, 10.0)
 
 def latents_of(config: TrainConfig) -> Tensor:
     """Normalised latents of the training images ``[n, d]``."""
-    device = torch.device("cpu")
-    images = config.data.load()
-    codec = config.autoencoder.fit(images, device, cache_folder())
-    raw = encode(codec, images.train, device)
-    return LatentSpace.of(codec, raw).normalise(raw).flatten(1)
+    latents, _ = training_latents(config, config.data.load(), cache_folder(), torch.device("cpu"))
+    return latents.flatten(1)
 
 
 def measured(x: Tensor, pool: int, epochs: int) -> dict[str, float]:
@@ -82,7 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     about, rows, started = describe_machine(), [], time.monotonic()
     generator = torch.Generator().manual_seed(0)
-    spaces = {"digits": latents_of(digits()), "digits, suite heavy": latents_of(heavy_tailed(digits()))}
+    plain = replace(digits(), clip=None)
+    spaces = {"digits": latents_of(plain), "digits, suite heavy": latents_of(heavy_tailed(plain))}
     spaces |= {f"Gaussian, d = {d}": 0.5 * torch.randn(2048, d, generator=generator) for d in (64, 256)}
     for name, x in spaces.items():
         for pool in options.pools:

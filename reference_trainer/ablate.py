@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.batches import Batches
@@ -29,7 +31,8 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.features import Imported
 from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
-from reference_trainer.latents import encode, encode_once
+from reference_trainer.latents import encode_once
+from reference_trainer.loop import training_latents
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
@@ -247,45 +250,45 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
 
 
 def steps_within(
-    seconds: float,
-    arms: Sequence[tuple[Arm, TrainConfig]],
-    shape: tuple[int, int, int],
-    out: Path,
-    device: torch.device,
+    seconds: float, arms: Sequence[tuple[Arm, TrainConfig]], latents: Tensor, out: Path, device: torch.device
 ) -> dict[str, int]:
-    """How many steps each arm makes in ``seconds``: timed side by side, arm after arm, in many short turns.
+    """How many steps each arm makes in ``seconds``: timed on ``latents``, arm after arm, in many short turns.
 
     The times go to OUT/timing.json and are read from there the next time, so that a continued ablation is the same.
     """
     file = out / "timing.json"
     timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     if missing := [(arm.name, config) for arm, config in arms if arm.name not in timed]:
-        timed |= seconds_per_step(missing, shape, device)
+        timed |= seconds_per_step(missing, latents, device)
         write_atomically(file, (json.dumps(timed, indent=1) + "\n").encode())
     return {arm.name: max(1, round(seconds / timed[arm.name])) for arm, _ in arms}
 
 
 def seconds_per_step(
-    arms: Sequence[tuple[str, TrainConfig]], shape: tuple[int, int, int], device: torch.device, turns: int = 30
+    arms: Sequence[tuple[str, TrainConfig]], latents: Tensor, device: torch.device, turns: int = 32
 ) -> dict[str, float]:
-    """The median time of a training step of each arm; one step an arm in turn, the first few not counted."""
-    steppers = {name: _steps(config, shape, device) for name, config in arms}
+    """The mean time of a training step of each arm; one step an arm in turn, the first few not counted.
+
+    On a CPU processor time: a run couples the next batch in the background, where beside other runs no core is idle.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    steppers = {name: _steps(config, latents, device) for name, config in arms}
     times: dict[str, list[float]] = {name: [] for name in steppers}
-    for turn in tqdm(range(turns + 5), desc="timing the arms", unit="turn"):
+    for turn in tqdm(range(turns + 4), desc="timing the arms", unit="turn"):
         for name, stepper in steppers.items():
-            started = time.perf_counter()
+            started = clock()
             next(stepper)
-            if turn >= 5:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            if turn >= 4:
+                times[name].append(clock() - started)
+    return {name: statistics.fmean(seconds) for name, seconds in times.items()}
 
 
-def _steps(config: TrainConfig, shape: tuple[int, int, int], device: torch.device) -> Iterator[None]:
-    """Training steps on white latents, for their time."""
-    latents = 0.5 * torch.randn(4 * config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
-    state, batches = TrainState.create(config, shape, device), Batches(config, latents)
+def _steps(config: TrainConfig, latents: Tensor, device: torch.device) -> Iterator[None]:
+    """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
+    ch, h, w = latents.shape[1:]
+    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents)
     f = Preconditioned(state.network.train())
-    for step in range(config.steps):
+    for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)
         terms.loss.backward()
         state.optimizer_step(config.optimizer, 1e-4)
@@ -293,6 +296,8 @@ def _steps(config: TrainConfig, shape: tuple[int, int, int], device: torch.devic
         state.c = terms.state
         if device.type == "cuda":
             torch.cuda.synchronize()
+        else:
+            batches.wait()  # or it would be counted to the next arm
         yield
 
 
@@ -369,8 +374,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
-        shape = latent_shape(arms[0][1], device)
-        steps = steps_within(options.seconds, arms, shape, options.out, device)
+        latents, _ = training_latents(arms[0][1], arms[0][1].data.load(), cache_folder(), device)
+        steps = steps_within(options.seconds, arms, latents, options.out, device)
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
@@ -389,14 +394,6 @@ def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str
     if unknown := set(names or ()) - set(known):
         raise UserError(f"unknown {', '.join(sorted(unknown))}: there are {'; '.join(known)}")
     return set(known if names is None else names)
-
-
-def latent_shape(config: TrainConfig, device: torch.device) -> tuple[int, int, int]:
-    """(ch, h, w) of the latents of ``config``."""
-    images = config.data.load()
-    codec = config.autoencoder.fit(images, device, cache_folder())
-    ch, h, w = encode(codec, images.train[:1], device).shape[1:]
-    return ch, h, w
 
 
 def command_line() -> str:

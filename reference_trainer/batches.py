@@ -41,6 +41,11 @@ class Batches:
         draws = draw(self.config.seed, step, x.shape)
         return self.objective.prepare(x, draws, step, self.config.steps, coupled=self._coupled(step))
 
+    def wait(self) -> None:
+        """Until the next pool is paired, which otherwise happens in the background."""
+        for pool in self._pools.values():
+            pool.result()
+
     def dropout_seed(self, step: int) -> int:
         """For torch's own generators, which dropout draws from."""
         return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, DROPOUT)))

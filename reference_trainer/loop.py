@@ -44,7 +44,8 @@ def train(
     Raises:
         UserError: see its message; checkpoints written before stay good.
     """
-    latents, space = prepare_latents(config, run, images, cache, device)
+    latents, space = training_latents(config, images, cache, device)
+    keep_space(space, latents, images, run)
     batches = Batches(config, latents)
     ch, h, w = latents.shape[1:]
     state = TrainState.create(config, (ch, h, w), device)
@@ -88,25 +89,30 @@ def train(
     return state.step == config.steps
 
 
-def prepare_latents(
-    config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, device: torch.device
+def training_latents(
+    config: TrainConfig, images: ImageSet, cache: Path, device: torch.device
 ) -> tuple[Tensor, LatentSpace]:
-    """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space; kept in the run folder."""
+    """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space.
+
+    Raises:
+        UserError: latents that are not finite, constant, or not what the clip is made for.
+    """
     codec = config.autoencoder.fit(images, device, cache)
     raw = config.prepare_latents(encode_once(codec, images, device, cache))
     space = LatentSpace.of(codec, raw)
-    tensors = {f"codec/{name}": tensor for name, tensor in codec.tensors().items()}
-    tensors |= {"mean": space.mean, "std": space.std}
-    save_tensors(
-        run.root / "autoencoder.safetensors",
-        tensors,
-        {
-            "shape": list(raw.shape[1:]),
-            "image_channels": images.pixels.shape[1],
-            "recognised_at": space.recognised_at,
-        },
-    )
     return space.normalise(raw), space
+
+
+def keep_space(space: LatentSpace, latents: Tensor, images: ImageSet, run: RunFolder) -> None:
+    """Codec and normalisation into the run folder, so that it is complete by itself."""
+    tensors = {f"codec/{name}": tensor for name, tensor in space.codec.tensors().items()}
+    tensors |= {"mean": space.mean, "std": space.std}
+    about = {
+        "shape": list(latents.shape[1:]),
+        "image_channels": images.pixels.shape[1],
+        "recognised_at": space.recognised_at,
+    }
+    save_tensors(run.root / "autoencoder.safetensors", tensors, about)
 
 
 def mean_of(c: float | Tensor) -> float:
