@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, exit_status
 from reference_trainer.machine import keep_freed_memory
 
 
@@ -39,15 +38,8 @@ def check_common(options: argparse.Namespace) -> None:
 def run_command(
     parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None
 ) -> int:
-    """Parse, work, and turn errors into an exit status: 2 for what the user can mend, 130 for Ctrl-C."""
+    """Parse, work, and turn errors into an exit status."""
     options = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(1)  # as the trainer does: the networks here are small, and threads would wait for each other
-    try:
-        return work(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
-        return 130
+    return exit_status(lambda: work(options))

@@ -14,7 +14,7 @@ import torch
 
 from reference_trainer import ablate
 from reference_trainer.config import TrainConfig
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, exit_status
 from reference_trainer.evaluate import (
     Evaluator,
     as_table,
@@ -41,14 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in (*COMMANDS, "-h", "--help"):
         given.insert(0, "train")
     options = parser().parse_args(given)
-    try:
-        return int(options.run_command(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
-        return 130
+    return exit_status(lambda: int(options.run_command(options)))
 
 
 def parser() -> argparse.ArgumentParser:

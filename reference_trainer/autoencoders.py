@@ -75,8 +75,8 @@ class PretrainedAutoencoder:
     """An autoencoder of the user's, say a published VAE: what ``load``, ``module:function``, returns when called.
 
     That is a diffusers autoencoder, or any object with ``encode(images [n, ch, h, w] in -1 .. 1) -> [n, ch, h, w]`` and
-    ``decode``; of a distribution the mean is taken. It is not fitted, and not stored with the run: the module must be
-    importable (``PYTHONPATH``) wherever the run is used.
+    ``decode``; of a distribution the mean is taken. It is not fitted, and not stored with the run: config.json keeps
+    the name, and whoever uses the run imports and calls the function of that name from their own ``PYTHONPATH``.
     """
 
     load: str
