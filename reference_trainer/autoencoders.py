@@ -101,7 +101,7 @@ class PretrainedAutoencoder:
         except Exception as error:  # whatever the user's code raises
             raise UserError(
                 f"autoencoder {self.load}: expected module:function, importable from PYTHONPATH, that returns an "
-                f"object with encode and decode ({error})"
+                f"object with encode and decode ({_in_a_line(error)})"
             ) from error
         if not (callable(getattr(made, "encode", None)) and callable(getattr(made, "decode", None))):
             raise UserError(f"autoencoder {self.load}: a {type(made).__name__} has no encode and decode")
@@ -139,13 +139,17 @@ class Foreign:
             out = torch.cat([_tensor_in(getattr(self.autoencoder, method)(part)).float() for part in bar])
         except (RuntimeError, TypeError, AttributeError, ValueError) as error:
             shape = ", ".join(map(str, values.shape[1:]))
-            raise UserError(f"{where} failed on values [n, {shape}]: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{where} failed on values [n, {shape}]: {_in_a_line(error)}") from error
         if out.dim() != 4 or len(out) != len(values):
             raise UserError(f"{where} must give [n, ch, h, w], got {list(out.shape)}")
         return out
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _tensor_in(output: Any) -> Tensor:

@@ -57,7 +57,11 @@ def without_methods() -> object:
 
 
 def failing() -> Half:
-    raise OSError("weights.safetensors is missing")
+    raise OSError("weights.safetensors is missing\nand so on")
+
+
+def failing_without_a_word() -> Half:
+    raise KeyError
 
 
 def test_a_run_trains_on_it_and_samples_through_it(
@@ -138,13 +142,15 @@ def test_what_it_is_called_survives_the_configuration_file():
         ("nowhere_at_all:load", "expected module:function"),
         ("test_autoencoders:nothing", "expected module:function"),
         ("test_autoencoders:without_methods", "has no encode and decode"),
-        ("test_autoencoders:failing", "weights.safetensors is missing"),
+        ("test_autoencoders:failing", "OSError weights.safetensors is missing"),
+        ("test_autoencoders:failing_without_a_word", "KeyError"),
     ],
 )
 def test_one_that_cannot_be_had_is_named(name: str, message: str):
     with pytest.raises(UserError, match=message) as caught:
         PretrainedAutoencoder(load=name).build(3, {})
     assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_name_that_is_none_is_refused():
