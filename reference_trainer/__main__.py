@@ -196,7 +196,7 @@ def run_sample(options: argparse.Namespace) -> int:
     pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
     file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}.png"
     save_picture(pixels, file)
-    print(f"{options.n} images, evaluations of the network an image: {options.evaluations}; {file}")
+    print(f"{options.n} images, NFE {options.evaluations}: {file}")
     return 0
 
 

@@ -9,23 +9,19 @@ import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.batches import Batches
+from reference_trainer.budget import steps_within
 from reference_trainer.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
@@ -36,9 +32,7 @@ from reference_trainer.loop import training_latents
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.report import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.state import TrainState
 from reference_trainer.store import write_atomically
-from robustcm.consistency import Preconditioned
 
 
 @dataclass(frozen=True)
@@ -249,58 +243,6 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
             encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 
 
-def steps_within(
-    seconds: float, arms: Sequence[tuple[Arm, TrainConfig]], latents: Tensor, out: Path, device: torch.device
-) -> dict[str, int]:
-    """How many steps each arm makes in ``seconds``: timed on ``latents``, arm after arm, in many short turns.
-
-    The times go to OUT/timing.json and are read from there the next time, so that a continued ablation is the same.
-    """
-    file = out / "timing.json"
-    timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    if missing := [(arm.name, config) for arm, config in arms if arm.name not in timed]:
-        timed |= seconds_per_step(missing, latents, device)
-        write_atomically(file, (json.dumps(timed, indent=1) + "\n").encode())
-    return {arm.name: max(1, round(seconds / timed[arm.name])) for arm, _ in arms}
-
-
-def seconds_per_step(
-    arms: Sequence[tuple[str, TrainConfig]], latents: Tensor, device: torch.device, turns: int = 32
-) -> dict[str, float]:
-    """The mean time of a training step of each arm; one step an arm in turn, the first few not counted.
-
-    On a CPU processor time: a run couples the next batch in the background, where beside other runs no core is idle.
-    """
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    steppers = {name: _steps(config, latents, device) for name, config in arms}
-    times: dict[str, list[float]] = {name: [] for name in steppers}
-    for turn in tqdm(range(turns + 4), desc="timing the arms", unit="turn"):
-        for name, stepper in steppers.items():
-            started = clock()
-            next(stepper)
-            if turn >= 4:
-                times[name].append(clock() - started)
-    return {name: statistics.fmean(seconds) for name, seconds in times.items()}
-
-
-def _steps(config: TrainConfig, latents: Tensor, device: torch.device) -> Iterator[None]:
-    """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
-    ch, h, w = latents.shape[1:]
-    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents)
-    f = Preconditioned(state.network.train())
-    for step in count(config.steps // 2):
-        terms = config.objective(f, batches(step).to(device), state.c)
-        terms.loss.backward()
-        state.optimizer_step(config.optimizer, 1e-4)
-        state.update_ema(config.ema_decay)
-        state.c = terms.state
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        else:
-            batches.wait()  # or it would be counted to the next arm
-        yield
-
-
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """`ablate` among the commands of the trainer."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -375,7 +317,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         latents, _ = training_latents(arms[0][1], arms[0][1].data.load(), cache_folder(), device)
-        steps = steps_within(options.seconds, arms, latents, options.out, device)
+        named_configs = [(arm.name, config) for arm, config in arms]
+        steps = steps_within(options.seconds, named_configs, latents, options.out / "timing.json", device)
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]

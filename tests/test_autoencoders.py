@@ -153,11 +153,6 @@ def test_one_that_cannot_be_had_is_named(name: str, message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_none_is_refused():
-    with pytest.raises(UserError, match="module:function"):
-        override(digits(), "autoencoder=PretrainedAutoencoder(load='my_vae')")
-
-
 def test_values_it_fails_on_are_named():
     with pytest.raises(UserError, match=r"mine:vae: encode\(\) failed on values \[n, 3, 1, 1\]"):
         Foreign("mine:vae", Half()).encode(torch.zeros(2, 3, 1, 1))

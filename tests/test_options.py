@@ -58,6 +58,7 @@ def test_an_option_sets_its_field(option: str, read):
         ("objective.c=(1).__class__", "malformed|takes"),
         ("objective.c=MeasuredC(", "cannot read"),
         ("objective.distance=PerToken", "rho"),
+        ("autoencoder=PretrainedAutoencoder(load='my_vae')", "module:function"),
         ("objective.distance=cauchy(1)", "no arguments"),
         ("steps", "an option looks like"),
         ("optimizer.on_nonfinite=ignore", "must be"),
