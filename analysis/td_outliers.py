@@ -25,7 +25,7 @@ from reference_trainer.run import RunFolder
 from reference_trainer.store import write_atomically
 from robustcm.advice import Advice, advise
 from robustcm.boxes import FEW
-from robustcm.gates import AboveRecognised, recognisable_below
+from robustcm.gates import AboveExplained, explained_below, recognisable_below
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
 
 EPILOG = """
@@ -143,7 +143,7 @@ def measure(space: Space) -> dict[str, Any]:
     if space.data.numel() < 20:
         raise UserError(f"{space.data.numel()} values in {space.name}: need at least 20 to speak of tails")
     entry: dict[str, Any] = {"note": space.note, "data": described(space.data.numpy())}
-    entry["recognisable"] = recognisable(space.data)
+    entry["levels"] = levels_of_interest(space.data)
     if (found := space.residuals) is not None:
         td = described(found.td.numpy())
         levels = box_statistics_by(found.td, found.level)
@@ -156,17 +156,17 @@ def measure(space: Space) -> dict[str, Any]:
     return entry
 
 
-def recognisable(data: Tensor) -> dict[str, float] | None:
-    """Noise levels up to which a sample shows which it is, by its weight there (``data [n, ...]``, std 0.5).
+def levels_of_interest(data: Tensor) -> dict[str, float] | None:
+    """Noise levels for the second evaluation and the coupling's gate (``data [n, ...]``, std 0.5).
 
     What the trainer takes for data it normalises itself. None: nothing to compare.
     """
     some = some_of(data)
-    if len(some) < 2 or not some.isfinite().all():
+    if len(some) < 2 or not some.isfinite().all() or bool((some == some[0]).all()):
         return None
     return {
-        f"{share:.0%}": recognisable_below(some, comparing(), share=share)
-        for share in (RECOGNISED, AboveRecognised.share)
+        "recognised": recognisable_below(some, comparing(), share=RECOGNISED),
+        "explained": explained_below(some, AboveExplained.share),
     }
 
 
@@ -240,10 +240,11 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
         if box["iqr"] > 0:
             lines.append(f"    {heaviness(box)}")
         lines += [f"    {note}" for note in box["notes"]]
-    if (found := entry["recognisable"]) is not None:
+    if (found := entry["levels"]) is not None:
         lines.append(
-            f"  a sample shows which it is under noise up to t = {found['90%']:.3g} (weight 90 %) and "
-            f"{found['1%']:.3g} (1 %): the second evaluation and the coupling's gate belong near these"
+            f"  a noisy sample shows which it is up to t = {found['recognised']:.3g} (weight {RECOGNISED:.0%}), the "
+            f"place of the second evaluation, and explains {AboveExplained.share:.0%} of the variance up to "
+            f"{found['explained']:.3g}, the place of the coupling's gate"
         )
     return lines
 

@@ -3,7 +3,7 @@
 `python benchmarks/coupling.py [--epochs 40]`: latents of the digits and of the suite `heavy`, Gaussians of two sizes.
 For each pool size
 
-recognised below  where a noisy sample keeps 1 % posterior weight: the suggested gate;
+explained below   up to which noise a sample explains a fifth of the variance: the suggested gate;
 gain      share of the random pairing's cost that the exact pairing saves;
 E[z|x]^2  mean square, an element, of the mean noise a data point is given over many draws (0 without coupling): at
           small t it is what f must subtract from its input, f(x_t, t) = x_t - t E[z | x_t], and learn by heart;
@@ -29,7 +29,7 @@ from reference_trainer.loop import training_latents
 from reference_trainer.machine import cache_folder, describe_machine
 from reference_trainer.presets import digits
 from robustcm.couplers import coupling_gain, exact
-from robustcm.gates import AboveRecognised, recognisable_below
+from robustcm.gates import AboveExplained, explained_below
 from robustcm.objective import step_generator
 
 LEVELS = (0.3, 1.0, 3.0, 10.0)
@@ -63,9 +63,8 @@ def measured(x: Tensor, pool: int, epochs: int) -> dict[str, float]:
     square = float((one * two).mean())
     unexplained = float(((one - fitted) * (two - fitted))[~half].mean())
     covariance, power = sum(covariances) / len(covariances), float(x.square().mean())
-    level = recognisable_below(x, step_generator(0, 0), share=AboveRecognised.share)
     return {
-        "recognised below": level,
+        "explained below": explained_below(x, AboveExplained.share),
         "gain": sum(gains) / len(gains),
         "E[z|x]^2": square,
         "linear": 1 - unexplained / square,

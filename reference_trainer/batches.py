@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.latents import comparing, some_of
+from reference_trainer.latents import some_of
 from robustcm.couplers import independent
-from robustcm.gates import AboveRecognised
+from robustcm.gates import AboveExplained
 from robustcm.objective import Batch, Objective, draw, step_generator
 
 ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is `draw`'s
@@ -78,10 +78,10 @@ def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
     Raises:
         UserError: a single image.
     """
-    if objective.coupler is independent or not isinstance(objective.gate, AboveRecognised):
+    if objective.coupler is independent or not isinstance(objective.gate, AboveExplained):
         return objective
     try:
-        return replace(objective, gate=objective.gate.on(some_of(latents), comparing()))
+        return replace(objective, gate=objective.gate.on(some_of(latents)))
     except ValueError as error:
         raise UserError(f"objective.gate={objective.gate}: {error}") from error
 

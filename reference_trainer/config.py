@@ -17,7 +17,7 @@ from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
 from robustcm.fences import ConditionalClip, TukeyClip
-from robustcm.gates import AboveRecognised
+from robustcm.gates import AboveExplained
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
@@ -139,7 +139,7 @@ class TrainConfig:
         c=MeasuredC(multiple=0.7, bins=8, at_least_pooled=True),
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
-        gate=AboveRecognised(),
+        gate=AboveExplained(),
     )
     coupling_pool: int = 1
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes

@@ -18,7 +18,7 @@ from reference_trainer.presets import PRESETS, digits, ilct, paper
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import ConditionalClip, TukeyClip
-from robustcm.gates import AboveRecognised, everywhere
+from robustcm.gates import AboveExplained, everywhere
 from robustcm.losses import PerElement, cauchy, geman_mcclure, geman_mcclure_of_r2, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 
@@ -50,7 +50,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + Geman-McClure", lambda: changed(ilct(), distance=geman_mcclure)),
     Arm("iLCT + early diffusion", lambda: changed(ilct(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
     Arm("iLCT + coupling", lambda: changed(ilct(), coupler=exact, gate=everywhere)),
-    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, gate=AboveRecognised())),
+    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, gate=AboveExplained())),
     Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
     Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
     Arm("iLCT + clip", lambda: replace(ilct(), clip=ConditionalClip())),

@@ -50,7 +50,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (objective.Objective, "gate"): (
         *(gates.everywhere, gates.Above, gates.SoftAbove, gates.AnnealedAbove, gates.ShareAbove),
-        gates.AboveRecognised,
+        gates.AboveExplained,
     ),
     (objective.Objective, "extra"): (None, early.EarlyDiffusion),
     (couplers.WithinClasses, "coupler"): (couplers.exact, couplers.Entropic),

@@ -11,7 +11,7 @@ from reference_trainer.batches import Batches, batch_indices, with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from robustcm.couplers import coupling_gain, exact, independent
-from robustcm.gates import Above, AboveRecognised
+from robustcm.gates import Above, AboveExplained
 from robustcm.objective import Objective, draw
 
 LATENTS = 0.5 * torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -92,14 +92,14 @@ def test_a_batch_larger_than_the_data_is_said():
         Batches(config(1), LATENTS[:7])
 
 
-def test_a_gate_that_asks_the_latents_is_put_where_they_are_recognised():
+def test_a_gate_that_asks_the_latents_is_put_where_they_say():
     latents = 0.5 * torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    asked = Objective(coupler=exact, gate=AboveRecognised(0.5))
+    asked = Objective(coupler=exact, gate=AboveExplained(0.5))
     found = with_measured_gate(asked, latents).gate
     far = with_measured_gate(asked, 10 * latents).gate
     assert isinstance(found, Above)
     assert isinstance(far, Above)
     assert far.sigma == pytest.approx(10 * found.sigma, rel=1e-3)
-    assert with_measured_gate(Objective(gate=AboveRecognised()), latents).gate == AboveRecognised()
+    assert with_measured_gate(Objective(gate=AboveExplained()), latents).gate == AboveExplained()
     with pytest.raises(UserError, match="at least two samples"):
         with_measured_gate(asked, latents[:1])

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from robustcm.gates import (
     Above,
-    AboveRecognised,
+    AboveExplained,
     AnnealedAbove,
     Gate,
     ShareAbove,
     SoftAbove,
     everywhere,
+    explained_below,
     gated_noise,
     recognisable_below,
 )
@@ -136,9 +137,48 @@ def test_what_is_told_apart_everywhere_and_too_few_samples():
         recognisable_below(torch.zeros(1, 3), generator())
 
 
+@pytest.mark.parametrize("n", [40, 4000])  # more elements than samples, and fewer: another matrix, the same levels
+def test_white_data_are_explained_up_to_the_level_of_theory(n: int):
+    d, std = 60, 0.5
+    x = torch.randn(n, d, generator=generator(), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    rank = min(n - 1, d)  # the mean takes a direction
+    x = std * math.sqrt(n) * (u[:, :rank] @ v[:rank])  # every variance that is not 0 is std^2
+    for share in (0.2, 0.5, 0.9):
+        assert explained_below(x, share) == pytest.approx(std * math.sqrt((1 - share) / share), rel=1e-6)
+
+
+@given(share=st.floats(0.05, 0.95), seed=st.integers(0, 1000))
+def test_a_linear_denoiser_fitted_to_noisy_data_explains_the_share(share: float, seed: int):
+    x = torch.randn(4000, 5, generator=generator(seed), dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.3, 0.3, 0.1])
+    x = x - x.mean(0)
+    t = explained_below(x, share)
+    y = x + t * torch.randn(x.shape, generator=generator(seed + 1), dtype=torch.float64)
+    residual = x - y @ torch.linalg.lstsq(y, x).solution
+    assert 1 - float(residual.square().sum() / x.square().sum()) == pytest.approx(share, abs=0.03)
+
+
+@given(st.floats(0.01, 100))
+def test_the_explained_level_scales_with_the_data_and_ignores_mean_and_rotation(k: float):
+    x = torch.randn(50, 2, 3, 2, generator=generator(), dtype=torch.float64)
+    one = explained_below(x)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator(1), dtype=torch.float64)).Q
+    assert explained_below(k * x + 7) == pytest.approx(k * one, rel=1e-6)
+    assert explained_below(x.flatten(1) @ turn) == pytest.approx(one, rel=1e-6)
+
+
+def test_the_explained_level_falls_with_the_share_and_needs_data_that_vary():
+    x = torch.randn(200, 6, generator=generator())
+    levels = [explained_below(x, share) for share in (0.1, 0.2, 0.5, 0.9)]
+    assert levels == sorted(levels, reverse=True)
+    with pytest.raises(ValueError, match="at least two"):
+        explained_below(x[:1])
+    with pytest.raises(ValueError, match="all 3 samples are the same"):
+        explained_below(torch.ones(3, 4))
+
+
 def test_the_gate_without_a_search_is_above_the_level_measured_and_refuses_before():
-    x = 0.5 * torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
-    level = recognisable_below(x, torch.Generator().manual_seed(2), share=0.1)
-    assert AboveRecognised(0.1).on(x, torch.Generator().manual_seed(2)) == Above(level)
+    x = 0.5 * torch.randn(300, 64, generator=generator(1))
+    assert AboveExplained(0.1).on(x) == Above(explained_below(x, 0.1))
     with pytest.raises(ValueError, match="has seen no data"):
-        AboveRecognised()(torch.ones(3), 0.0)
+        AboveExplained()(torch.ones(3), 0.0)
