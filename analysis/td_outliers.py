@@ -241,11 +241,12 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
             lines.append(f"    {heaviness(box)}")
         lines += [f"    {note}" for note in box["notes"]]
     if (found := entry["levels"]) is not None:
-        lines.append(
-            f"  a noisy sample shows which it is up to t = {found['recognised']:.3g} (weight {RECOGNISED:.0%}), the "
-            f"place of the second evaluation, and explains {AboveExplained.share:.0%} of the variance up to "
-            f"{found['explained']:.3g}, the place of the coupling's gate"
-        )
+        lines += [
+            f"  second evaluation: at t = {found['recognised']:.3g}, up to which a noisy sample shows which it is "
+            f"(weight {RECOGNISED:.0%})",
+            f"  coupling: above t = {found['explained']:.3g}, up to which a noisy sample explains "
+            f"{AboveExplained.share:.0%} of the variance",
+        ]
     return lines
 
 
