@@ -175,7 +175,8 @@ def explained_below(x: Tensor, share: float = 0.5) -> float:
     variance, the higher the level.
 
     Args:
-        x: data ``[n, ...]``, n >= 2; a few thousand samples of a larger set serve.
+        x: data ``[n, ...]``, n >= 2; a few thousand samples of a larger set serve, fewer than elements, too, if the
+            variance lies in few directions (of white data the level then comes out too high).
         share: in (0, 1).
     Raises:
         ValueError: fewer than two samples, or all the same.

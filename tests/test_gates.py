@@ -167,6 +167,13 @@ def test_the_explained_level_scales_with_the_data_and_ignores_mean_and_rotation(
     assert explained_below(x.flatten(1) @ turn) == pytest.approx(one, rel=1e-6)
 
 
+def test_fewer_samples_than_elements_serve_if_the_variance_lies_in_few_directions():
+    variances = 1 / torch.arange(1, 401, dtype=torch.float64)
+    x = torch.randn(200, 400, generator=generator(), dtype=torch.float64) * variances.sqrt()
+    t = explained_below(x, 0.2)
+    assert float((variances.square() / (variances + t * t)).sum() / variances.sum()) == pytest.approx(0.2, abs=0.05)
+
+
 def test_the_explained_level_falls_with_the_share_and_needs_data_that_vary():
     x = torch.randn(200, 6, generator=generator())
     levels = [explained_below(x, share) for share in (0.1, 0.2, 0.5, 0.9)]
