@@ -1,9 +1,9 @@
 """Which samples take the coupled noise: the gate of technique 3, and the noise levels that say where to put one.
 
 A gate is ``gate(t [b], progress) -> [b]``: the probability with which a sample at noise level t takes the noise it was
-paired with; otherwise it keeps its own, independent of the data. Why a gate at all: below some level the input shows
-which sample it came from, the pairing has nothing left to tell, and f only learns inputs that the sampler, whose
-second noise is drawn afresh, never produces (derived in docs/evidence.md).
+paired with; otherwise it keeps its own, independent of the data. Why a gate at all: below some level the input itself
+tells what x is, the pairing has nothing to add, and f only learns inputs that the sampler, whose second noise is drawn
+afresh, never produces (derived in docs/evidence.md).
 """
 
 from __future__ import annotations
