@@ -219,8 +219,8 @@ def from_json(data: Any) -> Any:
     part = TrainConfig if name == "TrainConfig" else VOCABULARY.get(str(name))
     if part is None:
         raise UserError(
-            f"the configuration names {name!r}, which is no part of this version: use the run from Python if the part is "
-            "yours, else with the version that made it"
+            f"the configuration names {name!r}, which is no part of this version: use the run from Python if the part "
+            "is yours, else with the version that made it"
         )
     if not dataclasses.is_dataclass(part):
         return part
