@@ -179,24 +179,26 @@ def explained_below(x: Tensor, share: float = 0.5) -> float:
             variance lies in few directions (of white data the level then comes out too high).
         share: in (0, 1).
     Raises:
-        ValueError: fewer than two samples, or all the same.
+        ValueError: fewer than two samples, or all the same, or a share out of range.
     Source: ours; the denoiser is Wiener's.
     """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1), got {share}")
     if len(x) < 2:
         raise ValueError(f"need at least two samples to know what varies, got {len(x)}")
     flat = x.detach().flatten(1).double().cpu()
+    if (flat == flat[0]).all():
+        raise ValueError(f"all {len(x)} samples are the same: nothing varies")
     flat = flat - flat.mean(0)
     # Of the two matrices with these eigenvalues the smaller.
     gram = flat.T @ flat if flat.shape[1] <= len(flat) else flat @ flat.T
     variances = torch.linalg.eigvalsh(gram).clamp(min=0) / len(flat)
     total = variances.sum()
-    if not total > 0:
-        raise ValueError(f"all {len(x)} samples are the same: nothing varies")
 
     def explained(t: float) -> float:
         return float((variances.square() / (variances + t * t)).sum() / total)
 
-    # Explained are at least share at t = low, at most at t = high: l / (l + t^2) >= share for the smallest l > 0 ...
+    # At t = 0 all is explained; at t = high no more than share even of the direction that varies most.
     low, high = 0.0, math.sqrt(float(variances.max()) * (1 - share) / share)
     for _ in range(60):
         middle = (low + high) / 2

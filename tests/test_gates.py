@@ -185,7 +185,9 @@ def test_the_explained_level_falls_with_the_share_and_needs_data_that_vary():
     with pytest.raises(ValueError, match="at least two"):
         explained_below(x[:1])
     with pytest.raises(ValueError, match="all 3 samples are the same"):
-        explained_below(torch.ones(3, 4))
+        explained_below(torch.full((3, 4), 0.1))  # whose mean rounds
+    with pytest.raises(ValueError, match="share must be in"):
+        explained_below(x, 1.0)
 
 
 def test_the_gate_without_a_search_is_above_the_level_measured_and_refuses_before():
