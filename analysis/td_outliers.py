@@ -143,7 +143,7 @@ def measure(space: Space) -> dict[str, Any]:
     if space.data.numel() < 20:
         raise UserError(f"{space.data.numel()} values in {space.name}: need at least 20 to speak of tails")
     entry: dict[str, Any] = {"note": space.note, "data": described(space.data.numpy())}
-    entry["levels"] = levels_of_interest(space.data)
+    entry["noise_levels"] = recognised_and_explained(space.data)
     if (found := space.residuals) is not None:
         td = described(found.td.numpy())
         levels = box_statistics_by(found.td, found.level)
@@ -156,7 +156,7 @@ def measure(space: Space) -> dict[str, Any]:
     return entry
 
 
-def levels_of_interest(data: Tensor) -> dict[str, float] | None:
+def recognised_and_explained(data: Tensor) -> dict[str, float] | None:
     """Noise levels for the second evaluation and the coupling's gate (``data [n, ...]``, std 0.5).
 
     What the trainer takes for data it normalises itself. None: nothing to compare.
@@ -240,7 +240,7 @@ def in_words(name: str, entry: dict[str, Any]) -> list[str]:
         if box["iqr"] > 0:
             lines.append(f"    {heaviness(box)}")
         lines += [f"    {note}" for note in box["notes"]]
-    if (found := entry["levels"]) is not None:
+    if (found := entry["noise_levels"]) is not None:
         lines += [
             f"  second evaluation: at t = {found['recognised']:.3g}, up to which a noisy sample shows which it is "
             f"(weight {RECOGNISED:.0%})",

@@ -76,7 +76,7 @@ def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
     """``objective`` with its gate put where ``latents [n, ch, h, w]`` say, if it is one that asks them.
 
     Raises:
-        UserError: a single image.
+        UserError: a single image, or all the same.
     """
     if objective.coupler is independent or not isinstance(objective.gate, AboveExplained):
         return objective
