@@ -17,11 +17,16 @@ from PIL import Image
 
 from analysis import c_schedules, drawing, loss_shapes, td_outliers, values
 from reference_trainer.autoencoders import PixelSpace
+from reference_trainer.batches import with_measured_gate
 from reference_trainer.errors import UserError
 from reference_trainer.images import ImageFolder
+from reference_trainer.latents import LatentSpace
 from reference_trainer.run import RunFolder
 from robustcm.advice import advise
+from robustcm.couplers import exact
+from robustcm.gates import Above, AboveExplained
 from robustcm.losses import cauchy, cauchy_of_r2, sample_r2
+from robustcm.objective import Objective
 from robustcm.scales import ConstantC
 from robustcm.tails import box_statistics
 
@@ -185,6 +190,18 @@ def test_data_are_normalised_over_their_finite_values():
     finite = x[:, 1][x[:, 1].isfinite()]
     assert float(finite.mean()) == pytest.approx(0, abs=1e-6)
     assert float(finite.std(correction=0)) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_the_levels_it_names_are_those_the_trainer_takes():
+    raw = torch.randn(60, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    space = LatentSpace.of(PixelSpace().build(2, {}), raw)
+    x = space.normalise(raw)
+    gate = with_measured_gate(Objective(coupler=exact, gate=AboveExplained()), x).gate
+    assert isinstance(gate, Above)
+    found = td_outliers.recognised_and_explained(x)
+    assert found == pytest.approx({"recognised": space.recognised_at, "explained": gate.sigma}, rel=1e-4)
+    for useless in (x[:1], torch.ones_like(x), x / 0):
+        assert td_outliers.recognised_and_explained(useless) is None
 
 
 def test_nan_latents_are_counted_and_reported_and_stop_the_baseline(noise_folder, tmp_path, capsys):
