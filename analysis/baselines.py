@@ -14,9 +14,9 @@ from analysis.values import (
     load_images,
     trained_run,
 )
-from reference_trainer.autoencoders import KLAutoencoder
+from reference_trainer.data.autoencoders import KLAutoencoder
+from reference_trainer.data.images import Digits
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.run import RunFolder
 

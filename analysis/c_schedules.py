@@ -16,11 +16,11 @@ from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
 from analysis.values import BASELINE, load_images, trained_run
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import brief
+from reference_trainer.evaluation.evaluate import brief
+from reference_trainer.files import write_atomically
 from reference_trainer.machine import device_of
-from reference_trainer.report import save_figure
+from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.store import write_atomically
 from robustcm.scales import ConstantC, CSchedule, MeasuredC, PowerLawC
 from robustcm.schedules import LevelPairs
 

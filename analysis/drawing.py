@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from reference_trainer.report import GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER, new_figure
+from reference_trainer.evaluation.pictures import GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER
+from reference_trainer.plotting import new_figure
 from robustcm.tails import BoxStatistics
 
 COLOURS = {"pixels": "#1b7f79", "latents": "#c4453c"}

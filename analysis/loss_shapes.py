@@ -17,11 +17,11 @@ from analysis.command import add_common, check_common, run_command
 from analysis.drawing import Curve, draw_loss_shapes
 from analysis.values import Residuals
 from reference_trainer.errors import UserError
-from reference_trainer.report import save_figure
-from reference_trainer.store import write_atomically
-from robustcm.advice import CANDIDATES, Advice, advise
+from reference_trainer.files import write_atomically
+from reference_trainer.plotting import save_figure
 from robustcm.losses import Rho, squared_l2_of_r2
 from robustcm.scales import ConstantC
+from robustcm.tails.advice import CANDIDATES, Advice, advise
 
 RHOS: dict[str, Rho] = {"squared_l2": squared_l2_of_r2} | {x.distance.__name__: x.rho for x in CANDIDATES}
 BENDS = {x.distance.__name__: x.bend for x in CANDIDATES}

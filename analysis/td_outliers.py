@@ -15,18 +15,18 @@ from torch import Tensor
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
 from analysis.values import Space, autoencoder_of, baseline_space, data_in, load_images, normalised, run_space
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.images import Digits, ImageFolder
+from reference_trainer.data.latents import RECOGNISED, comparing, some_of
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.latents import RECOGNISED, comparing, some_of
+from reference_trainer.files import write_atomically
 from reference_trainer.machine import cache_folder, device_of
-from reference_trainer.report import save_figure
+from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.store import write_atomically
-from robustcm.advice import Advice, advise
-from robustcm.boxes import FEW
 from robustcm.gates import AboveExplained, explained_below, recognisable_below
 from robustcm.tails import BoxStatistics, box_statistics, box_statistics_along, box_statistics_by
+from robustcm.tails.advice import Advice, advise
+from robustcm.tails.boxes import FEW
 
 EPILOG = """
 what it does:

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference_trainer.autoencoders import Autoencoder, Codec, PixelSpace, PretrainedAutoencoder
-from reference_trainer.batches import batch_indices, with_measured_gate
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import Autoencoder, Codec, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.images import Digits, ImageFolder, ImageSet
+from reference_trainer.data.latents import SIGMA_DATA, encode_once
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits, ImageFolder, ImageSet
-from reference_trainer.latents import SIGMA_DATA, encode_once
-from reference_trainer.loop import train
+from reference_trainer.model import build_network, load_model
 from reference_trainer.networks import DiT
 from reference_trainer.options import override, to_json
 from reference_trainer.presets import ilct
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import load_model
-from reference_trainer.state import build_network
+from reference_trainer.training.batches import batch_indices, with_measured_gate
+from reference_trainer.training.loop import train
 from robustcm.consistency import ConsistencyFunction, Preconditioned, temporal_difference
 from robustcm.losses import sample_r2
 from robustcm.objective import draw

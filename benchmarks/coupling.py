@@ -23,14 +23,14 @@ from _timing import write_json
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.ablation.ladder import heavy_tailed
 from reference_trainer.config import TrainConfig
-from reference_trainer.ladder import heavy_tailed
-from reference_trainer.loop import training_latents
 from reference_trainer.machine import cache_folder, describe_machine
 from reference_trainer.presets import digits
+from reference_trainer.training.loop import training_latents
 from robustcm.couplers import coupling_gain, exact
 from robustcm.gates import AboveExplained, explained_below
-from robustcm.objective import step_generator
+from robustcm.randomness import step_generator
 
 LEVELS = (0.3, 1.0, 3.0, 10.0)
 

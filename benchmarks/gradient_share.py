@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from _timing import write_json
 
-from reference_trainer.batches import Batches
 from reference_trainer.machine import describe_machine
+from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import TrainedModel, load_model
+from reference_trainer.training.batches import Batches
 from robustcm.consistency import Preconditioned
 from robustcm.early import EarlyDiffusion, gradient_share
 from robustcm.losses import cauchy, geman_mcclure, pseudo_huber, squared_l2

@@ -17,11 +17,11 @@ import torch
 from _timing import write_json
 from tqdm import tqdm
 
-from reference_trainer.evaluate import choose_features, training_images
+from reference_trainer.evaluation.evaluate import choose_features, training_images
+from reference_trainer.evaluation.metrics import frechet_distance
 from reference_trainer.machine import describe_machine
-from reference_trainer.metrics import frechet_distance
+from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import TrainedModel, load_model
 from robustcm.schedules import SIGMA_MAX
 
 

@@ -17,12 +17,12 @@ from functools import partial
 import torch
 from _timing import Timing, measure, write_json
 
-from reference_trainer.batches import with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.machine import describe_machine, keep_freed_memory
-from reference_trainer.meters import LevelMeter, TailMeter
 from reference_trainer.presets import PRESETS
-from reference_trainer.state import TrainState
+from reference_trainer.training.batches import with_measured_gate
+from reference_trainer.training.meters import LevelMeter, TailMeter
+from reference_trainer.training.state import TrainState
 from robustcm.consistency import Preconditioned, add_noise
 from robustcm.couplers import exact
 from robustcm.objective import Batch, draw

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from reference_trainer import ablate
+from reference_trainer.ablation import ablate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError, exit_status
-from reference_trainer.evaluate import (
+from reference_trainer.evaluation.evaluate import (
     Evaluator,
     as_table,
     choose_features,
@@ -24,13 +24,13 @@ from reference_trainer.evaluate import (
     write_evaluation,
     write_report,
 )
-from reference_trainer.loop import elapsed, train
 from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
+from reference_trainer.model import load_model
 from reference_trainer.options import CHOICES, describe, override
+from reference_trainer.plotting import tile
 from reference_trainer.presets import PRESETS, on_folder
-from reference_trainer.report import tile
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import load_model
+from reference_trainer.training.loop import elapsed, train
 
 COMMANDS = ("train", "sample", "evaluate", "ablate")
 

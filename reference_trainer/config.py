@@ -10,10 +10,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from reference_trainer.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.images import Digits, ImageFolder
+from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
 from robustcm.fences import ConditionalClip, TukeyClip

@@ -15,11 +15,11 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.images import Digits, ImageFolder
+from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits, ImageFolder
-from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.networks import DiT, UNet
 from robustcm import couplers, early, fences, gates, losses, objective, scales, schedules, sketch
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.config import TrainConfig
-from reference_trainer.images import ImageFolder
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.images import ImageFolder
 from reference_trainer.networks import DiT
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.files import load_tensors, save_tensors, write_atomically
 from reference_trainer.options import differences, from_json, to_json
-from reference_trainer.store import load_tensors, save_tensors, write_atomically
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 

@@ -25,6 +25,7 @@ from robustcm.consistency import ConsistencyFunction, temporal_difference
 from robustcm.couplers import Coupler, independent
 from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
+from robustcm.randomness import step_generator
 from robustcm.scales import CSchedule, MeasuredC
 from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
 
@@ -57,16 +58,6 @@ def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
     z = torch.randn(shape, generator=generator)
     uniform, gate = torch.rand(2, shape[0], generator=generator, dtype=torch.float64)
     return Draws(z, uniform, gate, generator)
-
-
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """A CPU generator for (seed, step, stream); different triples give unrelated streams.
-
-    (Up to collisions: torch seeds its CPU generator with 32 bits, so a few pairs among 300,000 steps draw the same.)
-    """
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
-    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**64  # neighbours must not share the seed's high bits
-    return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) % 2**63)
 
 
 class Batch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Temporal differences whose tails are known, and how often the rule of ``robustcm.advice`` errs on them.
+"""Temporal differences whose tails are known, and how often the rule of ``robustcm.tails.advice`` errs on them.
 
 `python tests/synthetic_tails.py 2000 100` (n, repeats; ten minutes) prints the numbers of the docstring there.
 """
@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from robustcm.advice import advise
+from robustcm.tails.advice import advise
 
 LEVELS = 20
 LAWS = ("Gaussian", "Student t 2", "Student t 3", "Student t 5", "0.1 % x10", "1 % x10", "5 % x10")

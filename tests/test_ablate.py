@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reference_trainer.__main__ import main
-from reference_trainer.ablate import jobs_of, stopped_arms, training_seconds
-from reference_trainer.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
-from reference_trainer.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.ablation.ablate import jobs_of, stopped_arms, training_seconds
+from reference_trainer.ablation.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
 from reference_trainer.run import RunFolder
 from robustcm.gates import Above
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from synthetic_tails import synthetic
 
-from robustcm.advice import CANDIDATES, advise, gaussian_beyond, quadratic_share, relative_efficiency
 from robustcm.losses import cauchy, cauchy_of_r2, pseudo_huber, squared_l2_of_r2
 from robustcm.scales import MeasuredC
 from robustcm.schedules import FixedCurriculum, LevelGrid
+from robustcm.tails.advice import CANDIDATES, advise, gaussian_beyond, quadratic_share, relative_efficiency
 
 D = 64
 

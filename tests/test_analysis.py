@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 
 from analysis import c_schedules, drawing, loss_shapes, td_outliers, values
-from reference_trainer.autoencoders import PixelSpace
-from reference_trainer.batches import with_measured_gate
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.images import ImageFolder
-from reference_trainer.latents import LatentSpace
 from reference_trainer.run import RunFolder
-from robustcm.advice import advise
+from reference_trainer.training.batches import with_measured_gate
 from robustcm.couplers import exact
 from robustcm.gates import Above, AboveExplained
 from robustcm.losses import cauchy, cauchy_of_r2, sample_r2
 from robustcm.objective import Objective
 from robustcm.scales import ConstantC
 from robustcm.tails import box_statistics
+from robustcm.tails.advice import advise
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

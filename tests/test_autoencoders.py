@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.__main__ import main
-from reference_trainer.autoencoders import Foreign, PretrainedAutoencoder
+from reference_trainer.data.autoencoders import Foreign, PretrainedAutoencoder
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
-from reference_trainer.images import ImageFolder
-from reference_trainer.latents import encode_once
+from reference_trainer.model import load_model
 from reference_trainer.options import from_json, override, to_json
 from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import load_model
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reference_trainer.batches import Batches, batch_indices, with_measured_gate
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate
 from robustcm.couplers import coupling_gain, exact, independent
 from robustcm.gates import Above, AboveExplained
 from robustcm.objective import Objective, draw

@@ -11,17 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference_trainer.autoencoders import PixelSpace
 from reference_trainer.config import TrainConfig
-from reference_trainer.digit_classifier import jittered, load_digit_classifier
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.images import Digits, ImageSet, to_unit
+from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import as_table, compare, evaluate
-from reference_trainer.features import Imported
-from reference_trainer.images import Digits, ImageSet, to_unit
-from reference_trainer.latents import LatentSpace
-from reference_trainer.meters import LevelMeter, TailMeter
-from reference_trainer.report import draw_losses, draw_sheet, draw_tails, tile
-from reference_trainer.sample import TrainedModel
+from reference_trainer.evaluation.digit_classifier import jittered, load_digit_classifier
+from reference_trainer.evaluation.evaluate import as_table, compare, evaluate
+from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
+from reference_trainer.model import TrainedModel
+from reference_trainer.plotting import tile
+from reference_trainer.training.meters import LevelMeter, TailMeter
 from robustcm.objective import Terms
 from robustcm.schedules import FixedCurriculum, LevelGrid, LevelPairs, karras_sigmas
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.cbook import boxplot_stats
 from torch import Tensor
 
-from reference_trainer.latents import ImpulsiveOutliers
+from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.options import from_json, override, to_json
 from reference_trainer.presets import digits
 from robustcm.fences import ConditionalClip, TukeyClip

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from reference_trainer.data.images import Digits, ImageFolder, read_square, to_pixels, to_unit
 from reference_trainer.errors import UserError
-from reference_trainer.images import Digits, ImageFolder, read_square, to_pixels, to_unit
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "HSV"])

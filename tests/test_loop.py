@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference_trainer import loop
 from reference_trainer.__main__ import main
-from reference_trainer.autoencoders import KLAutoencoder, PixelSpace
-from reference_trainer.batches import Batches
 from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.evaluate import Evaluator, brief, choose_features, evaluate
-from reference_trainer.images import ImageFolder
-from reference_trainer.latents import LatentSpace
-from reference_trainer.loop import train
+from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_features, evaluate
+from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import load_model
-from reference_trainer.store import load_tensors, save_tensors
+from reference_trainer.training import loop
+from reference_trainer.training.batches import Batches
+from reference_trainer.training.loop import train
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
 from robustcm.gates import Above

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
 
 
 def gaussian(n: int, k: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:

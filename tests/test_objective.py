@@ -16,7 +16,8 @@ from robustcm.couplers import WithinClasses, exact
 from robustcm.early import EarlyDiffusion
 from robustcm.gates import Above
 from robustcm.losses import PerElement, PerToken, cauchy, cauchy_of_r2, pseudo_huber, sample_r2, squared_l2
-from robustcm.objective import Batch, Objective, draw, step_generator
+from robustcm.objective import Batch, Objective, draw
+from robustcm.randomness import step_generator
 from robustcm.scales import ConstantC, MeasuredC
 from robustcm.schedules import (
     DoublingCurriculum,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from reference_trainer.latents import ImpulsiveOutliers
+from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.options import from_json, override, to_json
 from reference_trainer.presets import digits
 

@@ -14,17 +14,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.cbook import boxplot_stats
 
-from robustcm import chunked, guess
-from robustcm.boxes import fences
 from robustcm.tails import (
     BoxStatistics,
     TailStream,
     box_statistics,
     box_statistics_along,
     box_statistics_by,
+    chunked,
+    guess,
     tail_count,
     tail_shape,
 )
+from robustcm.tails.boxes import fences
 
 NUMBERS = ("count", "min", "q1", "median", "q3", "max", "iqr", "whiskers", "beyond_inner", "beyond_outer")
 floats = st.floats(-1e6, 1e6, width=32) | st.sampled_from([-1.0, 0.0, 0.5, 3.0, 1e6])  # ties on purpose

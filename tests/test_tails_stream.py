@@ -108,7 +108,7 @@ def test_stream_groups_rows_elements_and_blocks(monkeypatch: pytest.MonkeyPatch)
     assert (found[2].count, found[4].count) == (0, 0)
     assert "no finite values" in found[2].notes[0]
     for block, labels in itertools.product((7, 150, 1_000_000), (level, level[:, None, None].expand(x.shape))):
-        monkeypatch.setattr("robustcm.tails.BLOCK_CPU", block)
+        monkeypatch.setattr("robustcm.tails.stream.BLOCK_CPU", block)
         torch.testing.assert_close(stream.update(stream.empty(), x, labels), state, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="leading shape"):
         stream.update(stream.empty(), x, level[:3])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from reference_trainer.config import Adam, TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.meters import LevelMeter, TailMeter
-from robustcm.norms import convert_norms
+from reference_trainer.model import build_network
+from reference_trainer.training.meters import LevelMeter, TailMeter
 
 
 @dataclass
@@ -116,17 +116,6 @@ class TrainState:
         self.step = step
 
     _LOOSE = ("c", "meter", "tails", "first_bad_step", "num_bad_steps")
-
-
-def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
-    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), norms converted if asked."""
-    try:
-        network = config.network.build(shape, config.seed)
-    except ValueError as error:
-        raise UserError(f"network: {error}") from error
-    if config.non_scaling_norm:
-        convert_norms(network)
-    return network
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.autoencoders import Codec, Foreign
+from reference_trainer.data.autoencoders import Codec, Foreign
+from reference_trainer.data.images import ImageSet, to_pixels, to_unit
 from reference_trainer.errors import UserError
-from reference_trainer.images import ImageSet, to_pixels, to_unit
-from reference_trainer.store import load_tensors, save_tensors
+from reference_trainer.files import load_tensors, save_tensors
 from robustcm.gates import recognisable_below
-from robustcm.objective import step_generator
-
-OUTLIERS = 5  # the stream of `step_generator` they are drawn from
+from robustcm.randomness import Stream, step_generator
 
 RECOGNISED = 0.9
 """Posterior weight of the right sample, the data as prior; see ``recognisable_below``."""
@@ -44,7 +42,7 @@ class ImpulsiveOutliers:
 
     def __call__(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``, a function of the latents and ``seed``."""
-        generator = step_generator(self.seed, 0, stream=OUTLIERS)
+        generator = step_generator(self.seed, 0, stream=Stream.OUTLIERS)
         hit = torch.rand(raw_latents.shape, generator=generator) < self.share
         mean = raw_latents.mean((0, 2, 3), keepdim=True)
         return torch.where(hit, mean + self.factor * (raw_latents - mean), raw_latents)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.digit_classifier import DigitClassifier, load_digit_classifier
-from reference_trainer.features import Features, Imported, PooledLatents
-from reference_trainer.images import Digits, ImageSet
-from reference_trainer.metrics import frechet_distance, kernel_distance, precision_recall
-from reference_trainer.report import draw_losses, draw_sheet, draw_tails, save_figure
+from reference_trainer.data.images import Digits, ImageSet
+from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
+from reference_trainer.evaluation.features import Features, Imported, PooledLatents
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
+from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
+from reference_trainer.files import write_atomically
+from reference_trainer.model import TrainedModel
+from reference_trainer.plotting import save_figure
 from reference_trainer.run import EVALUATIONS, RunFolder
-from reference_trainer.sample import TrainedModel
-from reference_trainer.store import write_atomically
 
 MAX_IMAGES = 5000
 """Most images a metric is computed from, on either side."""

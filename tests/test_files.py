@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_trainer.errors import UserError
-from reference_trainer.store import load_tensors, save_tensors, write_atomically
+from reference_trainer.files import load_tensors, save_tensors, write_atomically
 
 TENSORS = {
     "weights": torch.randn(3, 5),

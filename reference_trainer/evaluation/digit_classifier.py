@@ -1,6 +1,6 @@
 """The classifier of digits whose features measure the samples; shipped with its weights, so that figures compare.
 
-`python -m reference_trainer.digit_classifier` fits it again (about two minutes) and overwrites the weights.
+`python -m reference_trainer.evaluation.digit_classifier` fits it again (about two minutes) and overwrites the weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference_trainer.images import Digits, ImageSet, to_unit
-from reference_trainer.store import load_tensors, save_tensors
-from robustcm.objective import step_generator
+from reference_trainer.data.images import Digits, ImageSet, to_unit
+from reference_trainer.files import load_tensors, save_tensors
+from robustcm.randomness import step_generator
 
 WEIGHTS = Path(__file__).with_name("digit_classifier.safetensors")
 

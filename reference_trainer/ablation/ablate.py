@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reference_trainer.budget import steps_within
-from reference_trainer.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
+from reference_trainer.ablation.budget import steps_within
+from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
-from reference_trainer.features import Imported
-from reference_trainer.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
-from reference_trainer.latents import encode_once
-from reference_trainer.loop import training_latents
+from reference_trainer.evaluation.features import Imported
+from reference_trainer.files import write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
-from reference_trainer.report import save_figure
+from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.store import write_atomically
+from reference_trainer.training.loop import training_latents
 
 
 @dataclass(frozen=True)

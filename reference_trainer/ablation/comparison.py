@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is slow to import
 
-from reference_trainer.report import new_figure
+from reference_trainer.plotting import new_figure
 
 ONE, TWO = "1 evaluation", "2 evaluations"
 

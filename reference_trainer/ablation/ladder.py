@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reference_trainer.autoencoders import KLAutoencoder
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder
+from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
-from reference_trainer.latents import ImpulsiveOutliers
 from reference_trainer.options import override
 from reference_trainer.presets import PRESETS, digits, ilct, paper
 from robustcm.couplers import exact, independent

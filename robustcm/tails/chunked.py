@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustcm.boxes import Array
-from robustcm.guess import QUARTILES, Guess, least_distance, union
+from robustcm.tails.boxes import Array
+from robustcm.tails.guess import QUARTILES, Guess, least_distance, union
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.batches import Batches
 from reference_trainer.config import TrainConfig
-from reference_trainer.state import TrainState
-from reference_trainer.store import write_atomically
+from reference_trainer.files import write_atomically
+from reference_trainer.training.batches import Batches
+from reference_trainer.training.state import TrainState
 from robustcm.consistency import Preconditioned
 
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.errors import UserError
-from reference_trainer.images import ImageSet, to_unit
-from reference_trainer.store import load_tensors, save_tensors
-from robustcm.objective import step_generator
+from reference_trainer.files import load_tensors, save_tensors
+from robustcm.randomness import step_generator
 
 LOGIT_SCALE = 3.0  # logits reach +-10 quickly; the network's output stays of order 1
 

@@ -59,7 +59,6 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from robustcm.boxes import FEW, BoxStatistics
 from robustcm.losses import (
     Distance,
     Rho,
@@ -70,7 +69,8 @@ from robustcm.losses import (
     pseudo_huber,
     pseudo_huber_of_r2,
 )
-from robustcm.tails import box_statistics
+from robustcm.tails.boxes import FEW, BoxStatistics
+from robustcm.tails.exact import box_statistics
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.batches import Batches
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.images import ImageSet
+from reference_trainer.data.latents import LatentSpace, encode_once
 from reference_trainer.errors import UserError
-from reference_trainer.images import ImageSet
-from reference_trainer.latents import LatentSpace, encode_once
-from reference_trainer.meters import LevelMeter, TailMeter
-from reference_trainer.report import Logger
+from reference_trainer.files import save_tensors
+from reference_trainer.model import TrainedModel
 from reference_trainer.run import RunFolder
-from reference_trainer.sample import TrainedModel
-from reference_trainer.state import TrainState
-from reference_trainer.store import save_tensors
+from reference_trainer.training.batches import Batches
+from reference_trainer.training.logger import Logger
+from reference_trainer.training.meters import LevelMeter, TailMeter
+from reference_trainer.training.state import TrainState
 from robustcm.consistency import Preconditioned
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from robustcm.boxes import Array
+from robustcm.tails.boxes import Array
 
 QUARTILES = 0.25, 0.5, 0.75
 BRACKET = 4.5  # half width of a bracket in standard deviations of the rank in the sample

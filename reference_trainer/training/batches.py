@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.latents import some_of
 from reference_trainer.errors import UserError
-from reference_trainer.latents import some_of
 from robustcm.couplers import independent
 from robustcm.gates import AboveExplained
-from robustcm.objective import Batch, Objective, draw, step_generator
-
-ORDER, SAMPLING, COUPLING, DROPOUT = 1, 2, 3, 4  # streams of `step_generator`; 0 is `draw`'s
+from robustcm.objective import Batch, Objective, draw
+from robustcm.randomness import Stream, step_generator
 
 
 class Batches:
@@ -48,7 +47,7 @@ class Batches:
 
     def dropout_seed(self, step: int) -> int:
         """For torch's own generators, which dropout draws from."""
-        return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, DROPOUT)))
+        return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, Stream.DROPOUT)))
 
     def _x(self, step: int) -> Tensor:
         return self.latents[batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)]
@@ -68,7 +67,7 @@ class Batches:
         steps = range(pool * size, (pool + 1) * size)
         x = torch.cat([self._x(s) for s in steps])
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
-        perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, COUPLING))
+        perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, Stream.COUPLING))
         return z[perm].split(config.batch_size)
 
 
@@ -101,4 +100,4 @@ def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Te
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    return torch.randperm(num_samples, generator=step_generator(seed, epoch, ORDER))
+    return torch.randperm(num_samples, generator=step_generator(seed, epoch, Stream.ORDER))

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference_trainer.batches import SAMPLING
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.errors import UserError
-from reference_trainer.latents import LatentSpace, encode
+from reference_trainer.files import load_tensors
 from reference_trainer.run import RunFolder
-from reference_trainer.state import build_network
-from reference_trainer.store import load_tensors
 from robustcm.consistency import Preconditioned, sample
-from robustcm.objective import step_generator
+from robustcm.norms import convert_norms
+from robustcm.randomness import Stream, step_generator
 from robustcm.schedules import SIGMA_MAX
 
 
@@ -57,7 +56,7 @@ class TrainedModel:
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
         for index, start in enumerate(range(0, n, batch_size)):
-            generator = step_generator(seed, index, SAMPLING)
+            generator = step_generator(seed, index, Stream.SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
             parts.append(sample(f, z, sigmas=sigmas, generator=generator).cpu())
             bar.update(len(z))
@@ -106,3 +105,14 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
         step=step,
         device=device,
     )
+
+
+def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
+    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), norms converted if asked."""
+    try:
+        network = config.network.build(shape, config.seed)
+    except ValueError as error:
+        raise UserError(f"network: {error}") from error
+    if config.non_scaling_norm:
+        convert_norms(network)
+    return network

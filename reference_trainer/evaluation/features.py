@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.autoencoders import Codec
+from reference_trainer.data.autoencoders import Codec
+from reference_trainer.data.images import to_unit
 from reference_trainer.errors import UserError
-from reference_trainer.images import to_unit
 
 
 class Features(Protocol):

@@ -1,0 +1,1 @@
+"""Arms side by side under one budget."""

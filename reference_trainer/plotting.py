@@ -1,0 +1,42 @@
+"""A figure to draw on, images laid side by side, and both on disk; for the trainer, the ablation and the analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from reference_trainer.errors import UserError
+
+
+def tile(pixels: Tensor, columns: int) -> np.ndarray:
+    """uint8 ``[n, ch, h, w]`` -> one picture ``[rows h, columns w, 3]``, a white line between."""
+    n = len(pixels) // columns * columns
+    framed = torch.nn.functional.pad(pixels[:n].expand(-1, 3, -1, -1), (0, 1, 0, 1), value=255)
+    picture: np.ndarray = rearrange(framed, "(r k) ch h w -> (r h) (k w) ch", k=columns).numpy()
+    return picture
+
+
+def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A light figure with ``rows x columns`` axes; no window, whatever backend is set."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """PNG, or a ``UserError`` that says why not."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""The loop and what it reads and writes."""

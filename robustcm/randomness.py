@@ -1,0 +1,32 @@
+"""All randomness is a function of (seed, step, stream); the streams stand here, so that no two purposes share one."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+
+class Stream(IntEnum):
+    """What the numbers are for."""
+
+    DRAW = 0
+    """Noise, levels and gate of a step; the fits of autoencoder and classifier."""
+    ORDER = 1
+    """The order of the samples in an epoch."""
+    SAMPLING = 2
+    COUPLING = 3
+    """Couplers that draw, in pools of several batches."""
+    DROPOUT = 4
+    OUTLIERS = 5
+    """Outliers put into latents on purpose."""
+
+
+def step_generator(seed: int, step: int, stream: int = Stream.DRAW) -> torch.Generator:
+    """A CPU generator for (seed, step, stream); different triples give unrelated streams.
+
+    (Up to collisions: torch seeds its CPU generator with 32 bits, so a few pairs among 300,000 steps draw the same.)
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**64  # neighbours must not share the seed's high bits
+    return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) % 2**63)
