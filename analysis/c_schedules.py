@@ -22,7 +22,6 @@ from reference_trainer.machine import device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
 from robustcm.scales import ConstantC, CSchedule, MeasuredC, PowerLawC
-from robustcm.schedules import LevelPairs
 
 STAGES = (11, 21, 41, 81, 161, 321, 641)
 
@@ -126,10 +125,9 @@ def medians(run: RunCurves) -> list[float]:
 
 def c_at(schedule: CSchedule, num_levels: int, d: int, r: float) -> float:
     """c of ``schedule`` at N for samples of ``d`` elements whose residual norms are all ``r``."""
-    ones = torch.ones(1)
-    pairs = LevelPairs(ones, 0.5 * ones, 0 * ones, num_levels)
-    state = schedule.observe(schedule.init(), r * ones, pairs)
-    return float(torch.as_tensor(schedule(state, pairs, d)).reshape(-1)[0])
+    depth = torch.zeros(1)
+    seen = schedule.count(torch.full((1,), r), depth, num_levels)
+    return float(torch.as_tensor(schedule(schedule.init(), seen, depth, num_levels, d)).reshape(-1)[0])
 
 
 def table(schedules: dict[str, list[tuple[int, float]]], runs: Sequence[RunCurves]) -> list[str]:

@@ -28,10 +28,10 @@ from reference_trainer.presets import ilct
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import batch_indices, with_measured_gate
 from reference_trainer.training.loop import train
-from robustcm.consistency import ConsistencyFunction, Preconditioned, temporal_difference
+from robustcm.consistency import temporal_difference
 from robustcm.losses import sample_r2
 from robustcm.objective import draw
-from robustcm.schedules import FixedCurriculum, LevelGrid, karras_sigmas
+from robustcm.schedules import FixedCurriculum, LevelGrid
 
 MAX_ELEMENTS = 2**26  # of temporal differences held at once: 256 MB
 BASELINE = "brief iLCT baseline"
@@ -228,7 +228,7 @@ class Trained:
         a level grid (``RatioLevels``) are looked at on the default one.
         """
         objective = with_measured_gate(self.config.objective, self.data)
-        f = cast(ConsistencyFunction, Preconditioned(self.network))
+        f = self.config.preconditioned(self.network)
         grid = objective.levels if isinstance(objective.levels, LevelGrid) else LevelGrid()
         grid = replace(grid, curriculum=FixedCurriculum(num_levels=num_levels))
         objective, data = replace(objective, levels=grid), self.data
@@ -245,7 +245,7 @@ class Trained:
             levels.append((batch.pairs.depth * num_levels).round().long().cpu())
             weights.append(objective.weight(batch.pairs.t_hi, batch.pairs.t_lo).cpu())
         td, level, weight = (torch.cat(parts)[:count] for parts in (tds, levels, weights))
-        sigmas = karras_sigmas(num_levels, grid.sigma_min, grid.sigma_max, grid.rho)
+        sigmas = grid.noise.levels(num_levels)
         return Residuals(td, level, weight, num_levels, sigmas, f"{self.origin}, at N = {num_levels}")
 
 

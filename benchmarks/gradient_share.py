@@ -22,7 +22,6 @@ from reference_trainer.machine import describe_machine
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import Batches
-from robustcm.consistency import Preconditioned
 from robustcm.early import EarlyDiffusion, gradient_share
 from robustcm.losses import cauchy, geman_mcclure, pseudo_huber, squared_l2
 from robustcm.objective import Batch, Objective
@@ -47,7 +46,7 @@ def shares(model: TrainedModel, batches: list[Batch], objective: Objective) -> t
 
     c is settled on all batches before the first gradient is taken.
     """
-    f, state = Preconditioned(model.network), objective.init(model.device)
+    f, state = model.config.preconditioned(model.network), objective.init(model.device)
     with torch.no_grad():
         for batch in batches:
             state = objective(f, batch, state).state

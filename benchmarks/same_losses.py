@@ -98,6 +98,9 @@ def differences(then: Path, now: Path) -> Iterator[str]:
             if key not in old or key not in new:
                 yield f"{name}: {key} only {'then' if key in old else 'now'}"
                 break
+            if old[key].shape != new[key].shape:
+                yield f"{name}: {key} has the shape {new[key].shape}, then {old[key].shape}"
+                break
             if not same_bits(old[key], new[key]):
                 yield f"{name}: {key} differs by up to {np.abs(old[key].astype(float) - new[key]).max():.3g}"
                 break

@@ -22,7 +22,6 @@ from reference_trainer.evaluation.metrics import frechet_distance
 from reference_trainer.machine import describe_machine
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
-from robustcm.schedules import SIGMA_MAX
 
 
 def levels_around(model: TrainedModel, factor: float) -> list[tuple[str, float]]:
@@ -41,7 +40,8 @@ def distances(model: TrainedModel, levels: Sequence[float], n: int) -> list[floa
     """Frechet distance at 1 evaluation, then with the second at each of ``levels``."""
     features = choose_features(None, model)
     real = features(training_images(model.config.data.load(), seed=0)[:n])
-    bar = tqdm([(SIGMA_MAX,), *((SIGMA_MAX, t) for t in levels)], leave=False)
+    largest = model.config.objective.noise.sigma_max
+    bar = tqdm([(largest,), *((largest, t) for t in levels)], leave=False)
     return [frechet_distance(real, features(model.images(len(real), sigmas, 0))) for sigmas in bar]
 
 

@@ -23,7 +23,7 @@ from reference_trainer.presets import PRESETS
 from reference_trainer.training.batches import with_measured_gate
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
-from robustcm.consistency import Preconditioned, add_noise
+from robustcm.consistency import add_noise
 from robustcm.couplers import exact
 from robustcm.objective import Batch, draw
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
     """The parts of a step, and the step."""
     state = TrainState.create(config, shape, CPU)
-    f, step = Preconditioned(state.network), config.steps - 1
+    f, step = config.preconditioned(state.network), config.steps - 1
     x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
     objective = with_measured_gate(config.objective, x)
     draws = draw(0, step, x.shape)
@@ -49,7 +49,9 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         f(x_hi, batch.pairs.t_hi).sum().backward()
 
     def measured_c() -> object:
-        return objective.c(objective.c.observe(state.c, terms.r, batch.pairs), batch.pairs, x[0].numel())
+        depth, n = batch.pairs.depth, batch.pairs.num_levels
+        seen = objective.c.count(terms.r, depth, n)
+        return objective.c(state.c, seen, depth, n, x[0].numel()), objective.c.observe(state.c, seen)
 
     def whole() -> None:
         prepared = objective.prepare(x, draw(0, step, x.shape), step, config.steps)

@@ -15,6 +15,7 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from robustcm.consistency import Preconditioned, Preconditioning
 from robustcm.couplers import exact
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.gates import AboveExplained
@@ -171,9 +172,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
         _require(
-            self.second_sigma is None or 0.002 < self.second_sigma < 80,
-            f"second_sigma must be None or lie between 0.002 and 80, got {self.second_sigma}",
+            self.second_sigma is None or low < self.second_sigma < high,
+            f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
         )
 
     def prepare_latents(self, raw_latents: Tensor) -> Tensor:
@@ -188,6 +190,10 @@ class TrainConfig:
         except ValueError as error:
             raise UserError(str(error)) from error
         return raw_latents
+
+    def preconditioned(self, network: nn.Module) -> Preconditioned:
+        """The consistency function of ``network``, for the noise levels it is trained at."""
+        return Preconditioned(network, Preconditioning(noise=self.objective.noise))
 
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""

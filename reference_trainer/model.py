@@ -14,10 +14,9 @@ from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors
 from reference_trainer.run import RunFolder
-from robustcm.consistency import Preconditioned, sample
+from robustcm.consistency import sample
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
-from robustcm.schedules import SIGMA_MAX
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,17 @@ class TrainedModel:
         """
         if evaluations < 1:
             raise UserError(f"need at least 1 evaluation, got {evaluations}")
-        config, last = self.config, max(0, self.step - 1)
-        second = config.second_sigma or min(self.space.recognised_at, SIGMA_MAX / 2)
+        config, last, noise = self.config, max(0, self.step - 1), self.config.objective.noise
+        second = config.second_sigma or min(self.space.recognised_at, noise.sigma_max / 2)
         wanted = (second / 2**i for i in range(evaluations - 1))
-        levels = (SIGMA_MAX, *(config.objective.levels.nearest(t, last, config.steps) for t in wanted))
+        levels = (noise.sigma_max, *(config.objective.levels.nearest(t, last, config.steps) for t in wanted))
         if any(a <= b for a, b in pairwise(levels)):
             raise UserError(f"{evaluations} evaluations are more than there are trained noise levels to halve through")
         return levels
 
     def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
         """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
-        f = Preconditioned(self.network)
+        f = self.config.preconditioned(self.network)
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
         for index, start in enumerate(range(0, n, batch_size)):

@@ -21,7 +21,7 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm import couplers, early, fences, gates, losses, objective, scales, schedules, sketch
+from robustcm import couplers, early, fences, gates, losses, noise, objective, scales, schedules, sketch
 
 RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
 
@@ -58,6 +58,8 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (scales.MeasuredC, "histogram"): (sketch.LogHistogram,),
     (losses.PerToken, "rho"): RHOS,
     (losses.PerElement, "rho"): RHOS,
+    (schedules.LevelGrid, "noise"): (noise.NoiseRange,),
+    (schedules.RatioLevels, "noise"): (noise.NoiseRange,),
     (schedules.LevelGrid, "curriculum"): (
         *(schedules.DoublingCurriculum, schedules.ProgressiveCurriculum),
         schedules.FixedCurriculum,

@@ -1,8 +1,89 @@
 """Robust training of latent consistency models: one short module a technique, all of them composable.
 
-losses (robust distances), early (diffusion loss at small noise), couplers (OT), scales (the scale c), norms
-(Non-scaling LayerNorm); schedules (noise levels), consistency (f, temporal difference, sampler), objective (all of
-it composed), sketch (streaming quantiles).
+losses (robust distances), early (diffusion loss at small noise), couplers (OT) and gates, scales (the scale c), norms
+(Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels), consistency (f, temporal difference,
+sampler); robust (a distance with its measured scale) and objective (all of it composed); tails (outlier statistics) and
+sketch (streaming quantiles).
+
+The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
+names is asked for.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from robustcm.consistency import Preconditioned, Preconditioning, sample, temporal_difference
+    from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
+    from robustcm.early import EarlyDiffusion
+    from robustcm.fences import ConditionalClip, TukeyClip
+    from robustcm.gates import (
+        Above,
+        AboveExplained,
+        AnnealedAbove,
+        ShareAbove,
+        SoftAbove,
+        coupled_noise,
+        everywhere,
+        explained_below,
+        of_flow_time,
+    )
+    from robustcm.losses import (
+        PerElement,
+        PerToken,
+        cauchy,
+        cauchy_of_r2,
+        element_r2,
+        geman_mcclure,
+        geman_mcclure_of_r2,
+        pseudo_huber,
+        pseudo_huber_of_r2,
+        sample_r2,
+        squared_l2,
+        token_r2,
+    )
+    from robustcm.noise import NoiseRange, TimestepIndex, flow_time
+    from robustcm.norms import NonScalingLayerNorm, convert_norms
+    from robustcm.objective import Objective, draw
+    from robustcm.robust import RobustLoss, robust_distance
+    from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+    from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
+    from robustcm.tails import TailStream, box_statistics
+
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "consistency": "Preconditioned Preconditioning sample temporal_difference",
+        "couplers": "Entropic WithinClasses coupling_gain exact independent",
+        "early": "EarlyDiffusion",
+        "fences": "ConditionalClip TukeyClip",
+        "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
+        "of_flow_time",
+        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 geman_mcclure geman_mcclure_of_r2 pseudo_huber "
+        "pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
+        "noise": "NoiseRange TimestepIndex flow_time",
+        "norms": "NonScalingLayerNorm convert_norms",
+        "objective": "Objective draw",
+        "robust": "RobustLoss robust_distance",
+        "scales": "ConstantC MeasuredC PowerLawC",
+        "schedules": "DoublingCurriculum LevelGrid RatioLevels",
+        "tails": "TailStream box_statistics",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF]

@@ -6,22 +6,24 @@ F = the network inside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustcm.schedules import SIGMA_MAX, SIGMA_MIN
+from robustcm.couplers import Coupler
+from robustcm.noise import NoiseRange
+from robustcm.shapes import one_a_sample, over_samples, same_shape
 
 Network: TypeAlias = Callable[..., Tensor]
 """``F(c_in x_t [b, ...], c_noise [b], **conditions) -> [b, ...]``."""
 
-ConsistencyFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""``f(x_t [b, ...], t [b]) -> [b, ...]``: the clean sample at the end of the path through x_t."""
+ConsistencyFunction: TypeAlias = Callable[..., Tensor]
+"""``f(x_t [b, ...], t [b], **conditions) -> [b, ...]``: the clean sample at the end of the path through x_t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,14 @@ class Preconditioning:
     """
 
     sigma_data: float = 0.5
-    sigma_min: float = SIGMA_MIN
+    noise: NoiseRange = NoiseRange()
 
     def c_skip(self, t: Tensor) -> Tensor:
         # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, which need not give 1 at sigma_min.
-        return 1 / (((t - self.sigma_min) / self.sigma_data) ** 2 + 1)
+        return 1 / (((t - self.noise.sigma_min) / self.sigma_data) ** 2 + 1)
 
     def c_out(self, t: Tensor) -> Tensor:
-        return (t - self.sigma_min) * self.sigma_data / torch.sqrt(t**2 + self.sigma_data**2)
+        return (t - self.noise.sigma_min) * self.sigma_data / torch.sqrt(t**2 + self.sigma_data**2)
 
     def c_in(self, t: Tensor) -> Tensor:
         return 1 / torch.sqrt(t**2 + self.sigma_data**2)
@@ -60,38 +62,76 @@ class Preconditioned:
     network: Network
     preconditioning: Preconditioning = Preconditioning()
 
+    @property
+    def noise(self) -> NoiseRange:
+        """The noise levels f is made for."""
+        return self.preconditioning.noise
+
     def __call__(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """``x_t [b, ...]``, ``t [b]`` in sigma_min .. sigma_max -> ``[b, ...]``; ``conditions`` go to the network.
 
         Raises:
             ValueError: ``t`` is not one level a sample.
         """
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"t must be one noise level a sample, [{len(x_t)}], got {list(t.shape)}")
-        p, spread = self.preconditioning, (-1, *[1] * (x_t.dim() - 1))
-        output = self.network(p.c_in(t).reshape(spread) * x_t, p.c_noise(t), **conditions)
-        return p.c_skip(t).reshape(spread) * x_t + p.c_out(t).reshape(spread) * output
+        p, t = self.preconditioning, one_a_sample("t", t, len(x_t))
+        output = self.network(over_samples(p.c_in(t), x_t) * x_t, p.c_noise(t), **conditions)
+        return over_samples(p.c_skip(t), x_t) * x_t + over_samples(p.c_out(t), x_t) * output
 
 
 def add_noise(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """``x_t = x + t z``: ``[b, ...], [b, ...], [b] -> [b, ...]``."""
-    return x + t.reshape(-1, *[1] * (x.dim() - 1)) * z
+    """``x_t = x + t z``: ``[b, ...], [b, ...], [b] -> [b, ...]``.
+
+    Raises:
+        ValueError: x and z of different shapes, or ``t`` not one level a sample.
+    """
+    same_shape(x=x, z=z)
+    return x + over_samples(one_a_sample("t", t, len(x)), x) * z
 
 
 def temporal_difference(
-    f: ConsistencyFunction, x: Tensor, z: Tensor, t_hi: Tensor, t_lo: Tensor
+    f: ConsistencyFunction,
+    x: Tensor,
+    z: Tensor,
+    t_hi: Tensor,
+    t_lo: Tensor,
+    *,
+    teacher: ConsistencyFunction | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Student ``f(x + t_hi z, t_hi)`` and teacher ``stopgrad f(x + t_lo z, t_lo)``, each ``[b, ...]``.
 
     The teacher is the same f without gradient: no copy of the weights. Noise and dropout mask are shared, on any
-    device. The device's random state afterwards is that after one forward pass.
+    device. The device's random state afterwards is that after one forward pass. Inside ``torch.compile`` of the whole
+    objective there is no mask to share; a network with dropout layers is refused there, and compiled alone instead.
 
+    Args:
+        teacher: another function in the place of f, such as one of averaged weights (CM, CTM).
+        conditions: keyword arguments of both, such as ``class_labels``.
     Source: Song and Dhariwal 2023, arXiv 2310.14189 (teacher without EMA); mask sharing checked in the sLCT code.
     """
-    with replayed_rng(x.device), torch.no_grad():
-        teacher = f(add_noise(x, z, t_lo), t_lo)
-    student = f(add_noise(x, z, t_hi), t_hi)
-    return student, teacher
+    given = conditions or {}
+    if torch.compiler.is_compiling():  # where torch's generators cannot be put back
+        _refuse_dropout(f)
+        replay: AbstractContextManager[None] = nullcontext()
+    else:
+        replay = replayed_rng(x.device)
+    with replay, torch.no_grad():
+        target = (teacher or f)(add_noise(x, z, t_lo), t_lo, **given)
+    student = f(add_noise(x, z, t_hi), t_hi, **given)
+    return student, target
+
+
+def _refuse_dropout(f: ConsistencyFunction) -> None:
+    network = getattr(f, "network", f)
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    if any(isinstance(m, _DROPOUT) and m.training and m.p > 0 for m in modules):
+        raise ValueError(
+            "student and teacher cannot share a dropout mask inside one compiled graph: compile the network alone, "
+            "torch.compile(network), and leave the objective as it is"
+        )
+
+
+_DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 
 
 @contextmanager
@@ -110,9 +150,11 @@ def sample(
     f: ConsistencyFunction,
     z: Tensor,
     *,
-    sigmas: Sequence[float] = (SIGMA_MAX,),
-    sigma_min: float = SIGMA_MIN,
+    sigmas: Sequence[float] | None = None,
+    noise: NoiseRange | None = None,
     generator: torch.Generator | None = None,
+    coupler: Coupler | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Draw samples with ``len(sigmas)`` network evaluations (NFE).
 
@@ -122,18 +164,34 @@ def sample(
     Args:
         f: the consistency function.
         z: standard noise ``[b, ...]``; the samples have its shape, dtype and device.
-        sigmas: falling noise levels, the first sigma_max; iCT's two-step sampler has (80, 0.821).
+        sigmas: falling noise levels; None: one, sigma_max. iCT's two-step sampler has (80, 0.821).
+        noise: the range f is made for; None: its own (``f.noise``, as ``Preconditioned`` has it), else the default.
         generator: draws the fresh noise on its own device; needed for more than one evaluation, so that no
             sample depends on an ambient generator.
-    Source: Song et al. 2023, arXiv 2303.01469, Algorithm 1.
+        coupler: pairs the fresh noise with the estimate it is added to, as f saw them paired in training; None: not.
+        conditions: keyword arguments of f, such as ``class_labels``.
+    Raises:
+        ValueError: levels that do not fall or lie outside the range, or no generator where one is needed.
+    Source: Song et al. 2023, arXiv 2303.01469, Algorithm 1. Re-coupling between evaluations: Silvestri et al. 2025,
+        arXiv 2502.18197 (there with a learned coupling).
     """
-    if not sigmas or any(a <= b for a, b in pairwise(sigmas)) or sigmas[-1] < sigma_min:
-        raise ValueError(f"sigmas must fall and stay at or above sigma_min = {sigma_min}, got {list(sigmas)}")
+    noise = noise or getattr(f, "noise", None) or NoiseRange()
+    sigmas = (noise.sigma_max,) if sigmas is None else sigmas
+    if not sigmas or any(a <= b for a, b in pairwise(sigmas)):
+        raise ValueError(f"sigmas must fall, got {list(sigmas)}")
+    if not noise.sigma_min <= sigmas[-1] <= sigmas[0] <= noise.sigma_max:
+        raise ValueError(
+            f"sigmas must lie in sigma_min .. sigma_max = {noise.sigma_min} .. {noise.sigma_max}, which f is made for, "
+            f"got {list(sigmas)}"
+        )
     if len(sigmas) > 1 and generator is None:
         raise ValueError("more than one evaluation draws fresh noise: pass a torch.Generator as generator=")
-    x = f(sigmas[0] * z, z.new_full((len(z),), sigmas[0]))
+    given = conditions or {}
+    x = f(sigmas[0] * z, z.new_full((len(z),), sigmas[0]), **given)
     for t in sigmas[1:]:
         assert generator is not None
         fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
-        x = f(x + (t**2 - sigma_min**2) ** 0.5 * fresh, z.new_full((len(z),), t))
+        if coupler is not None:
+            fresh = fresh[coupler(x, fresh)]
+        x = f(x + (t**2 - noise.sigma_min**2) ** 0.5 * fresh, z.new_full((len(z),), t), **given)
     return x

@@ -1,5 +1,7 @@
 """Which samples take the coupled noise: the gate of technique 3, and the noise levels that say where to put one.
 
+``coupled_noise`` is the whole of technique 3 in one call.
+
 A gate is ``gate(t [b], progress) -> [b]``: the probability with which a sample at noise level t takes the noise it was
 paired with; otherwise it keeps its own, independent of the data. Why a gate at all: below some level the input itself
 tells what x is, the pairing has nothing to add, and f only learns inputs that the sampler, whose second noise is drawn
@@ -16,8 +18,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.couplers import Coupler, exact
+from robustcm.noise import sigma_of_flow_time
+from robustcm.shapes import one_a_sample, over_samples, same_shape
+
 Gate: TypeAlias = Callable[[Tensor, float], Tensor]
 """``gate(t [b] in units of sigma, progress in [0, 1]) -> [b]`` in [0, 1]."""
+
+
+def _check(gate: Gate, **conditions: bool) -> None:
+    if wrong := [name for name, holds in conditions.items() if not holds]:
+        raise ValueError(f"{', '.join(wrong)} out of range: {gate}")
 
 
 def everywhere(t: Tensor, progress: float) -> Tensor:
@@ -111,6 +122,62 @@ class AboveExplained:
         raise ValueError(f"{self} has seen no data: use {self}.on(x)")
 
 
+@dataclass(frozen=True)
+class OfFlowTime:
+    """``gate``, which knows sigma, for noise levels given as flow time: ``x_t = (1 - t) x + t z``, t in [0, 1]."""
+
+    gate: Gate
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return self.gate(sigma_of_flow_time(t), progress)
+
+
+def of_flow_time(gate: Gate) -> Gate:
+    """``gate`` on the axis of flow time: its sigma is that of ``(1 - t) x + t z`` seen as ``x + sigma z``, scaled."""
+    return OfFlowTime(gate)
+
+
+def coupled_noise(
+    x: Tensor,
+    z: Tensor,
+    t: Tensor,
+    coupler: Coupler = exact,
+    gate: Gate = Above(1.0),
+    uniform: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: float = 0.0,
+) -> Tensor:
+    """The noise to train on, ``[b, ...]``: paired with the data where the gate lets it, as drawn elsewhere.
+
+    ::
+
+        z = coupled_noise(x, z, t)                                     # t: sigma, x + t z
+        z = coupled_noise(x, z, t, gate=of_flow_time(Above(1.0)))      # t: flow time, (1 - t) x + t z
+
+    Args:
+        x: data ``[b, ...]``, at the scale the network sees (std about 0.5 for sigma 1 to be above it).
+        z: noise, the shape of ``x``.
+        t: noise levels, one a sample, on the axis of the gate.
+        coupler: of ``robustcm.couplers``.
+        gate: of this module.
+        uniform: ``[b]`` in [0, 1), for gates that leave it to chance.
+        labels: ``[b]``, for couplers within classes.
+        generator: CPU, for couplers that draw.
+        progress: share of the training done, for gates that move.
+    Raises:
+        ValueError: shapes that differ, values that are not finite, or no ``uniform`` where the gate needs it.
+    """
+    coupled = z[coupler(x, z, labels=labels, generator=generator)]
+    probability = gate(one_a_sample("t", t, len(x)), progress)
+    if uniform is None:
+        if ((probability > 0) & (probability < 1)).any():
+            raise ValueError(f"{gate} leaves it to chance who is coupled: pass uniform, [{len(x)}] in [0, 1)")
+        uniform = torch.full_like(probability, 0.5)
+    return gated_noise(z, coupled, probability, uniform)
+
+
 def gated_noise(z: Tensor, coupled: Tensor, probability: Tensor, uniform: Tensor) -> Tensor:
     """``coupled`` for the samples whose ``uniform`` lies below their ``probability``, their own ``z`` for the others.
 
@@ -120,7 +187,8 @@ def gated_noise(z: Tensor, coupled: Tensor, probability: Tensor, uniform: Tensor
         probability: ``[b]``, what a gate gave.
         uniform: ``[b]`` in [0, 1), the caller's randomness; without effect for probabilities of 0 and 1.
     """
-    takes = (uniform < probability).reshape(-1, *[1] * (z.dim() - 1))
+    same_shape(z=z, coupled=coupled)
+    takes = over_samples(one_a_sample("probability", uniform < probability, len(z)), z)
     return torch.where(takes, coupled, z)
 
 
@@ -204,8 +272,3 @@ def explained_below(x: Tensor, share: float = 0.5) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if explained(middle) >= share else (low, middle)
     return high
-
-
-def _check(gate: Gate, **conditions: bool) -> None:
-    if wrong := [name for name, holds in conditions.items() if not holds]:
-        raise ValueError(f"{', '.join(wrong)} out of range: {gate}")

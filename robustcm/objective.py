@@ -10,22 +10,28 @@ Usable in any loop::
         terms = objective(f, batch.to(device), state)                # device: no synchronisation
         terms.loss.backward()
         state = terms.state
+
+In micro-batches c stays that of the whole step: ``state`` is handed to each as it was before the step, ``terms.seen``
+are added, and ``state = objective.c.observe(state, seen)`` closes the step (``Objective.look`` for the first one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from robustcm.consistency import ConsistencyFunction, temporal_difference
+from robustcm.consistency import ConsistencyFunction, replayed_rng, temporal_difference
 from robustcm.couplers import Coupler, independent
 from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
+from robustcm.noise import NoiseRange
 from robustcm.randomness import step_generator
+from robustcm.robust import robust_distance
 from robustcm.scales import CSchedule, MeasuredC
 from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
 
@@ -61,17 +67,23 @@ def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
 
 
 class Batch(NamedTuple):
-    """What a step trains on: data, its noise, its pairs of levels."""
+    """What a step trains on: data, its noise, its pairs of levels, and what f is told beside them."""
 
     x: Tensor
     z: Tensor
     pairs: LevelPairs
+    conditions: Mapping[str, Any] = MappingProxyType({})
+    """Keyword arguments of f: labels, texts."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
         t_hi, t_lo, depth, num_levels = self.pairs
         x, z, t_hi, t_lo, depth = (v.to(device, non_blocking=True) for v in (self.x, self.z, t_hi, t_lo, depth))
-        return Batch(x, z, LevelPairs(t_hi, t_lo, depth, num_levels))
+        conditions = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self.conditions.items()
+        }
+        return Batch(x, z, LevelPairs(t_hi, t_lo, depth, num_levels), conditions)
 
 
 class Terms(NamedTuple):
@@ -91,8 +103,10 @@ class Terms(NamedTuple):
     """``[b, ...]``: the student's output, for diagnostics such as ``gradient_share``."""
     teacher: Tensor
     """``[b, ...]``, detached."""
+    seen: Tensor
+    """What this batch adds to the c schedule's state; summed over the micro-batches and ranks of a step."""
     state: Tensor
-    """The c schedule's state after this batch."""
+    """The c schedule's state after the step, if this batch was all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +131,11 @@ class Objective:
         """The state before the first step."""
         return self.c.init(device)
 
+    @property
+    def noise(self) -> NoiseRange:
+        """The range of the noise levels; f and sampler have to have the same."""
+        return getattr(self.levels, "noise", None) or NoiseRange()
+
     def prepare(
         self,
         x: Tensor,
@@ -126,6 +145,7 @@ class Objective:
         *,
         labels: Tensor | None = None,
         coupled: Tensor | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> Batch:
         """Levels and coupling for ``x [b, ...]`` (CPU).
 
@@ -133,29 +153,67 @@ class Objective:
             labels: ``[b]``, for couplers that need them.
             coupled: noise ``[b, ...]`` paired with ``x`` elsewhere, say in a pool of several batches; the coupler is
                 then not asked.
+            conditions: keyword arguments for f, such as ``{"class_labels": labels}``.
         """
-        pairs = self.levels(step, total_steps, draws.uniform)
-        if coupled is None:
-            if self.coupler is independent:
-                return Batch(x, draws.z, pairs)
-            coupled = draws.z[self.coupler(x, draws.z, labels=labels, generator=draws.generator)]
-        probability = self.gate(pairs.t_hi, step / total_steps)
-        return Batch(x, gated_noise(draws.z, coupled, probability, draws.gate), pairs)
+        pairs, z = self.levels(step, total_steps, draws.uniform), draws.z
+        if self.coupler is not independent or coupled is not None:
+            if coupled is None:
+                coupled = z[self.coupler(x, z, labels=labels, generator=draws.generator)]
+            z = gated_noise(z, coupled, self.gate(pairs.t_hi, step / total_steps), draws.gate)
+        return Batch(x, z, pairs, conditions or {})
 
-    def __call__(self, f: ConsistencyFunction, batch: Batch, state: Tensor) -> Terms:
-        """The loss of ``f`` on ``batch``, both on one device; no synchronisation."""
-        x, z, pairs = batch
-        student, teacher = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo)
-        r = sample_r2(student.detach(), teacher).sqrt()
-        state = self.c.observe(state, r, pairs)
-        c = self.c(state, pairs, x[0].numel())
-        distance = self.distance(student, teacher, c / norms_per_sample(self.distance, x) ** 0.5)
-        consistency = self.weight(pairs.t_hi, pairs.t_lo) * distance
-        extra = torch.zeros_like(r) if self.extra is None else self.extra(student, x, pairs)
-        return Terms((consistency + extra).mean(), consistency, extra, r, c, student, teacher, state)
+    def __call__(
+        self,
+        f: ConsistencyFunction,
+        batch: Batch,
+        state: Tensor,
+        *,
+        teacher: ConsistencyFunction | None = None,
+        seen: Tensor | None = None,
+    ) -> Terms:
+        """The loss of ``f`` on ``batch``, both on one device; no synchronisation.
 
+        Args:
+            state: of the c schedule, from before the step.
+            teacher: another function in the place of f, such as one of averaged weights.
+            seen: where ``batch`` is a part of a step: the counts of the whole (``look``); needed in the first only.
+        Raises:
+            ValueError: f is made for another range of noise levels.
+        """
+        self._check_range(f)
+        x, z, pairs, conditions = batch
+        student, target = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions)
+        found = robust_distance(
+            student,
+            target,
+            state,
+            depth=pairs.depth,
+            num_levels=pairs.num_levels,
+            distance=self.distance,
+            c=self.c,
+            seen=seen,
+        )
+        consistency = self.weight(pairs.t_hi, pairs.t_lo) * found.distance
+        extra = torch.zeros_like(found.r) if self.extra is None else self.extra(student, x, pairs)
+        after = self.c.observe(state, found.seen)
+        return Terms(
+            (consistency + extra).mean(), consistency, extra, found.r, found.c, student, target, found.seen, after
+        )
 
-def norms_per_sample(distance: Distance, x: Tensor) -> int:
-    """How many residual norms ``distance`` takes of one sample of ``x [b, ...]``: 1 unless it says otherwise."""
-    count = getattr(distance, "norms_per_sample", None)
-    return 1 if count is None else int(count(x.shape[1:]))
+    @torch.no_grad()
+    def look(self, f: ConsistencyFunction, batch: Batch, *, teacher: ConsistencyFunction | None = None) -> Tensor:
+        """What ``batch`` adds to the c schedule's state: for a first step in several micro-batches, a pass ahead."""
+        x, z, pairs, conditions = batch
+        with replayed_rng(x.device):
+            student, target = temporal_difference(
+                f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions
+            )
+        return self.c.count(sample_r2(student, target).sqrt(), pairs.depth, pairs.num_levels)
+
+    def _check_range(self, f: ConsistencyFunction) -> None:
+        made_for = getattr(f, "noise", None)
+        if isinstance(made_for, NoiseRange) and made_for != self.noise:
+            raise ValueError(
+                f"f is made for {made_for}, the levels are drawn from {self.noise}: give both the same, as in "
+                "Preconditioned(network, Preconditioning(noise=objective.noise))"
+            )

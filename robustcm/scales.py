@@ -1,11 +1,15 @@
 """The scale c of the robust distances (technique 4): constant, the authors' law, or measured from the residuals.
 
 A scale is a frozen dataclass. What it learns while training lives in a tensor the caller passes in and gets back
-(``[0]`` for the scales that learn nothing), so it can be checkpointed, all-reduced or thrown away::
+(``[0]`` for the scales that learn nothing), so it can be checkpointed or thrown away::
 
     state = scale.init(device)
-    state = scale.observe(state, r, pairs)        # r: [b] residual norms of this step; no synchronisation
-    c = scale(state, pairs, d)                    # a number, or [b]
+    seen = scale.count(r, depth, num_levels)               # r: [b] residual norms; no synchronisation
+    c = scale(state, seen, depth, num_levels, d)           # a number, or [b]
+    state = scale.observe(state, seen)                     # once an optimizer step
+
+c of a step comes from the state before it; only where nothing was observed yet, from the step's own ``seen``. What a
+step has seen is a sum: ``seen`` of its micro-batches and ranks are added, then observed together, once.
 
 c has the units of the residual norm r of a whole sample. d is the number of elements of a sample.
 """
@@ -20,7 +24,6 @@ import torch
 from torch import Tensor
 
 from robustcm.losses import Scale
-from robustcm.schedules import LevelPairs
 from robustcm.sketch import LogHistogram
 
 AUTHORS_D = 4096  # elements of the latents that the numbers of the paper and of the authors' code belong to
@@ -33,12 +36,24 @@ class CSchedule(Protocol):
         """The state before the first step."""
         ...
 
-    def observe(self, state: Tensor, r: Tensor, pairs: LevelPairs) -> Tensor:
-        """The state after seeing the residual norms ``r`` ``[b]`` of one step; ``state`` itself is not changed."""
+    def count(self, r: Tensor, depth: Tensor, num_levels: int) -> Tensor:
+        """What residual norms ``r [b]`` at ``depth [b]`` (0: largest noise, 1: smallest) of N levels add.
+
+        Adding these over micro-batches and ranks gives those of the whole step, exactly.
+        """
         ...
 
-    def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> Scale:
-        """c for each sample of the step: a number or ``[b]``."""
+    def observe(self, state: Tensor, seen: Tensor) -> Tensor:
+        """The state after a step in which ``seen`` was counted; ``state`` itself is not changed."""
+        ...
+
+    def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> Scale:
+        """c for each sample of the step: a number or ``[b]``.
+
+        Args:
+            state: from before the step.
+            seen: of this step, of use only in the first: where ``state`` has observed nothing.
+        """
         ...
 
 
@@ -51,7 +66,10 @@ class _NothingLearnt:
     def init(self, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(0, device=device)
 
-    def observe(self, state: Tensor, r: Tensor, pairs: LevelPairs) -> Tensor:
+    def count(self, r: Tensor, depth: Tensor, num_levels: int) -> Tensor:
+        return torch.zeros(0, device=r.device)
+
+    def observe(self, state: Tensor, seen: Tensor) -> Tensor:
         return state
 
 
@@ -67,7 +85,7 @@ class ConstantC(_NothingLearnt):
     def __post_init__(self) -> None:
         _positive("per_sqrt_d", self.per_sqrt_d)
 
-    def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> float:
+    def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> float:
         return self.per_sqrt_d * math.sqrt(d)
 
 
@@ -85,10 +103,10 @@ class PowerLawC(_NothingLearnt):
     constant_until: int = 11
     constant: ConstantC = ConstantC()
 
-    def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> float:
-        if pairs.num_levels <= self.constant_until:
-            return self.constant(state, pairs, d)
-        return math.exp(self.slope * math.log(pairs.num_levels - 1) + self.offset) * math.sqrt(d / AUTHORS_D)
+    def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> float:
+        if num_levels <= self.constant_until:
+            return self.constant(state, seen, depth, num_levels, d)
+        return math.exp(self.slope * math.log(num_levels - 1) + self.offset) * math.sqrt(d / AUTHORS_D)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +114,12 @@ class MeasuredC:
     """``c = multiple * quantile(r)``, measured while training over all levels (``bins = 1``) or per noise level.
 
     What is measured is r * (N - 1), which hardly moves when N doubles, in a ``LogHistogram`` for each of ``bins``
-    equal ranges of the levels' depth; old counts fade with ``halflife_steps``. The residuals of the present step are
-    in the measurement, so no first guess is needed. Deterministic, on the device, the state is the histogram.
+    equal ranges of the levels' depth; old counts fade with ``halflife_steps``. The first step measures its own
+    residuals, so no first guess is needed; a range nothing was seen in yet has the scale of all together. Residuals
+    that are not finite are not counted. Deterministic, on the device; the state is the histogram.
+
+    The state carries how many states it is the sum of, in its last column, and is read divided by that: summing the
+    state over ranks, as an all-reduce of everything would, changes nothing.
 
     Ours; the paper fits its law by hand once. In a prototype the median of r was about 25 / (N - 1) at
     d = 256, 36 to 450 times the authors' c.
@@ -120,19 +142,29 @@ class MeasuredC:
             raise ValueError(f"need 0 < q < 1 and bins >= 1, got q = {self.q}, bins = {self.bins}")
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
-        return self.histogram.empty(self.bins, device)
+        """``[bins, histogram.num_bins + 1]`` float64."""
+        return _with_copies(self.histogram.empty(self.bins, device))
 
-    def observe(self, state: Tensor, r: Tensor, pairs: LevelPairs) -> Tensor:
-        seen = self.histogram.count(r.detach() * (pairs.num_levels - 1), self._bin(pairs), self.bins)
+    def count(self, r: Tensor, depth: Tensor, num_levels: int) -> Tensor:
+        """``[bins, histogram.num_bins]`` float64: whole numbers, so sums of them are exact in any order."""
+        return self.histogram.count(r.detach() * (num_levels - 1), self._bin(depth), self.bins)
+
+    def observe(self, state: Tensor, seen: Tensor) -> Tensor:
         fade: float = 0.5 ** (1 / self.halflife_steps)
-        return state * fade + seen
+        return _with_copies(state[:, :-1] / state[:, -1:] * fade + seen)
 
-    def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> Tensor:
-        typical = self.histogram.quantile(state, self.q)
+    def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> Tensor:
+        counts = self.observe(state, seen)[:, :-1]
+        typical, pooled = (self.histogram.quantile(some, self.q) for some in (counts, counts.sum(0, keepdim=True)))
+        lacking = typical.isnan()  # nothing seen there yet
         if self.at_least_pooled:
-            pooled = self.histogram.quantile(state.sum(0, keepdim=True), self.q)
-            typical = torch.where(typical > pooled, typical, pooled)  # also where a level was never seen: NaN
-        return (self.multiple / (pairs.num_levels - 1) * typical).float()[self._bin(pairs)]
+            lacking = lacking | (typical < pooled)
+        typical = torch.where(lacking, pooled, typical)
+        return (self.multiple / (num_levels - 1) * typical).float()[self._bin(depth)]
 
-    def _bin(self, pairs: LevelPairs) -> Tensor:
-        return (pairs.depth * self.bins).long().clamp(0, self.bins - 1)
+    def _bin(self, depth: Tensor) -> Tensor:
+        return (depth * self.bins).long().clamp(0, self.bins - 1)
+
+
+def _with_copies(counts: Tensor) -> Tensor:
+    return torch.cat([counts, torch.ones_like(counts[:, :1])], 1)

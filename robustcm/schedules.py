@@ -16,40 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-SIGMA_MIN = 0.002  # Karras et al. 2022 (EDM), Table 1; kept by CM, iCT and sLCT.
-SIGMA_MAX = 80.0
-RHO = 7.0
-
-
-def karras_sigmas(
-    num_levels: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
-) -> Tensor:
-    """Noise levels ``[num_levels]``, float64, falling from exactly ``sigma_max`` to exactly ``sigma_min``.
-
-    Source: Karras et al. 2022, arXiv 2206.00364, Eq. (5); the order of the authors' code (checked).
-
-    Raises:
-        ValueError: fewer than two levels, or not 0 < sigma_min < sigma_max.
-    """
-    if num_levels < 2:
-        raise ValueError(f"num_levels must be at least 2 (a student and a teacher level), got {num_levels}")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    levels: Tensor = (high + ramp * (low - high)) ** rho
-    levels[0], levels[-1] = (
-        sigma_max,
-        sigma_min,
-    )  # the powers round; f(x, sigma_min) = x needs the exact value
-    return levels
-
-
-def karras_depth(t: Tensor, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Tensor:
-    """Where ``t`` lies on the Karras ramp: 0 at ``sigma_max``, 1 at ``sigma_min``, any shape (the ramp's inverse)."""
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    depth: Tensor = (t ** (1 / rho) - high) / (low - high)
-    return depth
+from robustcm.noise import NoiseRange
 
 
 class LevelPairs(NamedTuple):
@@ -167,6 +134,11 @@ class UniformLaw:
 class PairLaw(Protocol):
     """Gives every sample its pair of noise levels."""
 
+    @property
+    def noise(self) -> NoiseRange:
+        """The range the levels lie in."""
+        ...
+
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         """``uniform``: ``[b]`` in [0, 1), the caller's randomness."""
         ...
@@ -185,13 +157,11 @@ class LevelGrid:
 
     curriculum: Curriculum = DoublingCurriculum()
     law: LevelLaw = LognormalLaw()
-    sigma_min: float = SIGMA_MIN
-    sigma_max: float = SIGMA_MAX
-    rho: float = RHO
+    noise: NoiseRange = NoiseRange()
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         num_levels = self.curriculum(step, total_steps)
-        levels = karras_sigmas(num_levels, self.sigma_min, self.sigma_max, self.rho)
+        levels = self.noise.levels(num_levels)
         cdf = self.law(levels).cumsum(0)
         i = torch.searchsorted(cdf, uniform.double().cpu(), right=True).clamp(max=num_levels - 2)
         t_hi, t_lo, depth = (v.float().to(uniform.device) for v in (levels[i], levels[i + 1], i / num_levels))
@@ -199,7 +169,7 @@ class LevelGrid:
 
     def nearest(self, sigma: float, step: int, total_steps: int) -> float:
         """See ``PairLaw``."""
-        levels = karras_sigmas(self.curriculum(step, total_steps), self.sigma_min, self.sigma_max, self.rho)
+        levels = self.noise.levels(self.curriculum(step, total_steps))
         return float(levels[(levels.log() - math.log(sigma)).abs().argmin()])
 
 
@@ -220,9 +190,7 @@ class RatioLevels:
     b: float = 1.0
     p_mean: float = -1.1
     p_std: float = 2.0
-    sigma_min: float = SIGMA_MIN
-    sigma_max: float = SIGMA_MAX
-    rho: float = RHO
+    noise: NoiseRange = NoiseRange()
 
     def __post_init__(self) -> None:
         if not (self.q > 1 and self.stages >= 1 and self.p_std > 0):
@@ -231,17 +199,21 @@ class RatioLevels:
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         stage = min(step * self.stages // total_steps, self.stages - 1)
         # Truncated to the range of levels by squeezing the uniform number between the ends' quantiles.
-        low, high = (self._quantile_of(t) for t in (self.sigma_min * (1 + 1e-3), self.sigma_max))
+        low, high = (self._quantile_of(t) for t in (self._lowest, self.noise.sigma_max))
         t_hi = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + (high - low) * uniform.double()))
-        t_hi = t_hi.clamp(self.sigma_min * (1 + 1e-3), self.sigma_max)  # a quantile that rounds to 0 or 1 is infinite
+        t_hi = t_hi.clamp(self._lowest, self.noise.sigma_max)  # a quantile that rounds to 0 or 1 is infinite
         gap = (1 + self.k * torch.sigmoid(-self.b * t_hi)) / self.q ** (stage + 1)
-        t_lo = (t_hi * (1 - gap)).clamp(min=self.sigma_min)
-        depth = karras_depth(t_hi, self.sigma_min, self.sigma_max, self.rho)
+        t_lo = (t_hi * (1 - gap)).clamp(min=self.noise.sigma_min)
+        depth = self.noise.depth(t_hi)
         return LevelPairs(t_hi.float(), t_lo.float(), depth.clamp(0, 1).float(), self._num_levels(stage))
 
     def nearest(self, sigma: float, step: int, total_steps: int) -> float:
         """``sigma``, within the range of levels: all of them are trained at."""
-        return min(max(sigma, self.sigma_min), self.sigma_max)
+        return min(max(sigma, self.noise.sigma_min), self.noise.sigma_max)
+
+    @property
+    def _lowest(self) -> float:
+        return self.noise.sigma_min * (1 + 1e-3)  # a student level: strictly above the teacher's lowest
 
     def _quantile_of(self, t: float) -> float:
         return 0.5 * (1 + math.erf((math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)))
@@ -250,10 +222,8 @@ class RatioLevels:
         # At the median level, so that c schedules that depend on N have an honest equivalent.
         t = torch.tensor(math.exp(self.p_mean), dtype=torch.float64)
         gap = min(1.0, (1 + self.k * float(torch.sigmoid(-self.b * t))) / self.q ** (stage + 1))
-        low = (t * (1 - gap)).clamp(min=self.sigma_min)
-        step = karras_depth(low, self.sigma_min, self.sigma_max, self.rho) - karras_depth(
-            t, self.sigma_min, self.sigma_max, self.rho
-        )
+        low = (t * (1 - gap)).clamp(min=self.noise.sigma_min)
+        step = self.noise.depth(low) - self.noise.depth(t)
         return max(2, round(1 / float(step)) + 1)
 
 

@@ -69,14 +69,14 @@ class LogHistogram:
         """The counts ``[groups, num_bins]`` of these values alone; add them to what was counted before.
 
         Args:
-            values: ``[n]``, >= 0.
+            values: ``[n]``, >= 0; NaN and infinities are not counted.
             group: ``[n]`` int64 in ``0 .. groups - 1``; None puts all in group 0.
         """
         index = self.bins(values)
         if group is not None:
             index = index + group * self.num_bins
         counts = self.empty(groups, values.device)
-        counts.view(-1).index_add_(0, index.reshape(-1), torch.ones_like(index.reshape(-1), dtype=torch.float64))
+        counts.view(-1).index_add_(0, index.reshape(-1), values.isfinite().double().reshape(-1))
         return counts
 
     def quantile(self, counts: Tensor, q: float) -> Tensor:

@@ -102,7 +102,7 @@ def test_the_multiple_gives_the_advised_c_when_measured_in_training():
     r = torch.from_numpy(np.linalg.norm(td, axis=1))
     pairs = LevelGrid(curriculum=FixedCurriculum(num_levels=21))(0, 1, torch.rand(4000))
     scale = MeasuredC(multiple=a.multiple)
-    c = scale(scale.observe(scale.init(), r, pairs), pairs, D)
+    c = scale(scale.init(), scale.count(r, pairs.depth, pairs.num_levels), pairs.depth, pairs.num_levels, D)
     assert float(c[0]) == pytest.approx(a.c, rel=scale.histogram.relative_error + 0.01)
 
 

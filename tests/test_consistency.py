@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robustcm.consistency import Preconditioned, Preconditioning, add_noise, replayed_rng, sample, temporal_difference
-from robustcm.schedules import SIGMA_MAX, SIGMA_MIN, karras_sigmas
+from robustcm.noise import NoiseRange
 
 S = 0.4  # standard deviation of Gaussian data, whose consistency function is known
 
 
 def gaussian_f(x_t: Tensor, t: Tensor) -> Tensor:
     """The exact consistency function of data N(0, S^2)."""
-    return x_t * ((S**2 + SIGMA_MIN**2) / (S**2 + t**2)).sqrt().reshape(-1, *[1] * (x_t.dim() - 1))
+    return x_t * ((S**2 + NoiseRange().sigma_min ** 2) / (S**2 + t**2)).sqrt().reshape(-1, *[1] * (x_t.dim() - 1))
 
 
 class Net(nn.Module):
@@ -43,7 +43,7 @@ class Net(nn.Module):
     sigma_min=st.sampled_from([0.002, 0.001, 0.0123]),
 )
 def test_at_the_smallest_noise_f_is_the_identity_bit_exactly(dtype, x, sigma_data, sigma_min):
-    f = Preconditioned(Net(dtype=dtype), Preconditioning(sigma_data=sigma_data, sigma_min=sigma_min))
+    f = Preconditioned(Net(dtype=dtype), Preconditioning(sigma_data=sigma_data, noise=NoiseRange(sigma_min=sigma_min)))
     x = torch.tensor([x])
     assert torch.equal(f(x, torch.tensor([sigma_min])), x)
 
@@ -51,14 +51,14 @@ def test_at_the_smallest_noise_f_is_the_identity_bit_exactly(dtype, x, sigma_dat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("sigma_data", [0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.9])
 def test_coefficients_at_the_smallest_noise_are_one_and_zero_in_every_precision(sigma_data, dtype):
-    p, t = Preconditioning(sigma_data=sigma_data), torch.tensor([SIGMA_MIN], dtype=dtype)
+    p, t = Preconditioning(sigma_data=sigma_data), torch.tensor([NoiseRange().sigma_min], dtype=dtype)
     assert (p.c_skip(t).item(), p.c_out(t).item()) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 def test_coefficients_are_those_of_diffusers(sigma_data):
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=41, sigma_data=sigma_data, s_noise=1.0)
-    t = karras_sigmas(41)
+    t = NoiseRange().levels(41)
     p = Preconditioning(sigma_data=sigma_data)
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition(t)
     torch.testing.assert_close(p.c_skip(t), c_skip, rtol=1e-12, atol=0)
@@ -69,7 +69,7 @@ def test_coefficients_are_those_of_diffusers(sigma_data):
 
 
 def test_input_of_the_network_has_unit_variance_at_every_level(rng):
-    t = karras_sigmas(11).float().repeat_interleave(20_000)
+    t = NoiseRange().levels(11).float().repeat_interleave(20_000)
     x_t = add_noise(0.5 * torch.randn(220_000, 1, generator=rng), torch.randn(220_000, 1, generator=rng), t)
     seen = []
     Preconditioned(lambda x, c_noise: seen.append(x) or x)(x_t, t)
@@ -96,12 +96,23 @@ def test_conditions_reach_the_network():
     torch.testing.assert_close(y, torch.tensor([[2.0], [3.0]]).expand(2, 3))  # c_out -> sigma_data
 
 
-@pytest.mark.parametrize(
-    "t", [torch.tensor(1.0), torch.ones(1), torch.ones(3), torch.ones(2, 1)], ids=lambda t: str(t.shape)
-)
+@pytest.mark.parametrize("t", [torch.ones(1), torch.ones(3), torch.ones(1, 2)], ids=lambda t: str(t.shape))
 def test_one_noise_level_a_sample_is_demanded(t):
-    with pytest.raises(ValueError, match=r"t must be one noise level a sample, \[2\], got \["):
-        Preconditioned(Net())(torch.zeros(2, 6), t)
+    for call in (Preconditioned(Net()), lambda x, t: add_noise(x, x, t)):
+        with pytest.raises(ValueError, match=r"t must be one value a sample, \[2\], got \["):
+            call(torch.zeros(2, 6), t)
+
+
+@pytest.mark.parametrize("t", [torch.tensor(3.0), torch.full((2, 1), 3.0), torch.full((2, 1, 1, 1), 3.0)])
+def test_a_noise_level_with_axes_to_spare_means_what_it_says(t, rng):
+    x, net = torch.randn(2, 6, generator=rng), Preconditioned(Net())
+    assert torch.equal(net(x, t), net(x, torch.full((2,), 3.0)))
+    assert torch.equal(add_noise(x, x, t), 4 * x)
+
+
+def test_noise_that_would_broadcast_is_refused():
+    with pytest.raises(ValueError, match=r"x and z must have one shape \[b, \.\.\.\], got \(2, 3, 4\) and \(2, 1, 1\)"):
+        add_noise(torch.zeros(2, 3, 4), torch.zeros(2, 1, 1), torch.ones(2))
 
 
 def test_noise_is_added_sample_by_sample():
@@ -186,7 +197,7 @@ def test_a_block_of_replayed_randomness_leaves_no_trace(device):
 
 def test_one_step_is_f_at_the_largest_noise(rng):
     f, z = Preconditioned(Net()), torch.randn(3, 6, generator=rng)
-    assert torch.equal(sample(f, z), f(SIGMA_MAX * z, torch.full((3,), SIGMA_MAX)))
+    assert torch.equal(sample(f, z), f(NoiseRange().sigma_max * z, torch.full((3,), NoiseRange().sigma_max)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -209,7 +220,9 @@ def test_noise_that_comes_back_is_that_between_sigma_min_and_the_level():
         seen.append(x_t)
         return torch.zeros_like(x_t)
 
-    sample(f, torch.zeros(2, 3), sigmas=(80, 5), sigma_min=3, generator=torch.Generator().manual_seed(7))
+    sample(
+        f, torch.zeros(2, 3), sigmas=(80, 5), noise=NoiseRange(sigma_min=3), generator=torch.Generator().manual_seed(7)
+    )
     torch.testing.assert_close(seen[1], 4 * torch.randn(2, 3, generator=torch.Generator().manual_seed(7)))
 
 
@@ -242,7 +255,7 @@ def test_samples_are_those_of_diffusers_scheduler_around_the_same_network(indice
         for t in scheduler.timesteps:
             output = net(scheduler.scale_model_input(x, t), t.float().expand(3))
             x = scheduler.step(output, t, x, generator=generator).prev_sample
-    sigmas = karras_sigmas(40)[list(indices)].tolist()
+    sigmas = NoiseRange().levels(40)[list(indices)].tolist()
     ours = sample(Preconditioned(net), z, sigmas=sigmas, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
 
@@ -251,9 +264,9 @@ def test_samples_carry_no_graph():
     assert not sample(Preconditioned(Net()), torch.zeros(2, 6)).requires_grad
 
 
-@pytest.mark.parametrize("sigmas", [(), (1.0, 2.0), (2.0, 2.0), (80.0, 0.001)], ids=str)
-def test_levels_that_do_not_fall_or_lie_below_the_smallest_are_refused(sigmas):
-    with pytest.raises(ValueError, match=r"sigmas must fall and stay at or above sigma_min = 0\.002, got \["):
+@pytest.mark.parametrize("sigmas", [(), (1.0, 2.0), (2.0, 2.0), (80.0, 0.001), (90.0,), (float("nan"),)], ids=str)
+def test_levels_that_do_not_fall_or_lie_outside_the_range_are_refused(sigmas):
+    with pytest.raises(ValueError, match=r"sigmas must (fall|lie in sigma_min \.\. sigma_max = 0\.002 \.\. 80\.0)"):
         sample(gaussian_f, torch.zeros(1, 1), sigmas=sigmas, generator=torch.Generator())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
 
-COUPLERS = [independent, exact, Entropic(), Entropic(reg=1e-6), WithinClasses(), WithinClasses(Entropic())]
+COUPLERS = [independent, exact, Entropic(), Entropic(reg=1e-3), WithinClasses(), WithinClasses(Entropic())]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -141,7 +142,8 @@ def test_entropic_at_a_large_temperature_is_uniform_over_all_permutations():
 
 def test_entropic_draws_from_the_rows_of_the_plan_in_random_order_without_replacement():
     x, z = pair(3)
-    plan = (-cost_matrix(x, z) / cost_matrix(x, z).mean() / 0.3).exp().numpy()
+    inner = torch.einsum("iab,jab->ij", x - x.mean(0), z - z.mean(0)).double()
+    plan = (inner / inner.std(correction=0) / 0.3).exp().numpy()
     for _ in range(1000):  # Sinkhorn
         plan /= plan.sum(1, keepdims=True)
         plan /= plan.sum(0, keepdims=True)
@@ -153,7 +155,8 @@ def test_entropic_draws_from_the_rows_of_the_plan_in_random_order_without_replac
             chance *= plan[i, perm[i]] / plan[i, free].sum()
             free.remove(perm[i])
         law[perm] += chance
-    seen = frequencies(0.3, x, z, draws=1000)
+    rng, own = generator(), Entropic(reg=0.3, tolerance=1e-9).plan(x, z)
+    seen = Counter(tuple(own.draw(rng).tolist()) for _ in range(1000))
     assert scipy.stats.chisquare([seen[perm] for perm in perms], [1000 * law[perm] for perm in perms]).pvalue > 1e-3
 
 
@@ -163,10 +166,55 @@ def test_entropic_saves_less_the_warmer_it_is():
     assert float(coupling_gain(x, z, exact(x, z))) >= gains[0] > gains[1] > gains[2]
 
 
-def test_entropic_survives_a_plan_that_underflows():
-    x, z = pair(32)
-    perm = Entropic(reg=1e-9, max_iterations=5)(100 * x, z, generator=generator())
-    assert perm.sort().values.tolist() == list(range(32))
+@pytest.mark.parametrize("shift", [0.0, 10.0], ids=["centred", "mean 10"])
+@pytest.mark.parametrize("d", [2, 64, 4096])
+def test_entropic_at_one_temperature_means_the_same_at_every_size_and_mean(d, shift):
+    """At 0.1 it saves 0.89 to 0.94 of what exact saves, at 1 a third to a half."""
+    x, z = pair(64, shape=(d,))
+    best = float(coupling_gain(x, z, exact(x, z)))
+    for reg, low, high in ((0.1, 0.85, 0.97), (1.0, 0.25, 0.6)):
+        perm = Entropic(reg=reg)(3 * x + shift, z, generator=generator())
+        assert low < float(coupling_gain(x, z, perm)) / best < high
+
+
+@pytest.mark.parametrize("d", [2, 256])
+def test_entropic_reaches_exact_as_the_temperature_falls(d):
+    x, z = pair(32, shape=(d,))
+    best = float(coupling_gain(x, z, exact(x, z)))
+    saved = [
+        float(coupling_gain(x, z, Entropic(reg=reg, max_iterations=50_000)(x, z, generator=generator()))) / best
+        for reg in (0.3, 0.03, 0.003)
+    ]
+    assert saved == sorted(saved)
+    assert saved[-1] > 0.99
+
+
+def test_the_plan_says_how_far_it_got():
+    x, z = pair(64)
+    plan = Entropic(reg=0.1).plan(x, z)
+    assert (plan.converged, plan.error <= 0.01) == (True, True)
+    torch.testing.assert_close(torch.from_numpy(plan.weights.sum(1)), torch.full((64,), 1 / 64, dtype=torch.float64))
+    hasty = Entropic(reg=1e-4, max_iterations=20)
+    assert not hasty.plan(x, z).converged
+    assert hasty.plan(x, z).iterations <= 40
+    with pytest.warns(UserWarning, match="not converged after .* raise reg or max_iterations"):
+        perm = hasty(x, z, generator=generator())
+    assert perm.sort().values.tolist() == list(range(64))
+
+
+def test_entropic_pairs_samples_that_are_all_the_same():
+    x = torch.ones(8, 3)
+    assert Entropic()(x, x, generator=generator()).sort().values.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("coupler", COUPLERS, ids=name)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_values_that_are_not_finite_are_named_by_sample(coupler, value, which):
+    both = pair(9)
+    both[which][3, 0, 1] = both[which][7, 1, 2] = value
+    with pytest.raises(ValueError, match=f"{'xz'[which]} is NaN or infinite in sample 3, 7 of 9"):
+        coupler(*both, labels=torch.zeros(9, dtype=torch.int64), generator=generator())
 
 
 def test_entropic_needs_a_generator_and_a_temperature():

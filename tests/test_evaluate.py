@@ -23,8 +23,9 @@ from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import tile
 from reference_trainer.training.meters import LevelMeter, TailMeter
+from robustcm.noise import NoiseRange
 from robustcm.objective import Terms
-from robustcm.schedules import FixedCurriculum, LevelGrid, LevelPairs, karras_sigmas
+from robustcm.schedules import FixedCurriculum, LevelGrid, LevelPairs
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ def rows_of_a_run(steps: int = 3) -> list[dict]:
         student = torch.randn(64, 2, 2, 2, generator=generator) / 2**step
         r = student.flatten(1).norm(dim=1)
         depth = torch.arange(64) / 64
-        terms = Terms(r.mean(), 2 * r, 0 * r, r, 0.1, student, torch.zeros_like(student), torch.zeros(0))
+        terms = Terms(
+            r.mean(), 2 * r, 0 * r, r, 0.1, student, torch.zeros_like(student), torch.zeros(0), torch.zeros(0)
+        )
         pairs = LevelPairs(r, r, depth, 10 * 2**step + 1)
         meter, tails = LevelMeter(), TailMeter()
         cpu = torch.device("cpu")
@@ -157,7 +160,7 @@ def sampled_at(num_levels: int, recognised_at: float, evaluations: int, **option
 
 @given(num_levels=st.integers(20, 700), recognised_at=st.floats(0.01, 1000))
 def test_samples_are_drawn_at_levels_of_training_that_fall(num_levels: int, recognised_at: float):
-    levels = karras_sigmas(num_levels).tolist()
+    levels = NoiseRange().levels(num_levels).tolist()
     found = sampled_at(num_levels, recognised_at, 2)
     assert found[0] == 80
     assert found[1] in levels[1:]

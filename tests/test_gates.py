@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustcm.couplers import Entropic, WithinClasses, exact
 from robustcm.gates import (
     Above,
     AboveExplained,
@@ -16,9 +17,11 @@ from robustcm.gates import (
     Gate,
     ShareAbove,
     SoftAbove,
+    coupled_noise,
     everywhere,
     explained_below,
     gated_noise,
+    of_flow_time,
     recognisable_below,
 )
 
@@ -195,3 +198,62 @@ def test_the_gate_without_a_search_is_above_the_level_measured_and_refuses_befor
     assert AboveExplained(0.1).on(x) == Above(explained_below(x, 0.1))
     with pytest.raises(ValueError, match="has seen no data"):
         AboveExplained()(torch.ones(3), 0.0)
+
+
+# --- The whole technique in one call ---------------------------------------------------------------------------------
+
+
+def drawn(b: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Data, noise and levels on both sides of 1."""
+    x, z = torch.randn(2, b, 3, generator=generator(seed))
+    return x, z, torch.linspace(0.1, 3, b)
+
+
+def test_coupled_noise_is_the_coupled_above_the_gate_and_its_own_below():
+    x, z, t = drawn()
+    found, paired = coupled_noise(x, z, t), z[exact(x, z)]
+    assert torch.equal(found[t > 1], paired[t > 1])
+    assert torch.equal(found[t <= 1], z[t <= 1])
+    assert not torch.equal(found[t > 1], z[t > 1])
+
+
+@pytest.mark.parametrize("gate", [everywhere, Above(1.0), SoftAbove(1.0), AnnealedAbove(0.5, 5.0)])
+def test_a_gate_of_flow_time_is_that_of_its_sigma(gate: Gate):
+    flow = torch.linspace(0.01, 0.98, 40, dtype=torch.float64)
+    assert torch.equal(of_flow_time(gate)(flow, 0.3), gate(flow / (1 - flow), 0.3))
+
+
+def test_in_flow_time_the_same_samples_are_coupled_as_in_sigma():
+    x, z, t = drawn()
+    assert torch.equal(coupled_noise(x, z, t / (1 + t), gate=of_flow_time(Above(1.01))), coupled_noise(x, z, t))
+
+
+def test_a_gate_of_chance_asks_for_the_chance():
+    x, z, t = drawn()
+    with pytest.raises(ValueError, match=r"leaves it to chance who is coupled: pass uniform, \[32\] in \[0, 1\)"):
+        coupled_noise(x, z, t, gate=SoftAbove(1.0))
+    uniform = torch.rand(32, generator=generator())
+    found, paired = coupled_noise(x, z, t, gate=SoftAbove(1.0), uniform=uniform), z[exact(x, z)]
+    takes = uniform < SoftAbove(1.0)(t, 0.0)
+    assert torch.equal(found, torch.where(takes[:, None], paired, z))
+
+
+def test_labels_and_generator_reach_the_coupler():
+    x, z, t = drawn()
+    labels = torch.arange(32) % 3
+    found = coupled_noise(x, z, t, WithinClasses(), everywhere, labels=labels)
+    assert torch.equal(found, z[WithinClasses()(x, z, labels=labels)])
+    drawing = coupled_noise(x, z, t, Entropic(reg=1.0), everywhere, generator=generator(3))
+    assert torch.equal(drawing, z[Entropic(reg=1.0)(x, z, generator=generator(3))])
+
+
+@pytest.mark.parametrize("t", [torch.ones(32, 2), torch.ones(3)], ids=lambda t: str(t.shape))
+def test_levels_that_are_not_one_a_sample_are_refused(t):
+    x, z, _ = drawn()
+    with pytest.raises(ValueError, match=r"t must be one value a sample, \[32\], got"):
+        coupled_noise(x, z, t)
+
+
+def test_levels_with_axes_to_spare_mean_what_they_say():
+    x, z, t = drawn()
+    assert torch.equal(coupled_noise(x, z, t[:, None, None]), coupled_noise(x, z, t))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from robustcm.consistency import Preconditioned, add_noise
+from robustcm.consistency import Preconditioned, add_noise, temporal_difference
 from robustcm.couplers import WithinClasses, exact
 from robustcm.early import EarlyDiffusion
 from robustcm.gates import Above
@@ -119,7 +119,7 @@ def test_labels_reach_the_coupler():
 def test_loss_is_the_mean_of_weight_times_distance_plus_extra():
     objective = Objective(distance=pseudo_huber, c=ConstantC(per_sqrt_d=0.1), extra=EarlyDiffusion(weight=3, start=0.5))
     f = Preconditioned(Net())
-    terms, (x, z, pairs) = terms_of(objective, f)
+    terms, (x, z, pairs, _) = terms_of(objective, f)
     student = f(add_noise(x, z, pairs.t_hi), pairs.t_hi)
     teacher = f(add_noise(x, z, pairs.t_lo), pairs.t_lo)
     torch.testing.assert_close(terms.student, student)
@@ -144,16 +144,18 @@ def test_state_of_the_scale_is_handed_on_and_the_old_one_left_alone():
     state = objective.init()
     batch = objective.prepare(data(), draw(0, 0, SHAPE), 0, 100)
     terms = objective(Preconditioned(Net()), batch, state)
-    assert not state.any()
-    assert torch.equal(terms.state, objective.c.observe(state, terms.r, batch.pairs))
-    assert torch.equal(terms.c, objective.c(terms.state, batch.pairs, 2))
+    assert torch.equal(state, objective.init())
+    depth, n = batch.pairs.depth, batch.pairs.num_levels
+    assert torch.equal(terms.seen, objective.c.count(terms.r, depth, n))
+    assert torch.equal(terms.state, objective.c.observe(state, terms.seen))
+    assert torch.equal(terms.c, objective.c(state, terms.seen, depth, n, 2))
 
 
 @pytest.mark.parametrize("c", [MeasuredC(), MeasuredC(bins=4), ConstantC()], ids=["measured", "per-level", "constant"])
 def test_loss_never_waits_for_a_value_on_the_device(c):
     """Fake tensors have shapes and no values: whatever asks for one, as ``item`` and boolean masks do, raises."""
     objective = Objective(c=c, extra=EarlyDiffusion())
-    x, z, pairs = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
+    x, z, pairs, _ = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
     with FakeTensorMode() as fake:
         x, z, state, *levels = (fake.from_tensor(v) for v in (x, z, objective.init(), *pairs[:3]))
         terms = objective(lambda x_t, t: x_t * t[:, None], Batch(x, z, LevelPairs(*levels, pairs.num_levels)), state)
@@ -165,7 +167,7 @@ def test_loss_never_waits_for_a_value_on_the_device(c):
 def test_slices_of_the_global_batch_give_each_sample_the_same_loss(ranks):
     objective = Objective(c=ConstantC(), coupler=exact, extra=EarlyDiffusion())
     f = Preconditioned(Net())
-    whole, (x, z, pairs) = terms_of(objective, f)
+    whole, (x, z, pairs, _) = terms_of(objective, f)
     parts = []
     for rank in range(ranks):
         mine = slice(8 // ranks * rank, 8 // ranks * (rank + 1))
@@ -174,6 +176,82 @@ def test_slices_of_the_global_batch_give_each_sample_the_same_loss(ranks):
     torch.testing.assert_close(torch.cat([p.consistency for p in parts]), whole.consistency, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([p.extra for p in parts]), whole.extra, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack([p.loss for p in parts]).mean(), whole.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_the_same_step_in_any_number_of_micro_batches(parts):
+    """c, loss and gradient of the first steps, with ``look`` ahead of the very first."""
+    objective = Objective(c=MeasuredC(bins=4), coupler=exact, gate=Above(1.0))
+    whole, pieces = Preconditioned(Net()), Preconditioned(Net())
+    state = other = objective.init()
+    for step in range(3):
+        batch = objective.prepare(data(step), draw(0, step, SHAPE), step, 100)
+        terms = objective(whole, batch, state)
+        terms.loss.backward()
+        parted = [
+            Batch(batch.x[i], batch.z[i], LevelPairs(*(v[i] for v in batch.pairs[:3]), batch.pairs.num_levels))
+            for i in torch.arange(8).chunk(parts)
+        ]
+        ahead = sum(objective.look(pieces, part) for part in parted)
+        found = [objective(pieces, part, other, seen=ahead) for part in parted]
+        (sum(f.loss for f in found) / parts).backward()
+        assert torch.equal(torch.cat([f.c for f in found]), terms.c)
+        state, other = terms.state, objective.c.observe(other, sum(f.seen for f in found))
+        assert torch.equal(state, other)
+    for a, b in zip(whole.network.parameters(), pieces.network.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_conditions_reach_student_and_teacher():
+    told = []
+
+    def f(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        told.append(labels.tolist())
+        return x_t
+
+    batch = Objective().prepare(data(), draw(0, 5, SHAPE), 5, 100, conditions={"labels": torch.arange(8)})
+    Objective()(f, batch.to("cpu"), Objective().init())
+    assert told == [list(range(8))] * 2
+
+
+def test_the_teacher_may_be_another_function_and_gets_no_gradient():
+    f, slow = Preconditioned(Net()), Net()
+    terms, batch = terms_of(Objective(), f)
+    found = Objective()(f, batch, Objective().init(), teacher=Preconditioned(slow))
+    x_lo = add_noise(batch.x, batch.z, batch.pairs.t_lo)
+    assert torch.equal(found.teacher, Preconditioned(slow)(x_lo, batch.pairs.t_lo))
+    assert torch.equal(found.student, terms.student)
+    found.loss.backward()
+    assert all(p.grad is None for p in slow.parameters())
+
+
+def test_the_whole_objective_compiles_as_one_graph():
+    objective = Objective(c=MeasuredC(bins=4), extra=EarlyDiffusion())
+    f = Preconditioned(Net())
+    batch = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
+
+    def loss(x: Tensor, z: Tensor, t_hi: Tensor, t_lo: Tensor, depth: Tensor, state: Tensor):
+        pairs = LevelPairs(t_hi, t_lo, depth, batch.pairs.num_levels)
+        terms = objective(f, Batch(x, z, pairs), state)
+        return terms.loss, terms.state
+
+    arguments = (batch.x, batch.z, *batch.pairs[:3], objective.init())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments)
+    for a, b in zip(compiled, loss(*arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_inside_a_compiled_objective_is_refused_and_a_compiled_network_shares_its_mask():
+    objective, net = Objective(), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    batch = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
+    f = Preconditioned(lambda x, c_noise: compiled(x))
+    compiled = torch.compile(net, backend="aot_eager")
+    same = torch.full((8,), 3.0)
+    student, teacher = temporal_difference(f, batch.x, batch.z, same, same)
+    assert torch.equal(student, teacher)
+    whole = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="compile the network alone"):
+        whole(Preconditioned(net), batch, objective.init())
 
 
 def test_a_batch_moves_whole(device):
@@ -193,10 +271,13 @@ class TwoC:
     def init(self, device=None) -> Tensor:
         return torch.zeros(1)
 
-    def observe(self, state: Tensor, r: Tensor, pairs: LevelPairs) -> Tensor:
-        return state + 1
+    def count(self, r: Tensor, depth: Tensor, num_levels: int) -> Tensor:
+        return torch.ones(1)
 
-    def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> float:
+    def observe(self, state: Tensor, seen: Tensor) -> Tensor:
+        return state + seen
+
+    def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> float:
         return float(d + state)
 
 
@@ -215,7 +296,7 @@ def test_any_distance_will_do():
 
 def test_any_scale_will_do():
     terms, _ = terms_of(Objective(c=TwoC()))
-    assert (terms.c, terms.state) == (3, 1)
+    assert (terms.c, terms.state) == (2, 1)
 
 
 def test_any_law_of_levels_will_do():

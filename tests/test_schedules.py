@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from diffusers import CMStochasticIterativeScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustcm.noise import NoiseRange
 from robustcm.schedules import (
-    SIGMA_MAX,
-    SIGMA_MIN,
     BoundedInverseGap,
     DoublingCurriculum,
     FixedCurriculum,
@@ -26,8 +24,6 @@ from robustcm.schedules import (
     UniformLaw,
     equal_weight,
     inverse_gap,
-    karras_depth,
-    karras_sigmas,
 )
 
 STAGES = [11, 21, 41, 81, 161, 321, 641]
@@ -38,50 +34,6 @@ UNIFORM = st.one_of(st.sampled_from([0.0, JUST_BELOW_ONE]), st.floats(0, JUST_BE
 
 def uniform_numbers(n: int) -> torch.Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-# --- Karras levels ---------------------------------------------------------------------------------------------------
-
-
-@given(
-    num_levels=st.integers(2, 1000), sigma_min=st.floats(1e-4, 0.1), sigma_max=st.floats(1, 200), rho=st.floats(1, 10)
-)
-def test_levels_fall_strictly_between_ends_that_are_exact(num_levels, sigma_min, sigma_max, rho):
-    levels = karras_sigmas(num_levels, sigma_min, sigma_max, rho)
-    assert levels.shape == (num_levels,)
-    assert levels.dtype == torch.float64
-    assert (levels[0].item(), levels[-1].item()) == (sigma_max, sigma_min)
-    assert (levels.diff() < 0).all()
-
-
-@pytest.mark.parametrize("num_levels", [2, *STAGES])
-def test_levels_are_those_of_diffusers(num_levels):
-    theirs = CMStochasticIterativeScheduler(num_train_timesteps=num_levels).sigmas
-    torch.testing.assert_close(karras_sigmas(num_levels), theirs, rtol=1e-12, atol=0)
-
-
-def test_two_levels_of_a_table():
-    # (80^(1/7) + 0.002^(1/7))^7 / 2^7, by hand
-    assert karras_sigmas(3)[1].item() == pytest.approx(2.5152, abs=1e-4)
-
-
-@given(num_levels=st.integers(2, 1000), rho=st.floats(1, 10))
-def test_depth_is_the_inverse_of_the_ramp(num_levels, rho):
-    depth = karras_depth(karras_sigmas(num_levels, rho=rho), rho=rho)
-    torch.testing.assert_close(depth, torch.linspace(0, 1, num_levels, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1,), "num_levels must be at least 2 .*, got 1"),
-        ((5, 0.0), "need 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
-        ((5, 3.0, 2.0), "need 0 < sigma_min < sigma_max, got 3.0 and 2.0"),
-    ],
-)
-def test_levels_that_cannot_be_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        karras_sigmas(*arguments)
 
 
 # --- Curricula -------------------------------------------------------------------------------------------------------
@@ -137,7 +89,7 @@ def test_parameters_that_cannot_be_are_refused(build, message):
 @pytest.mark.parametrize("num_levels", STAGES)
 @pytest.mark.parametrize(("p_mean", "p_std"), [(-1.1, 2.0), (0.4, 0.7)])
 def test_lognormal_law_is_scipys_mass_between_neighbouring_levels(num_levels, p_mean, p_std):
-    levels = karras_sigmas(num_levels)
+    levels = NoiseRange().levels(num_levels)
     cdf = scipy.stats.lognorm(s=p_std, scale=math.exp(p_mean)).cdf(levels.numpy())
     expected = -np.diff(cdf) / (cdf[0] - cdf[-1])
     ours = LognormalLaw(p_mean=p_mean, p_std=p_std)(levels).numpy()
@@ -146,7 +98,7 @@ def test_lognormal_law_is_scipys_mass_between_neighbouring_levels(num_levels, p_
 
 @pytest.mark.parametrize("law", [LognormalLaw(), UniformLaw()], ids=repr)
 def test_sampled_levels_have_the_frequencies_of_the_law(law):
-    levels = karras_sigmas(21)
+    levels = NoiseRange().levels(21)
     grid = LevelGrid(curriculum=FixedCurriculum(num_levels=21), law=law)
     pairs = grid(0, 1, uniform_numbers(100_000))
     index = torch.round(pairs.depth * 21).long()
@@ -161,7 +113,7 @@ def test_pairs_are_neighbours_of_the_current_grid(uniform, step, law):
     grid = LevelGrid(law=law)
     pairs = grid(step, 100, torch.tensor(uniform, dtype=torch.float64))
     assert pairs.num_levels == DoublingCurriculum()(step, 100)
-    levels = karras_sigmas(pairs.num_levels).float()
+    levels = NoiseRange().levels(pairs.num_levels).float()
     index = torch.round(pairs.depth * pairs.num_levels).long()
     assert torch.equal(pairs.t_hi, levels[index])
     assert torch.equal(pairs.t_lo, levels[index + 1])
@@ -181,8 +133,8 @@ def test_a_pair_without_mass_is_never_drawn_whatever_the_uniform_number():
 def test_larger_uniform_numbers_give_smaller_noise():
     pairs = LevelGrid()(0, 1, torch.linspace(0, JUST_BELOW_ONE, 1000, dtype=torch.float64))
     assert (pairs.t_hi.diff() <= 0).all()
-    assert pairs.t_hi[0] == SIGMA_MAX
-    assert pairs.t_lo[-1] == torch.tensor(SIGMA_MIN)
+    assert pairs.t_hi[0] == NoiseRange().sigma_max
+    assert pairs.t_lo[-1] == torch.tensor(NoiseRange().sigma_min)
 
 
 # --- Ratio levels ----------------------------------------------------------------------------------------------------
@@ -192,14 +144,14 @@ def test_larger_uniform_numbers_give_smaller_noise():
 def test_ratio_levels_lie_in_the_range_with_the_teacher_below_the_student(uniform, step, p_mean, p_std, q):
     levels = RatioLevels(p_mean=p_mean, p_std=p_std, q=q)
     t_hi, t_lo, depth, num_levels = levels(step, 800, torch.tensor([uniform], dtype=torch.float64))
-    assert torch.tensor(SIGMA_MIN) <= t_lo < t_hi <= SIGMA_MAX
+    assert torch.tensor(NoiseRange().sigma_min) <= t_lo < t_hi <= NoiseRange().sigma_max
     assert 0 <= depth < 1
     assert num_levels >= 2
 
 
 def test_student_levels_of_ratio_levels_are_lognormal_within_the_range():
     t_hi = RatioLevels()(0, 1, uniform_numbers(20_000)).t_hi.double()
-    ends = [(math.log(t) + 1.1) / 2.0 for t in (SIGMA_MIN, SIGMA_MAX)]
+    ends = [(math.log(t) + 1.1) / 2.0 for t in (NoiseRange().sigma_min, NoiseRange().sigma_max)]
     law = scipy.stats.truncnorm(*ends, loc=-1.1, scale=2.0)
     assert scipy.stats.kstest(t_hi.log().numpy(), law.cdf).pvalue > 1e-3
 
@@ -221,7 +173,7 @@ def test_number_of_levels_of_ratio_levels_is_that_of_a_grid_as_fine_at_the_media
     for k in range(3, 8):
         num_levels = RatioLevels()(k, 8, torch.tensor([0.5])).num_levels
         median, gap = math.exp(-1.1), (1 + 8 / (1 + math.exp(math.exp(-1.1)))) / 2 ** (k + 1)
-        grid = karras_sigmas(num_levels)
+        grid = NoiseRange().levels(num_levels)
         i = int((grid > median).sum()) - 1
         assert float(grid[i] - grid[i + 1]) == pytest.approx(median * gap, rel=0.25)
 
@@ -253,7 +205,7 @@ def test_bounded_inverse_gap_bounds_what_inverse_gap_does_not():
 @given(sigma=st.floats(1e-3, 100), step=st.integers(0, 99))
 def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
     grid = LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40))
-    levels = karras_sigmas(grid.curriculum(step, 100)).tolist()
+    levels = NoiseRange().levels(grid.curriculum(step, 100)).tolist()
     found = grid.nearest(sigma, step, 100)
     assert found in levels
     assert all(abs(math.log(found / sigma)) <= abs(math.log(t / sigma)) for t in levels)

@@ -82,7 +82,13 @@ def test_values_outside_the_range_count_in_the_end_bins():
     histogram = LogHistogram(smallest=1e-3, largest=1e3)
     last = histogram.num_bins - 1
     assert histogram.bins(doubles([0.0, 1e-9, 1e9, math.inf])).tolist() == [0, 0, last, last]
-    assert histogram.count(doubles([0.0, 1e-9, 1e9, math.inf])).sum() == 4
+    assert histogram.count(doubles([0.0, 1e-9, 1e9])).sum() == 3
+
+
+def test_what_is_not_finite_is_not_counted():
+    histogram = LogHistogram()
+    counts = histogram.count(doubles([1.0, math.nan, math.inf, 2.0]), torch.tensor([0, 1, 1, 1]), groups=2)
+    assert counts.sum(1).tolist() == [1, 1]
 
 
 def test_a_scaled_histogram_has_the_same_quantiles(rng):

@@ -17,7 +17,6 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.files import write_atomically
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.state import TrainState
-from robustcm.consistency import Preconditioned
 
 
 def steps_within(
@@ -59,7 +58,7 @@ def _steps(config: TrainConfig, latents: Tensor, device: torch.device) -> Iterat
     """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
     ch, h, w = latents.shape[1:]
     state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents)
-    f = Preconditioned(state.network.train())
+    f = config.preconditioned(state.network.train())
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)
         terms.loss.backward()

@@ -24,7 +24,6 @@ from reference_trainer.training.batches import Batches
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
-from robustcm.consistency import Preconditioned
 
 
 def train(
@@ -52,8 +51,9 @@ def train(
     if found := run.latest_checkpoint():
         state.restore(*found)
     run.keep_rows_until(state.step)
-    objective, meter, tail_meter = config.objective, LevelMeter(), TailMeter()
-    f = Preconditioned(state.network.train())
+    objective = config.objective
+    meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
+    f = config.preconditioned(state.network.train())
 
     with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
         while state.step < config.steps:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustcm.noise import NoiseRange
 from robustcm.objective import Terms
-from robustcm.schedules import RHO, SIGMA_MAX, SIGMA_MIN, LevelPairs
+from robustcm.schedules import LevelPairs
 from robustcm.tails import TailStream
 
 
@@ -20,6 +21,7 @@ class LevelMeter:
 
     bins: int = 12
     """Equal ranges of depth on the Karras ramp, from sigma_max to sigma_min."""
+    noise: NoiseRange = NoiseRange()
 
     QUANTITIES = ("samples", "consistency", "extra", "r")
 
@@ -42,7 +44,7 @@ class LevelMeter:
             name: [float(s / n) if n > 0 else None for n, s in sums[:, [0, i]]]
             for i, name in enumerate(self.QUANTITIES[1:], 1)
         }
-        return {**mean, "by_level": {"sigma": level_centres(self.bins), **by_level}}
+        return {**mean, "by_level": {"sigma": level_centres(self.bins, self.noise), **by_level}}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TailMeter:
     """
 
     bins: int = 12
+    noise: NoiseRange = NoiseRange()
 
     @cached_property
     def stream(self) -> TailStream:
@@ -70,7 +73,7 @@ class TailMeter:
         """Per bin: quartiles, IQR, shares beyond the inner and outer fences, max |z|; None where nothing fell."""
         boxes = [box.as_dict() for box in self.stream.statistics(state)]
         names = ("q1", "median", "q3", "iqr", "beyond_inner", "beyond_outer", "max_z")
-        return {"sigma": level_centres(self.bins)} | {name: [box[name] for box in boxes] for name in names}
+        return {"sigma": level_centres(self.bins, self.noise)} | {name: [box[name] for box in boxes] for name in names}
 
 
 def level_bin(pairs: LevelPairs, bins: int) -> Tensor:
@@ -78,7 +81,7 @@ def level_bin(pairs: LevelPairs, bins: int) -> Tensor:
     return (pairs.depth * bins).long().clamp(0, bins - 1)
 
 
-def level_centres(bins: int) -> list[float]:
+def level_centres(bins: int, noise: NoiseRange) -> list[float]:
     """The noise level in the middle of each of ``bins`` equal ranges of depth."""
-    high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-    return [(high + (i + 0.5) / bins * (low - high)) ** RHO for i in range(bins)]
+    centres: list[float] = noise.at((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).tolist()
+    return centres

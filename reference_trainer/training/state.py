@@ -110,7 +110,12 @@ class TrainState:
                     state[index] = moments
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
             for name in self._LOOSE:
-                setattr(self, name, tensors[name].to(getattr(self, name).device))
+                expected = getattr(self, name)
+                if tensors[name].shape != expected.shape:
+                    raise RuntimeError(
+                        f"{name} has the shape {tuple(tensors[name].shape)}, this version's is {tuple(expected.shape)}"
+                    )
+                setattr(self, name, tensors[name].to(expected.device))
         except (RuntimeError, KeyError) as error:
             raise UserError(f"the checkpoint of step {step} does not fit this network: {error}") from error
         self.step = step

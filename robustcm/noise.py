@@ -1,0 +1,86 @@
+"""The range of noise levels that grid, preconditioning, sampler and plots share, and the axes t can be measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Axis: TypeAlias = Callable[[Tensor], Tensor]
+"""``axis(t [b]) -> depth [b]``: 0 at the largest noise, 1 at the smallest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseRange:
+    """Noise levels from ``sigma_max`` down to ``sigma_min``, in units of the data (std sigma_data = 0.5).
+
+    ``f(x, sigma_min) = x``, sampling starts at ``sigma_max``, and between the two lies Karras' ramp of equal steps in
+    ``sigma^(1 / rho)``. A ``depth`` is a place on that ramp: 0 at ``sigma_max``, 1 at ``sigma_min``.
+
+    Source: Karras et al. 2022 (EDM), arXiv 2206.00364, Table 1 and Eq. (5); kept by CM, iCT, sLCT (checked).
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
+            raise ValueError(f"need 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.rho < float("inf"):
+            raise ValueError(f"rho must be positive, got {self.rho}")
+
+    def levels(self, num_levels: int) -> Tensor:
+        """``[num_levels]``, float64, falling from exactly ``sigma_max`` to exactly ``sigma_min``.
+
+        Raises:
+            ValueError: fewer than two levels.
+        """
+        if num_levels < 2:
+            raise ValueError(f"num_levels must be at least 2 (a student and a teacher level), got {num_levels}")
+        levels: Tensor = self.at(torch.linspace(0, 1, num_levels, dtype=torch.float64))
+        levels[0], levels[-1] = self.sigma_max, self.sigma_min  # the powers round; f(x, sigma_min) = x needs it exact
+        return levels
+
+    def at(self, depth: Tensor) -> Tensor:
+        """The level at ``depth``, any shape."""
+        high, low = self._ends
+        level: Tensor = (high + depth * (low - high)) ** self.rho
+        return level
+
+    def depth(self, t: Tensor) -> Tensor:
+        """Where ``t`` lies on the ramp, any shape: the inverse of ``at``, and an ``Axis`` for t in sigma."""
+        high, low = self._ends
+        depth: Tensor = (t ** (1 / self.rho) - high) / (low - high)
+        return depth
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+
+
+def flow_time(t: Tensor) -> Tensor:
+    """The ``Axis`` of flow matching, ``x_t = (1 - t) x + t z``: 1 is pure noise, so depth is ``1 - t``."""
+    return 1 - t
+
+
+@dataclass(frozen=True)
+class TimestepIndex:
+    """The ``Axis`` of an index 0 .. num_timesteps - 1 of a diffusion schedule, 0 the least noise (DDPM, diffusers)."""
+
+    num_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return 1 - (t + 0.5) / self.num_timesteps
+
+
+def sigma_of_flow_time(t: Tensor) -> Tensor:
+    """``t / (1 - t)``: x_t = (1 - t) x + t z is ``(1 - t)`` times data with noise of this level."""
+    return t / (1 - t)

@@ -1,0 +1,198 @@
+"""The robust distance with its measured scale, for a training loop of one's own: as a function, and as a module.
+
+::
+
+    robust = RobustLoss(cauchy)                                # once
+    loss = (weight * robust(prediction, target)).mean()        # in the place of mse_loss
+
+``robust_distance`` is the function underneath: state in, state out, nothing ambient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustcm.losses import Distance, Scale, cauchy, sample_r2
+from robustcm.noise import Axis
+from robustcm.scales import CSchedule, MeasuredC
+from robustcm.shapes import one_a_sample
+
+
+class Measured(NamedTuple):
+    """What ``robust_distance`` gives for one batch."""
+
+    distance: Tensor
+    """``[b]``; carries the gradient."""
+    r: Tensor
+    """``[b]``: residual norm of each whole sample, detached."""
+    c: Scale
+    """The scale, in units of r."""
+    seen: Tensor
+    """What this batch adds to the scale's state: to be summed over the step, then observed once."""
+
+
+def robust_distance(
+    student: Tensor,
+    teacher: Tensor,
+    state: Tensor,
+    *,
+    depth: Tensor,
+    num_levels: int = 2,
+    distance: Distance = cauchy,
+    c: CSchedule = MeasuredC(),  # noqa: B008 (frozen)
+    seen: Tensor | None = None,
+) -> Measured:
+    """The distance of each sample at the scale c its state says; nothing here waits for the device.
+
+    Args:
+        student, teacher: ``[b, ...]``; the gradient goes to the student if the teacher has none.
+        state: of ``c``, from before the step.
+        depth: ``[b]`` in [0, 1], 0 at the largest noise, 1 at the smallest.
+        num_levels: N of the present stage; residuals are expected to shrink like 1 / (N - 1).
+        distance: a ``PerToken`` or ``PerElement`` is given c divided by the root of its norms a sample, the scale of
+            one of them where the residual is spread evenly.
+        seen: counts of the whole step, where this batch is a part of it; used only while ``state`` is empty.
+    """
+    r = sample_r2(student.detach(), teacher.detach()).sqrt()
+    own = c.count(r, depth, num_levels)
+    scale = c(state, own if seen is None else seen, depth, num_levels, student[0].numel())
+    return Measured(_at(scale, distance, student, teacher), r, scale, own)
+
+
+def _at(c: Scale, distance: Distance, student: Tensor, teacher: Tensor) -> Tensor:
+    return distance(student, teacher, c / norms_per_sample(distance, student) ** 0.5)
+
+
+def norms_per_sample(distance: Distance, x: Tensor) -> int:
+    """How many residual norms ``distance`` takes of one sample of ``x [b, ...]``: 1 unless it says otherwise."""
+    count = getattr(distance, "norms_per_sample", None)
+    return 1 if count is None else int(count(x.shape[1:]))
+
+
+class RobustLoss(nn.Module):
+    """A robust distance whose scale c follows the residuals; the state is in buffers, so it is saved and moved along.
+
+    ::
+
+        robust = RobustLoss(cauchy)
+        loss = robust(student, teacher).mean()
+
+    Every call in training mode counts its residuals; behind ``accumulation`` calls, one optimizer step, they are
+    observed together, once. So c of a step comes from the steps before it. (In the first step there are none: there
+    every call takes c from its own residuals and those of the calls before it; ``look`` at all micro-batches first
+    where even that step has to be the same for any number of them.) In eval mode nothing is observed.
+
+    Args:
+        distance: of ``robustcm.losses``, or any ``distance(student, teacher, c) -> [b]``.
+        c: how c follows; ``MeasuredC(bins=8)`` with an ``axis`` has a c for each of 8 ranges of noise levels.
+        axis: what ``t`` is measured on: ``NoiseRange().depth`` for sigma, ``flow_time``, ``TimestepIndex(1000)``.
+        accumulation: micro-batches (calls) an optimizer step.
+        group: a process group (``torch.distributed.group.WORLD``): residuals of all its ranks are counted, so c is
+            the same on each. None: this process alone.
+    """
+
+    state: Tensor
+    """Of ``c``."""
+    pending: Tensor
+    """Counted since the last optimizer step."""
+    first: Tensor
+    """Counted by ``look``."""
+    calls: Tensor
+    """int64, 0-dim: in training mode."""
+
+    def __init__(
+        self,
+        distance: Distance = cauchy,
+        c: CSchedule = MeasuredC(),  # noqa: B008 (frozen)
+        *,
+        axis: Axis | None = None,
+        accumulation: int = 1,
+        group: Any = None,
+    ) -> None:
+        super().__init__()
+        if accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1 call an optimizer step, got {accumulation}")
+        bins = getattr(c, "bins", 1)
+        if bins > 1 and axis is None:
+            raise ValueError(
+                f"{bins} ranges of noise levels need an axis: NoiseRange().depth for sigma, flow_time, or "
+                "TimestepIndex(num_timesteps)"
+            )
+        self.distance, self.c, self.axis, self.accumulation, self.group = distance, c, axis, accumulation, group
+        nothing = c.count(torch.zeros(0), torch.zeros(0), 2)
+        self.register_buffer("state", c.init())
+        self.register_buffer("pending", nothing)
+        self.register_buffer("first", nothing.clone())
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        t: Tensor | None = None,
+        num_levels: int | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The (weighted) distance of each sample, ``[b]``; nothing here waits for the device.
+
+        Args:
+            student, teacher: ``[b, ...]``; detach the teacher.
+            t: ``[b]`` noise levels on ``axis``; needed if there is one.
+            num_levels: N of the present stage, where residuals shrink as it grows (consistency training).
+            weight: ``[b]``.
+        Raises:
+            ValueError: shapes that do not fit, or ``t`` without ``axis``, or ``axis`` without ``t``.
+        """
+        own = self._count(student, teacher, t, num_levels)
+        with torch.no_grad():
+            seen = self.pending + own
+            basis = torch.where(self.first.sum() > 0, self.first, seen)
+            depth = self._depth(student, t)
+            c = self.c(self.state, basis, depth, num_levels or 2, student[0].numel())
+        distance = _at(c, self.distance, student, teacher)
+        if self.training:
+            self._observe(seen)
+        return distance if weight is None else one_a_sample("weight", weight, len(student)) * distance
+
+    def look(self, student: Tensor, teacher: Tensor, t: Tensor | None = None, num_levels: int | None = None) -> None:
+        """Count these residuals towards the c of the first step, and of that step alone.
+
+        For a first step in several micro-batches: look at all of them, then train on them as always.
+        """
+        self.first.add_(self._count(student, teacher, t, num_levels))
+
+    @torch.no_grad()
+    def _count(self, student: Tensor, teacher: Tensor, t: Tensor | None, num_levels: int | None) -> Tensor:
+        """Of all ranks; whole numbers, so their sum does not depend on the order."""
+        r = sample_r2(student.detach(), teacher.detach()).sqrt()
+        counts = self.c.count(r, self._depth(student, t), num_levels or 2)
+        if self.group is not None:
+            torch.distributed.all_reduce(counts, group=self.group)
+        return counts
+
+    @torch.no_grad()
+    def _observe(self, seen: Tensor) -> None:
+        self.calls.add_(1)
+        closes = self.calls % self.accumulation == 0
+        self.state.copy_(torch.where(closes, self.c.observe(self.state, seen), self.state))
+        self.pending.copy_(torch.where(closes, 0.0, seen))
+
+    def _depth(self, student: Tensor, t: Tensor | None) -> Tensor:
+        if (t is None) != (self.axis is None):
+            raise ValueError(
+                "t needs an axis to be measured on: RobustLoss(axis=NoiseRange().depth) for sigma, flow_time, or "
+                "TimestepIndex(num_timesteps)"
+                if self.axis is None
+                else "this RobustLoss has an axis: pass the noise levels as t"
+            )
+        if t is None or self.axis is None:
+            return student.new_zeros(len(student), dtype=torch.float32)
+        return self.axis(one_a_sample("t", t, len(student)).float())
+
+    def extra_repr(self) -> str:
+        """The parts."""
+        name = getattr(self.distance, "__name__", repr(self.distance))
+        return f"{name}, {self.c}, axis={self.axis}, accumulation={self.accumulation}"
