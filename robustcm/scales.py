@@ -154,7 +154,8 @@ class MeasuredC:
         return _with_copies(state[:, :-1] / state[:, -1:] * fade + seen)
 
     def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> Tensor:
-        counts = self.observe(state, seen)[:, :-1]
+        counts = state[:, :-1]  # a quantile does not mind how many copies were added
+        counts = torch.where(counts.sum() > 0, counts, seen)
         typical, pooled = (self.histogram.quantile(some, self.q) for some in (counts, counts.sum(0, keepdim=True)))
         lacking = typical.isnan()  # nothing seen there yet
         if self.at_least_pooled:
