@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from robustcm.robust import RobustLoss, robust_distance
     from robustcm.scales import ConstantC, MeasuredC, PowerLawC
     from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
+    from robustcm.semidiscrete import Semidiscrete
     from robustcm.tails import TailStream, box_statistics
 
 _MODULE_OF = {
@@ -71,6 +72,7 @@ _MODULE_OF = {
         "robust": "RobustLoss robust_distance",
         "scales": "ConstantC MeasuredC PowerLawC",
         "schedules": "DoublingCurriculum LevelGrid RatioLevels",
+        "semidiscrete": "Semidiscrete",
         "tails": "TailStream box_statistics",
     }.items()
     for name in names.split()
