@@ -10,9 +10,16 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.normalization import AdaGroupNorm, AdaLayerNorm, AdaLayerNormZero, FP32LayerNorm
 from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 from torch import nn
+from torch.nn.utils import parametrize
 
 from robustcm.norms import NonScalingLayerNorm, convert_norms
 
+WITHOUT_BIAS = (
+    lambda: nn.RMSNorm(8),
+    lambda: nn.RMSNorm((8,), eps=1e-2),
+    lambda: DiffusersRMSNorm(8, eps=1e-4),
+    lambda: nn.LayerNorm(8, bias=False),
+)
 STOCK = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, DiffusersRMSNorm)
 
 
@@ -162,7 +169,8 @@ def test_report_on_a_dit_says_that_the_modulation_stays():
         "transformer_blocks.0.norm1": "AdaLayerNormZero",
         "transformer_blocks.1.norm1": "AdaLayerNormZero",
     }
-    assert "its inner norm is converted" in report.kept["transformer_blocks.0.norm1"]
+    assert "its inner norm has a line of its own" in report.kept["transformer_blocks.0.norm1"]
+    assert "transformer_blocks.0.norm1.norm" in report.converted
 
 
 def test_a_network_whose_scales_are_one_computes_the_same_after_conversion():
@@ -195,19 +203,33 @@ def test_an_adaptive_norm_without_learned_scale_computes_the_same_after_conversi
     torch.testing.assert_close(run(), before)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [nn.RMSNorm(8), nn.RMSNorm((8,), eps=1e-2), DiffusersRMSNorm(8, eps=1e-4), nn.LayerNorm(8, bias=False)],
-    ids=repr,
-)
-def test_a_norm_without_bias_gets_one_at_zero_and_loses_its_scale(layer):
-    network = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(layer))
+@pytest.mark.parametrize("make", WITHOUT_BIAS, ids=lambda make: repr(make()))
+def test_a_norm_without_bias_loses_its_scale_and_gets_nothing_new(make, rng):
+    network = nn.Sequential(nn.Linear(8, 8), make())
+    eps = network[1].eps or torch.finfo(torch.float32).eps
     report = convert_norms(network)
-    assert report.scales_removed == 8
-    assert torch.equal(network[1].bias, torch.zeros(8))
-    stock = nn.LayerNorm(8, eps=layer.eps or torch.finfo(torch.float32).eps, elementwise_affine=False)
-    x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(network[1](x), stock(x))
+    assert (report.scales_removed, report.new_biases, network[1].bias) == (8, (), None)
+    x = torch.randn(2, 3, 8, generator=rng)
+    torch.testing.assert_close(network[1](x), nn.LayerNorm(8, eps=eps, elementwise_affine=False)(x))
+
+
+@pytest.mark.parametrize("make", WITHOUT_BIAS, ids=lambda make: repr(make()))
+def test_asked_for_new_biases_are_at_zero_and_named_for_the_optimizer(make):
+    network = nn.Sequential(nn.Linear(8, 8), make(), nn.LayerNorm(8)).double()
+    report = convert_norms(network, new_biases=True)
+    assert torch.equal(network[1].bias, torch.zeros(8, dtype=torch.float64))
+    assert report.new_biases == ("1.bias",)
+    assert "new       1.bias: a parameter for the optimizer" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_rms_norm_that_leaves_eps_to_torch_keeps_the_one_of_its_precision(dtype, rng):
+    network = nn.Sequential(nn.RMSNorm(8)).to(dtype)
+    x = 1e-6 * torch.randn(4, 8, generator=rng).to(dtype)  # so small that eps shows
+    x -= x.mean(1, keepdim=True)
+    before = network(x)
+    convert_norms(network)
+    torch.testing.assert_close(network(x), before)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +242,7 @@ def test_a_norm_without_bias_gets_one_at_zero_and_loses_its_scale(layer):
 )
 def test_a_norm_without_parameters_gets_none(layer):
     network = nn.Sequential(layer)
-    assert convert_norms(network).scales_removed == 0
+    assert convert_norms(network, new_biases=True).scales_removed == 0
     assert not list(network.parameters())
 
 
@@ -249,14 +271,162 @@ def test_a_layer_in_two_places_stays_one_layer_and_is_counted_once():
 
 def test_norms_that_cannot_be_converted_are_reported_and_kept():
     network = nn.ModuleDict(
-        {"batch": nn.BatchNorm2d(4), "instance": nn.InstanceNorm2d(4), "ada": AdaGroupNorm(4, 4, 2)}
+        {
+            "batch": nn.BatchNorm2d(4),
+            "instance": nn.InstanceNorm2d(4),
+            "ada": AdaGroupNorm(4, 4, 2),
+            "layer": nn.LayerNorm(4),
+        }
     )
     report = convert_norms(network)
-    assert not report.converted
+    assert list(report.converted) == ["layer"]
     assert "over the batch" in report.kept["batch"]
-    assert "instance" in report.kept
+    assert "each channel by itself" in report.kept["instance"]
     assert "normalises inside a function" in report.kept["ada"]
     assert isinstance(network["batch"], nn.BatchNorm2d)
+
+
+class ActivatedGroupNorm(nn.GroupNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(super().forward(x))
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class HalvedByCall(nn.RMSNorm):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x) / 2
+
+
+class Mixin:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class MixedLayerNorm(Mixin, nn.LayerNorm):
+    """Its forward comes from a class that is no norm."""
+
+
+class RMSNorm(nn.Module):
+    """Of another code base, by the name and the attributes of diffusers'."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.eps, self.weight, self.bias = (dim,), 1e-5, nn.Parameter(torch.zeros(dim)), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * nn.functional.rms_norm(x, self.dim, eps=self.eps)
+
+
+class TwoBiases(nn.LayerNorm):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.second = nn.Parameter(torch.zeros(dim))
+
+
+class NegatedBias(nn.LayerNorm):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, bias=False)
+        self.register_buffer("bias", torch.ones(dim))
+
+
+def hooked(register: str) -> nn.Module:
+    layer = nn.LayerNorm(8)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def patched() -> nn.Module:
+    layer = nn.LayerNorm(8)
+    layer.forward = lambda x: 2 * x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (ActivatedGroupNorm(2, 8), "overrides forward"),
+        (ChannelsFirstLayerNorm(8), "overrides forward"),
+        (MixedLayerNorm(8), "overrides forward"),
+        (HalvedByCall(8), "its forward was replaced"),
+        (patched(), "its forward was replaced"),
+        (RMSNorm(8), "not known here; if it has a counterpart, name it: also={RMSNorm: ...}"),
+        (hooked("register_forward_hook"), "hooks"),
+        (hooked("register_forward_pre_hook"), "hooks"),
+        (hooked("register_full_backward_hook"), "hooks"),
+        (hooked("register_full_backward_pre_hook"), "hooks"),
+        (parametrize.register_parametrization(nn.LayerNorm(8), "bias", nn.Tanh()), "parametrized"),
+        (TwoBiases(8), "holds second besides weight and bias"),
+        (NegatedBias(8), "its bias is no Parameter"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_that_may_compute_something_else_is_kept_with_the_reason(layer, reason, rng):
+    network = nn.Sequential(nn.LayerNorm(8), layer)
+    x = torch.randn(4, 8, 8, generator=rng)
+    before = network(x)
+    report = convert_norms(network)
+    assert (list(report.converted), list(report.kept)) == (["0"], ["1"])
+    assert reason in report.kept["1"]
+    assert network[1] is layer
+    torch.testing.assert_close(network(x), before)
+
+
+def test_a_subclass_that_leaves_forward_alone_is_converted():
+    class Renamed(nn.GroupNorm):
+        def __init__(self, ch: int) -> None:
+            super().__init__(1, ch)
+
+    network = nn.Sequential(Renamed(8))
+    report = convert_norms(network)
+    assert report.max_difference(network, torch.randn(2, 8, 4)) < 1e-6
+
+
+def test_also_names_the_counterpart_of_a_norm_of_another_code_base(rng):
+    shared = RMSNorm(8)
+    network = nn.Sequential(shared, shared, ActivatedGroupNorm(1, 8), RMSNorm(8).eval())
+
+    def counterpart(norm: RMSNorm) -> NonScalingLayerNorm:
+        return NonScalingLayerNorm(norm.dim, eps=norm.eps, layout="channels_last", bias=False)
+
+    report = convert_norms(network, also={RMSNorm: counterpart, ActivatedGroupNorm: lambda _: None})
+    assert list(report.converted) == ["0", "1", "3"]
+    assert report.kept == {"2": "ActivatedGroupNorm: also= keeps it"}
+    assert (network[0] is network[1], network[0].training, network[3].training) == (True, True, False)
+    assert report.scales_removed == 16
+    x = torch.randn(4, 8, generator=rng)
+    torch.testing.assert_close(network[0](x), nn.functional.layer_norm(x, (8,), eps=1e-5))
+
+
+def test_also_goes_before_what_is_known_and_a_wrong_answer_changes_nothing():
+    network = nn.Sequential(nn.LayerNorm(8), nn.GroupNorm(2, 8))
+    assert list(convert_norms(copy.deepcopy(network), also={nn.LayerNorm: lambda _: None}).converted) == ["1"]
+    with pytest.raises(ValueError, match=r"also\[GroupNorm\] gave a Identity, not a NonScalingLayerNorm or None"):
+        convert_norms(network, also={nn.GroupNorm: lambda _: nn.Identity()})
+    assert isinstance(network[0], nn.LayerNorm)
+
+
+def test_the_parts_of_a_converted_layer_go_with_it():
+    class Composed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LayerNorm(8)
+
+    network = nn.Sequential(Composed())
+    report = convert_norms(network, also={Composed: lambda norm: NonScalingLayerNorm(8, bias=norm.inner.bias)})
+    assert list(report.converted) == ["0"]
+    assert not list(network[0].children())
+
+
+def test_converting_none_is_an_error_that_says_why():
+    with pytest.raises(ValueError, match=r"no norm of Sequential was converted: it holds none"):
+        convert_norms(nn.Sequential(nn.Linear(4, 4)))
+    message = r"no norm of Sequential was converted: 0 is kept, BatchNorm1d: .*; 1 is kept, .*: overrides forward"
+    with pytest.raises(ValueError, match=message):
+        convert_norms(nn.Sequential(nn.BatchNorm1d(8), ActivatedGroupNorm(2, 8)))
 
 
 def test_converting_twice_is_converting_once():
