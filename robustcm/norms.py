@@ -20,7 +20,7 @@ layers. Only a converted network takes it, so build, convert, load:
     network.load_state_dict(load_file(f"{folder}/diffusion_pytorch_model.safetensors"))
 
 Stock weights go in by ``from_pretrained``, then ``convert_norms``, which drops their scales. ``from_pretrained`` of a
-converted folder warns of missing weights and returns the *stock* network, with its groups and scales of 1.
+converted folder is not the way: it builds the stock network and misses the scales.
 """
 
 from __future__ import annotations

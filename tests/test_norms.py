@@ -24,6 +24,8 @@ from diffusers.models.normalization import (
     FP32LayerNorm,
 )
 from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -703,6 +705,7 @@ def test_a_network_works_in_every_mode_after_conversion_and_computes_the_same(bu
     assert max(layers.values()) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_padded_tokens_pass_on_every_path_of_torch(rng):
     """In eval mode torch packs them into nested tensors; a hook takes the fused path from a layer, not the packing."""
     network = randomised(encoder())
@@ -741,6 +744,31 @@ def test_the_check_knows_the_design_from_a_fault_layer_by_layer(rng):
     assert expected > 0.1
     assert report.max_difference(network, x) == pytest.approx(expected)
     assert max(report.layer_differences(network, x).values()) < 1e-5
+
+
+LAYERS = st.sampled_from(
+    [
+        lambda: nn.Conv1d(6, 6, 1),
+        lambda: nn.GroupNorm(1, 6),
+        lambda: nn.GroupNorm(1, 6, affine=False),
+        lambda: nn.LayerNorm(4, eps=1e-3),
+        lambda: nn.LayerNorm((6, 4), bias=False),
+        lambda: FP32LayerNorm(4),
+        lambda: nn.Sequential(nn.GroupNorm(1, 6), ActivatedGroupNorm(2, 6)),
+    ]
+)
+
+
+@given(st.lists(LAYERS, min_size=1, max_size=6), st.booleans(), st.integers(0, 9))
+def test_whatever_stands_in_a_network_scales_at_one_give_the_same_output(makers, new_biases, seed):
+    # A last layer to be converted, so that none is no error; after any norm numbers are of order 1.
+    network = nn.Sequential(*[make() for make in makers], nn.LayerNorm(4))
+    report = convert_norms(network, new_biases=new_biases)
+    randomised(network)
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(seed))
+    assert report.max_difference(network, x) < 1e-3
+    assert all(difference < 1e-4 for difference in report.layer_differences(network, x).values())
+    assert len(report.converted) + len(report.kept) == sum("Norm" in type(m).__name__ for m in network.modules())
 
 
 def test_the_check_finds_a_counterpart_that_is_none(rng):
