@@ -6,10 +6,10 @@ Axes: b = batch, ch = channels, ... = positions.
     report.max_difference(network, example)               # against the network before, its scales at 1
     report.layer_differences(network, example)            # the same for each layer by itself
 
-**Converting late.** A bias stays the very Parameter it was: an optimizer, an average by name or DDP that holds it goes
-on training it. The scales are gone from ``network.parameters()``. An optimizer that still holds them steps over them
-(they get no gradient). An average that walks both networks by position (``zip(ema, network.parameters())``) and DDP,
-which waits for gradients of all it was given, must be made anew, or be made after the conversion.
+**Converting late.** A bias stays the very Parameter it was: what holds it goes on training it. The scales are gone from
+``network.parameters()``. An optimizer that still holds them steps over them (they get no gradient). DDP waits for their
+gradients and raises in its second step, and an average that walks two networks by position
+(``zip(ema, network.parameters())``) pairs the wrong ones: make these two after the conversion.
 
 **Saving and loading.** The state dict of a converted network is the stock one without the ``weight`` of the converted
 layers. Only a converted network takes it, so build, convert, load:
@@ -108,7 +108,7 @@ class NonScalingLayerNorm(nn.Module):
             raise ValueError(f"expected [..., {', '.join(map(str, self.shape))}], got {tuple(x.shape)}")
         if self.bias is None or self.bias.dtype == x.dtype:
             return F.layer_norm(x, self.shape, None, self.bias, self.eps)
-        y = F.layer_norm(x, self.shape, eps=self.eps)  # CUDA refuses a bias of another dtype than x
+        y = F.layer_norm(x, self.shape, eps=self.eps)  # it refuses most biases of another dtype
         return y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -224,14 +224,14 @@ def convert_norms(
             could be converted. Nothing has changed then.
     """
     before = set(network.parameters())
-    new_of: dict[nn.Module, NonScalingLayerNorm] = {}  # a layer shared between two places stays shared
+    new_of: dict[nn.Module, NonScalingLayerNorm] = {}  # by layer, so that one in two places stays one
     originals: dict[str, nn.Module] = {}
     kept: dict[str, str] = {}
     modules = dict(network.named_modules(remove_duplicate=False))  # names also of shared layers
     for name, module in modules.items():
         if isinstance(module, NonScalingLayerNorm) or any(name.startswith(f"{above}.") for above in originals):
             continue
-        new = new_of.get(module) or _counterpart(module, also or {}, new_biases)
+        new = _counterpart(module, also or {}, new_biases)
         parent, _, attribute = name.rpartition(".")
         if attribute == "norm_cross" and hasattr(modules[parent], "norm_encoder_hidden_states"):
             new = "diffusers' Attention asks for its type"

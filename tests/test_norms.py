@@ -225,7 +225,7 @@ def test_under_autocast_it_is_as_precise_as_the_stock_layer(ours, stock, x_dtype
 
 def test_its_weight_is_one_wherever_the_layer_is_and_cannot_be_set():
     layer = NonScalingLayerNorm(6, dtype=torch.bfloat16)
-    assert torch.equal(layer.weight, torch.ones(6, dtype=torch.bfloat16))
+    torch.testing.assert_close(layer.weight, torch.ones(6, dtype=torch.bfloat16), rtol=0, atol=0)  # the dtype as well
     assert torch.equal(NonScalingLayerNorm(6, bias=False).weight, torch.ones(6))
     with pytest.raises(KeyError):
         layer.weight = nn.Parameter(torch.zeros(6))
@@ -238,6 +238,14 @@ def test_a_parameter_given_as_bias_is_taken_as_it_is():
     assert NonScalingLayerNorm(6, bias=bias).bias is bias
     with pytest.raises(ValueError, match=r"the bias has shape \(5,\), the layer \(6,\)"):
         NonScalingLayerNorm(6, bias=nn.Parameter(torch.ones(5)))
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_bias_of_another_precision_is_cast_to_that_of_the_input(layout, device, rng):
+    """As FP32LayerNorm does; layer_norm itself refuses most pairs of dtypes."""
+    layer = NonScalingLayerNorm(6, layout=layout, dtype=torch.bfloat16, device=device)
+    x = torch.randn(4, 6, 6, generator=rng, dtype=torch.float64).to(device)
+    torch.testing.assert_close(layer(x), layer.double()(x))
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -43,7 +43,7 @@ class Plus(nn.Module):
     "wrap",
     [
         lambda y: y,
-        lambda y: (torch.zeros(1), [y]),
+        lambda y: (torch.zeros(1), [y], torch.zeros(1)),
         lambda y: {"zero": torch.zeros(1), "y": y, "name": "y"},
         lambda y: Output(y),
         lambda y: (Output(torch.zeros(1)), {"deep": [Output(y)]}, None),
@@ -79,6 +79,15 @@ def test_a_value_that_is_not_finite_shows():
     assert torch.tensor(output_difference(network, {"0": Plus(float("nan"))}, torch.ones(2))).isnan()
     network = nn.Sequential(shared := nn.Identity(), Plus(float("nan")), shared, nn.ReLU(), shared)
     assert torch.tensor(layer_differences(network, {"0": Plus(1.0)}, torch.ones(2))["0"]).isnan()
+
+
+def test_the_network_runs_as_for_evaluation():
+    network = Wrapping(lambda y: y + network.training + torch.is_grad_enabled())
+    seen = []
+    network.register_forward_hook(lambda module, _, y: seen.append((module.training, y.tolist())))
+    output_difference(network, {"layer": nn.Identity()}, torch.zeros(1))
+    layer_differences(network, {"layer": nn.Identity()}, torch.zeros(1))
+    assert seen == [(False, [0.0])] * 3
 
 
 def test_both_runs_draw_the_same_noise_and_leave_the_generator_alone():
