@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robustcm import swaps
+from robustcm.swaps import layer_differences, output_difference, put
 
 Layout = Literal["channels_first", "channels_last"]
 
@@ -164,7 +164,7 @@ class ConversionReport:
             ValueError: ``network`` lacks the converted layers, or its output holds no tensor.
         """
         originals = {name: self._at_scale_one(name, network) for name in self.originals}
-        return swaps.output_difference(network, originals, example)
+        return output_difference(network, originals, example)
 
     def layer_differences(self, network: nn.Module, example: object) -> dict[str, float]:
         """name -> the largest absolute difference of that converted layer to its original with the scale at 1.
@@ -174,7 +174,7 @@ class ConversionReport:
         ``max_difference``; layers that ``example`` does not reach are left out.
         """
         originals = {name: _as_designed(self._at_scale_one(name, network)) for name in self.originals}
-        return swaps.layer_differences(network, originals, example)
+        return layer_differences(network, originals, example)
 
     def _at_scale_one(self, name: str, network: nn.Module) -> nn.Module:
         """A copy of the original ``name`` with its scale at 1, where ``network`` is now, with the bias of now."""
@@ -246,7 +246,7 @@ def convert_norms(
         reasons = "; ".join(f"{name} is kept, {why}" for name, why in kept.items()) or "it holds none"
         raise ValueError(f"no norm of {type(network).__name__} was converted: {reasons}")
     for name, module in originals.items():
-        swaps.put(network, name, new_of[module])
+        put(network, name, new_of[module])
     return ConversionReport(
         converted={name: f"{module!r}{_changed_by_design(module)}" for name, module in originals.items()},
         kept=kept,
