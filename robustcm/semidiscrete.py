@@ -38,7 +38,9 @@ class Pairing:
         if z.shape[1:] != self.x.shape[1:]:
             raise ValueError(f"z must be noise of the samples' shape {list(self.x.shape[1:])}, got {list(z.shape)}")
         flat = self.x.flatten(1)
-        return torch.cat([(part.flatten(1) @ flat.T + self.potential).argmax(1) for part in z.split(_rows(len(flat)))])
+        return torch.cat(
+            [(part.flatten(1) @ flat.T + self.potential).argmax(1) for part in torch.split(z, _rows(len(flat)))]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
