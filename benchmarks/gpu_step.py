@@ -125,7 +125,7 @@ def main() -> None:
             }
         )
         print(
-            f"{variant:20} floor {1e3 * timings['floor'].median:7.1f} ms, whole {1e3 * timings['whole'].median:7.1f} ms "
+            f"{variant:20} floor {1e3 * timings['floor'].median:.1f} ms, whole {1e3 * timings['whole'].median:.1f} ms "
             f"({median:.3f} x, quartiles {q1:.3f} .. {q3:.3f}), {1 / timings['whole'].median:.2f} steps/s, "
             f"peak {memory:.1f} GiB",
             flush=True,
