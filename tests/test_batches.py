@@ -117,7 +117,7 @@ def test_labels_change_nothing_for_couplers_that_ask_for_none():
 
 def test_within_classes_is_refused_by_name_where_the_data_have_no_labels():
     asked = replace(within(1, Entropic()), data=ImageFolder(path="photos"))
-    with pytest.raises(UserError, match="WithinClasses .* images of ImageFolder have no labels: take exact"):
+    with pytest.raises(UserError, match=r"WithinClasses .* images of ImageFolder have no labels: take exact"):
         Batches(asked, LATENTS)
 
 
