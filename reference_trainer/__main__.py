@@ -28,7 +28,7 @@ from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.model import load_model
 from reference_trainer.options import CHOICES, describe, override
 from reference_trainer.plotting import tile
-from reference_trainer.presets import PRESETS, on_folder
+from reference_trainer.presets import PRESETS, on_data
 from reference_trainer.run import RunFolder
 from reference_trainer.training.loop import elapsed, train
 
@@ -146,9 +146,7 @@ def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
     name = options.preset or PRESETS[0].__name__
     if name not in presets:
         raise UserError(f"unknown preset {name}: there are {', '.join(presets)}")
-    config = presets[name]()
-    if options.data is not None:
-        config = on_folder(config, str(Path(options.data).expanduser().resolve()))
+    config = on_data(presets[name](), options.data)
     for change in changes:
         config = override(config, change)
     return name, config
