@@ -93,7 +93,7 @@ def trained_baseline(
     if len(channels) < raw.shape[1]:
         raise UserError(f"training refuses data of which only {len(channels)} of {raw.shape[1]} channels vary")
     if len(x) < FEWEST_IMAGES:
-        raise UserError(f"{len(x)} images are too few to train one on, need {FEWEST_IMAGES}")
+        raise UserError(f"images: {len(x)}, too few to train one on, which takes {FEWEST_IMAGES}")
     run = baseline_run(config, images, raw, cache, device)
     network = network_of(config, run, x.shape[1:], device)
     origin = f"{BASELINE} ({config.steps} steps)"
@@ -110,13 +110,17 @@ def baseline_spaces(
     count: int,
     cache: Path,
     device: torch.device,
-) -> list[Space]:
+) -> tuple[list[Space], list[str]]:
     """The pixels, and the latents of ``config`` if it has any, each with the residuals of a baseline trained there.
 
     The autoencoder is that of training, fitted on all ``images``; ``limit`` of them are looked at and trained on.
-    Without residuals: with ``steps = 0``, or where a baseline cannot be trained; then a note says why.
+    Without residuals: with ``steps = 0``, or where a baseline cannot be trained; then a note says why. A space in which
+    no number varies is left out; lines say so.
+
+    Raises:
+        UserError: none is left, or an autoencoder that does not work.
     """
-    some, spaces = some_of_images(images, limit), []
+    some, spaces, left_out = some_of_images(images, limit), [], []
     settings = {"pixels": replace(config, autoencoder=PixelSpace(), clip=None)}
     if not isinstance(config.autoencoder, PixelSpace):
         settings["latents"] = config
@@ -125,8 +129,12 @@ def baseline_spaces(
     raws = {name: encode_once(codec, some, device, cache) for name, codec in codecs.items()}
     for name, setting in settings.items():
         raw, codec, notes = raws[name], codecs[name], []
-        x, channels = normalised(raw)
         found: Residuals | None = None
+        try:
+            x, channels = normalised(raw)
+        except UserError as error:
+            left_out.append(f"{name}: left out: {error}")
+            continue
         if len(channels) < raw.shape[1]:
             gone = ", ".join(str(i) for i in range(raw.shape[1]) if i not in channels)
             notes.append(f"channel {gone} is constant, or never finite, and left out")
@@ -138,7 +146,9 @@ def baseline_spaces(
             except UserError as error:
                 notes.append(f"no baseline and no temporal differences: {error}")
         spaces.append(Space(name, x, found, tuple(notes), noise_levels(setting, codec, raw), channels))
-    return spaces
+    if not spaces:
+        raise UserError("; ".join(left_out))
+    return spaces, left_out
 
 
 def baseline_of_digits(options: argparse.Namespace) -> tuple[RunFolder, Trained]:

@@ -31,12 +31,14 @@ from robustcm.tails.boxes import FEW
 
 EPILOG = """
 what it does:
-  Takes images, encodes them with an autoencoder, and trains an iLCT baseline (iCT on latents: Pseudo-Huber, constant
-  c) for a short time at N noise levels, once on the pixels and once on the latents; both are kept in the cache folder
-  ($ROBUSTCM_CACHE) and reused. With --run it looks at that run instead of training baselines.
+  Takes images, encodes them with the autoencoder that `train` would take, and trains an iLCT baseline (iCT on latents:
+  Pseudo-Huber, constant c, nothing clipped) for a short time at N noise levels, once on the pixels and once on the
+  latents; both are kept in the cache folder ($ROBUSTCM_CACHE) and reused. With --run it looks at that run instead.
   Writes OUT/td_outliers.png (look at it) and OUT/td_outliers.json (everything measured: per space, channel and level).
 
 how to read it:
+  Two things may have outliers. Data values, every number by itself: clipping the latents is against these. Norms r of
+  the temporal differences of whole samples, within a noise level: a robust distance is against those.
   Beyond the inner fences a Gaussian has 0.70 % of its values, beyond the outer ones 0.0002 %. xi is the extreme-value
   index: above 0 a power law (1/xi moments exist), about 0 Gaussian or exponential, below 0 bounded. Pooled temporal
   differences mix noise levels of different spread and look heavy for that reason alone: see panel (c).
@@ -44,7 +46,8 @@ how to read it:
 examples:
   python analysis/td_outliers.py                                    the embedded digits, 4 minutes at first
   python analysis/td_outliers.py --run runs/digits                  a trained run, at the N it has reached
-  python analysis/td_outliers.py --data photos --resolution 128 --autoencoder 'KLAutoencoder(likelihood=gaussian)'
+  python analysis/td_outliers.py --data photos --resolution 128      as `train --data photos data.resolution=128` would
+  python analysis/td_outliers.py --data photos --autoencoder "KLAutoencoder(latent_channels=8, likelihood='gaussian')"
   python analysis/td_outliers.py --data photos --autoencoder my_vae:load --steps 0     data values only
 """
 
@@ -65,8 +68,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--autoencoder",
         metavar="NAME_OR_PATH",
-        help="KLAutoencoder (default; options in brackets), PixelSpace, a run folder whose autoencoder to use, or "
-        "module:function returning an object with encode(images [n, ch, h, w] in -1 .. 1) and decode",
+        help="default: that of `train` for these images; else KLAutoencoder (options in brackets), PixelSpace, a run "
+        "folder whose autoencoder to use, or module:function returning an object with encode(images [n, ch, h, w] in "
+        "-1 .. 1) and decode",
     )
     p.add_argument("--levels", type=int, metavar="N", help="number of noise levels (default 21, or the run's)")
     p.add_argument("--steps", type=int, default=300, help="training steps of a baseline, 0 for none (default 300)")
@@ -77,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
 def look(options: argparse.Namespace) -> int:
     """Measure, write, say."""
     check_options(options)
-    images, limit, spaces = spaces_of(options)
-    report, words = {}, []
+    spaces, lines = spaces_of(options)
+    report: dict[str, Any] = {}
     for space in spaces:
         report[space.name] = measure(space)
         advice: Advice | str | None = None
@@ -87,11 +91,11 @@ def look(options: argparse.Namespace) -> int:
             report[space.name] |= {"advice": None, "no_advice": advice}
             if isinstance(advice, Advice):
                 report[space.name] |= {"advice": advice.as_dict(), "no_advice": None}
-        words += ["", *in_words(space, report[space.name], advice)]
+        lines += ["", *in_words(space, report[space.name], advice)]
     files = options.out / "td_outliers.png", options.out / "td_outliers.json"
     save_figure(figure_of(spaces), files[0])
     write_atomically(files[1], (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print("\n".join([*about(images, limit), *words]))
+    print("\n".join(lines))
     print(f"\nlook at {files[0]}; all numbers are in {files[1]}")
     return 0
 
@@ -109,13 +113,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--resolution is for --data: the embedded digits and a run's data have their own")
 
 
-def spaces_of(options: argparse.Namespace) -> tuple[ImageSet, int, list[Space]]:
-    """The images, how many of them are looked at, and pixels, then latents, with what residuals there are."""
+def spaces_of(options: argparse.Namespace) -> tuple[list[Space], list[str]]:
+    """Pixels, then latents, with what residuals there are; and lines on what they are made of."""
     device, cache, limit = device_of(options.device), cache_folder(), options.images
     if options.run is None:
         config = configuration(options.data, options.resolution, options.autoencoder, device)
         images = load_images(config.data)
-        spaces = baseline_spaces(
+        spaces, left_out = baseline_spaces(
             *(config, images, limit),
             num_levels=options.levels or 21,
             steps=options.steps,
@@ -123,7 +127,7 @@ def spaces_of(options: argparse.Namespace) -> tuple[ImageSet, int, list[Space]]:
             cache=cache,
             device=device,
         )
-        return images, limit, spaces
+        return spaces, [about(images, limit), *left_out]
     run = RunFolder(options.run)
     data = data_for(run.config(), options)
     images = load_images(data)
@@ -131,9 +135,9 @@ def spaces_of(options: argparse.Namespace) -> tuple[ImageSet, int, list[Space]]:
     own = data == run.config().data and some is images
     space = run_space(run, some, own=own, num_levels=options.levels, count=options.samples, device=device)
     if space.name == "pixels":
-        return images, limit, [space]
+        return [space], [about(images, limit)]
     x, channels = normalised(to_unit(some.train))
-    return images, limit, [Space("pixels", x, None, channels=channels), space]
+    return [Space("pixels", x, None, channels=channels), space], [about(images, limit)]
 
 
 def data_for(config: TrainConfig, options: argparse.Namespace) -> Digits | ImageFolder:
@@ -208,19 +212,19 @@ def columns(name: str, values: np.ndarray) -> list[Column]:
     ]
 
 
-def about(images: ImageSet, limit: int) -> list[str]:
-    """What was looked at, as lines."""
+def about(images: ImageSet, limit: int) -> str:
+    """What is looked at, as a line."""
     n, size = len(images.train), " x ".join(map(str, images.pixels.shape[1:]))
-    looked = "" if n <= limit else f"; a random {limit} of them are looked at (--images), training measures on all"
-    return [f"{images.name}: {n} training images of {size}{looked}"]
+    looked = "" if n <= limit else f"; looked at: {limit}, chosen at random (--images), while training measures on all"
+    return f"{images.name}: training images of {size}: {n}{looked}"
 
 
 def in_words(space: Space, entry: dict[str, Any], advice: Advice | str | None) -> list[str]:
     """The report on one space for the terminal: each part says what it is about, the last line concludes."""
     shape = " x ".join(map(str, space.data.shape[1:]))
-    lines = [f"== {space.name}: {len(space.data)} samples of {shape} numbers", *(f"   {note}" for note in space.notes)]
+    lines = [f"== {space.name}: samples of {shape} numbers: {len(space.data)}", *(f"   {note}" for note in space.notes)]
     lines += [
-        "   data values, every number by itself, each channel at mean 0, std 0.5:",
+        "   data values, every number by itself, normalised per channel:",
         *_box_lines(entry["data"]["all"]),
     ]
     if (found := space.residuals) is not None:
@@ -253,7 +257,7 @@ def _level_lines(levels: NoiseLevels | str) -> list[str]:
     if isinstance(levels, str):
         return [f"   no noise levels for the second evaluation and the coupling: {levels}"]
     clip = f", behind {levels.clip}, which moves {levels.moved:.2%} of the values" if levels.clip != "None" else ""
-    few = ["     no more samples than numbers in one: the second is too high if all directions vary"]
+    few = ["     no more samples than numbers in one: the level of the coupling is too high if all directions vary"]
     return [
         f"   noise levels that training takes{clip}:",
         f"     second evaluation: at t = {levels.recognised:.3g}, up to which a noisy sample shows which it is "
@@ -274,6 +278,8 @@ def heaviness(box: dict[str, Any]) -> str:
         return "heavy tails: more than 0.1 % are extreme outliers"
     if box["beyond_outer"] > 1e-5 or box["power_law"]:
         return "tails slightly heavier than Gaussian: a few extreme outliers"
+    if box["count"] < 1000:
+        return f"light tails as far as {box['count']} values tell: no extreme outliers, of 0.1 % there need be none"
     return "light tails: no heavier than Gaussian"
 
 

@@ -27,6 +27,7 @@ from robustcm.gates import Above, AboveExplained
 from robustcm.losses import sample_r2
 from robustcm.objective import draw
 from robustcm.schedules import FixedCurriculum, LevelGrid, karras_sigmas
+from robustcm.tails.boxes import FEW
 
 MAX_ELEMENTS = 2**26  # of temporal differences held at once: 256 MB
 SEED = 1  # of the noise the temporal differences are measured with; training drew from seed 0
@@ -203,7 +204,7 @@ class Trained:
             levels.append((batch.pairs.depth * num_levels).round().long().cpu())
             weights.append(objective.weight(batch.pairs.t_hi, batch.pairs.t_lo).cpu())
         td, level, weight = (torch.cat(parts)[:count] for parts in (tds, levels, weights))
-        if not td.isfinite().any():
+        if not td.flatten(1).isfinite().all(1).any():
             raise UserError(f"at N = {num_levels} none is finite: the network of {self.origin} has diverged")
         sigmas = karras_sigmas(num_levels, grid.sigma_min, grid.sigma_max, grid.rho)
         return Residuals(td, level, weight, num_levels, sigmas, f"{self.origin}, at N = {num_levels}")
@@ -250,6 +251,8 @@ def run_space(
     found: Residuals | None = None
     try:
         found = trained.residuals(num_levels or last_stage(config), count)
+        if len(trained.data) < FEW:
+            notes.append(f"images behind the temporal differences: only {len(trained.data)}")
     except UserError as error:
         notes.append(f"no temporal differences: {error}")
     levels = noise_levels(replace(config, outliers=None, clip=None), model.space.codec, trained.data)
