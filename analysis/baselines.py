@@ -66,7 +66,7 @@ def baseline_run(config: TrainConfig, images: ImageSet, raw: Tensor, cache: Path
     """
     config = replace(config, batch_size=min(config.batch_size, len(images.train)))
     key = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode() + images.fingerprint().encode())
-    key.update(raw.reshape(-1).numpy())
+    key.update(raw.numpy().tobytes())
     run = RunFolder(cache / "analysis" / f"ilct-{key.hexdigest()[:16]}")
     with run.locked():
         run.claim(config)

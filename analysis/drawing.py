@@ -294,7 +294,8 @@ def _draw_metrics(frechet: Axes, recall: Axes, both: Axes, runs: Sequence[RunCur
             ax.margins(0.1)
         else:
             _empty(ax, "no run was evaluated")
-    if frechet.lines:
+    found = [value for run in runs for name in SAMPLES for value in run.metric(name, "frechet")[1] if value > 0]
+    if found and max(found) > 3 * min(found):
         frechet.set_yscale("log")  # it falls by orders of magnitude
         frechet.yaxis.set_major_formatter(LogFormatter())  # 600, not 6 x 10^2
         frechet.yaxis.set_minor_formatter(LogFormatter())

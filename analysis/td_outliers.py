@@ -293,7 +293,8 @@ def in_short(data: dict[str, Any], advice: Advice | str | None) -> str:
     if isinstance(advice, str):
         return f"data values: {values}; too few residuals that vary to say whether a robust distance helps"
     if advice.matters:
-        loss = f"whole samples stand out, so a robust distance should help ({advice.gain:.2f}x in samples)"
+        cause = {"outliers": "whole samples stand out", "spread": "samples of one noise level differ in size"}
+        loss = f"{cause[advice.verdict]}, so a robust distance should help ({advice.gain:.2f}x in samples)"
     elif advice.sees_elements:
         loss = (
             "single numbers stand out but no whole samples, so a distance per sample should not help, PerElement might"

@@ -166,8 +166,8 @@ class Advice:
         name, robust = _name(self.distance), 100 * self.quadratic_share[_name(self.distance)]
         said = [
             f"distance and c: use {name} with c = {self.c:.3g} at N = {self.num_levels}, or "
-            f"MeasuredC(multiple={self.multiple:.2f}): {self.derivation}; {robust:.0f} % of the samples then sit in its "
-            "quadratic zone"
+            f"MeasuredC(multiple={self.multiple:.2f}): {self.derivation}; {robust:.0f} % of the samples then sit in "
+            "its quadratic zone"
         ]
         if self.verdict == "none":
             heavy = "tails no heavier than Gaussian" if self.beyond <= 2 * self.gaussian_beyond else "few outliers"
