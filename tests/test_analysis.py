@@ -217,6 +217,8 @@ def test_the_analysis_means_the_configuration_that_training_has(data, typed, tra
     asked = td_outliers.parser().parse_args([*data, *typed])
     config = inputs.configuration(asked.data, asked.resolution, asked.autoencoder, CPU)
     assert config == trainer.configuration(trainer.parser().parse_args(["train", "digits", *trained, *data]))[1]
+    if data:
+        assert config.data.path == str(Path.cwd() / "pictures")  # an analysis and a run from elsewhere mean one folder
     if data and not typed:
         assert (config.autoencoder.latent_channels, config.autoencoder.likelihood) == (4, "gaussian")
 
