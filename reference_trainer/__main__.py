@@ -30,6 +30,7 @@ from reference_trainer.options import CHOICES, describe, override
 from reference_trainer.plotting import tile
 from reference_trainer.presets import PRESETS, on_data
 from reference_trainer.run import RunFolder
+from reference_trainer.training.batches import check_labels
 from reference_trainer.training.loop import elapsed, train
 
 COMMANDS = ("train", "sample", "evaluate", "ablate")
@@ -167,6 +168,7 @@ def run_train(options: argparse.Namespace) -> int:
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
     torch.set_num_threads(config.threads)
     images = config.data.load()
+    check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
     with run.locked():
         run.claim(config)
         if not train(config, run, images, cache_folder(), device, Evaluator(run, images, options.features)):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder, ImageSet
@@ -127,6 +128,13 @@ def test_it_is_refused_before_the_autoencoder_is_fitted(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="WithinClasses"):
         loop.train(within(1), RunFolder(tmp_path), images, tmp_path, torch.device("cpu"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_it_before_the_run_folder_is_claimed(image_folder, tmp_path, capsys):
+    asked = ["digits", "objective.coupler=WithinClasses", "--data", image_folder, "--run", tmp_path / "run"]
+    assert main([str(word) for word in asked]) == 2
+    assert "WithinClasses" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_passes_the_labels_of_its_training_images(tmp_path, monkeypatch):
