@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any
 
 import torch
 
-from analysis.baselines import baseline_of_digits
+from analysis.baselines import BASELINE, baseline_of_digits
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
-from analysis.values import BASELINE, load_images, trained_run
+from analysis.inputs import load_images, some_of_images
+from analysis.values import Trained, trained_run
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import brief
 from reference_trainer.files import write_atomically
 from reference_trainer.machine import device_of
 from reference_trainer.plotting import save_figure
-from reference_trainer.run import RunFolder
+from reference_trainer.run import METRICS, RunFolder
 from robustcm.scales import ConstantC, CSchedule, MeasuredC, PowerLawC
 
+LOGGED = ("step", "r", "c", "consistency")
 STAGES = (11, 21, 41, 81, 161, 321, 641)
 
 EPILOG = """
@@ -60,51 +63,62 @@ def parser() -> argparse.ArgumentParser:
 def look(options: argparse.Namespace) -> int:
     """Measure, draw, say."""
     check_common(options)
-    runs = [(RunFolder(root), root.name) for root in options.runs] or [(baseline_of_digits(options), BASELINE)]
-    curves, d = [], 0
-    for run, name in runs:
-        found, elements = curves_of(run, name, options)
+    if options.runs:
+        device = device_of(options.device)
+        looked_at = [
+            (RunFolder(root), loaded(RunFolder(root), options.images, device), root.name) for root in options.runs
+        ]
+    else:
+        looked_at = [(*baseline_of_digits(options), BASELINE)]
+    curves, notes = [], []
+    for run, trained, name in looked_at:
+        found, said = curves_of(run, trained, name, options.samples)
         curves.append(found)
-        d = d or elements
+        notes += said
+    d = looked_at[0][1].data[0].numel()
     schedules = {
-        name: [(n, c_at(schedule, n, d, r)) for n, r in zip(STAGES, medians(curves[0]), strict=True)]
+        name: [(n, c_at(schedule, n, d, r)) for n, r, _ in curves[0].spread or [(n, 1.0, 0.0) for n in STAGES]]
         for name, schedule in (("ConstantC", ConstantC()), ("PowerLawC", PowerLawC()), ("MeasuredC", MeasuredC()))
+        if curves[0].spread or not isinstance(schedule, MeasuredC)  # which follows the residuals
     }
     files = options.out / "c_schedules.png", options.out / "c_schedules.json"
     save_figure(draw_c_schedules(schedules, curves), files[0])
     report = {"d": d, "c": schedules, "runs": [vars(run) for run in curves]}
     write_atomically(files[1], (json.dumps(report, indent=1) + "\n").encode())
-    print("\n".join(table(schedules, curves)))
+    print("\n".join([*table(schedules, curves), *notes]))
     print(f"look at {files[0]}")
     return 0
 
 
-def curves_of(run: RunFolder, name: str, options: argparse.Namespace) -> tuple[RunCurves, int]:
-    """What the figure shows of one run, and d.
+def loaded(run: RunFolder, limit: int, device: torch.device) -> Trained:
+    """``run`` on at most ``limit`` of its training images.
 
     Raises:
-        UserError: no run, no checkpoint, no log, or residuals that are not finite.
+        UserError: no run, or no checkpoint.
     """
-    images, device = load_images(run.config().data, options.images), device_of(options.device)
-    rows, spread, d = run.metrics(), [], 0
-    if not rows:
-        raise UserError(f"no metrics.jsonl in {run.root}: train it first")
-    trained = trained_run(run, images, device)
-    for n in STAGES:
-        found = trained.residuals(n, options.samples)
-        r = found.r
-        if not r.isfinite().any():
-            raise UserError(f"no residual of {run.root} is finite at N = {n}: the run has diverged")
-        r, d = r[r.isfinite()], found.d
-        median = r.median()
-        spread.append((n, float(median), float((r - median).abs().median())))
-    return RunCurves(
-        name,
-        spread,
-        [(row["step"], row["r"], row["c"]) for row in rows],
-        [(row["step"], row["consistency"]) for row in rows],
-        evaluations_of(run),
-    ), d
+    return trained_run(run, some_of_images(load_images(run.config().data), limit), device)
+
+
+def curves_of(run: RunFolder, trained: Trained, name: str, samples: int) -> tuple[RunCurves, list[str]]:
+    """What the figure shows of one run; and what it cannot show, and why, as lines."""
+    notes, spread = [], []
+    try:
+        for n in STAGES:
+            r = trained.residuals(n, samples).r
+            r = r[r.isfinite()]
+            median = r.median()
+            spread.append((n, float(median), float((r - median).abs().median())))
+    except UserError as error:  # too few images, or a network that gives NaN
+        spread = []
+        notes.append(f"{name}: no residuals: {error}")
+    rows = [row for row in run.metrics() if all(math.isfinite(row.get(key, math.nan)) for key in LOGGED)]
+    if len(rows) < 2:
+        notes.append(
+            f"{name}: {len(rows) or 'no'} logged row{'s' * (len(rows) != 1)} in {run.root / METRICS}: no curve"
+        )
+    logged = [(row["step"], row["r"], row["c"]) for row in rows]
+    loss = [(row["step"], row["consistency"]) for row in rows]
+    return RunCurves(name, spread, logged, loss, evaluations_of(run)), notes
 
 
 def evaluations_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -116,11 +130,6 @@ def evaluations_of(run: RunFolder) -> list[dict[str, Any]]:
         except (OSError, ValueError, KeyError):
             return []
     return [row for row in rows if row["features"] == rows[-1]["features"]]
-
-
-def medians(run: RunCurves) -> list[float]:
-    """The median of r at each of ``STAGES``."""
-    return [median for _, median, _ in run.spread]
 
 
 def c_at(schedule: CSchedule, num_levels: int, d: int, r: float) -> float:
@@ -135,7 +144,7 @@ def table(schedules: dict[str, list[tuple[int, float]]], runs: Sequence[RunCurve
     lines = [f"{'N':>5}" + "".join(f"{name:>12}" for name in schedules) + "   median r +- MAD of each run"]
     for i, n in enumerate(STAGES):
         scales = "".join(f"{points[i][1]:12.4g}" for points in schedules.values())
-        spread = "   ".join(f"{run.spread[i][1]:.3g} +- {run.spread[i][2]:.2g}" for run in runs)
+        spread = "   ".join(f"{run.spread[i][1]:.3g} +- {run.spread[i][2]:.2g}" if run.spread else "-" for run in runs)
         lines.append(f"{n:5}{scales}   {spread}")
     if len(names := {run.evaluations[-1]["features"] for run in runs if run.evaluations}) > 1:
         lines.append(f"not comparable: Frechet distance and recall are in {' / '.join(sorted(names))}")

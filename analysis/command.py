@@ -14,7 +14,7 @@ from reference_trainer.machine import keep_freed_memory
 
 def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
     """``--images``, ``--samples``, ``--out`` and ``--device``."""
-    parser.add_argument("--images", type=int, default=5000, help="use at most so many training images (default 5000)")
+    parser.add_argument("--images", type=int, default=5000, help="look at no more training images (default 5000)")
     parser.add_argument(
         "--samples", type=int, default=samples, help=f"temporal differences to measure (default {samples})"
     )

@@ -67,7 +67,7 @@ def draw_outliers(
         return figure
     figure, axes = new_figure(3, width=13, height=5.4)
     draw_boxes(axes[0, 0], data, "(a) data values, std 0.5")
-    draw_boxes(axes[0, 1], td, "(b) temporal differences, all levels")
+    draw_boxes(axes[0, 1], td, "(b) temporal differences, all levels pooled")
     draw_level_shares(axes[0, 2], by_level)
     return figure
 
@@ -118,6 +118,9 @@ def _percent(share: float) -> str:
 def draw_level_shares(ax: Axes, by_level: Mapping[str, Sequence[tuple[float, BoxStatistics]]]) -> None:
     """Share of elements beyond the inner and the outer fences against sigma, one pair of lines a space."""
     floor = 1e-6
+    if not any(by_level.values()):
+        _empty(ax, "(c) too few residuals in every noise level")
+        return
     for name, boxes in by_level.items():
         sigmas = [sigma for sigma, _ in boxes]
         for field, style in (("beyond_inner", "-"), ("beyond_outer", ":")):
@@ -161,7 +164,7 @@ DISTANCES = {"squared_l2": "0.35", "pseudo_huber": "#2f6fb3", "cauchy": "#c4453c
 def draw_loss_shapes(
     losses: Sequence[Curve], slopes: Sequence[Curve], by_sample: Sequence[Curve], by_level: Sequence[Curve], origin: str
 ) -> Figure:
-    """Fig. 2: losses, derivatives, and the pull on measured residuals by sample and by noise level."""
+    """Fig. 2: losses, derivatives, and the pull on residuals, if there are any, by sample and by noise level."""
     figure, axes = new_figure(2, width=11, height=8.6, rows=2)
     for ax, curves, title in (
         (axes[0, 0], losses, "(a) loss"),
@@ -170,6 +173,11 @@ def draw_loss_shapes(
         _lines(ax, curves)
         ax.set(title=title, xlabel="r / c", xlim=(0, curves[0].x[-1]), ylim=(0, 3 if ax is axes[0, 0] else 1.6))
     axes[0, 0].legend(frameon=False)
+    figure.supxlabel(f"(c), (d): residuals of {origin}", fontsize=9, color="0.3")
+    if not by_sample:
+        for ax in axes[1]:
+            _empty(ax, "too few residuals that vary")
+        return figure
     ax = axes[1, 0]
     _lines(ax, by_sample)
     ax.plot([0, 1], [0, 1], color="0.85", zorder=0)
@@ -182,8 +190,13 @@ def draw_loss_shapes(
     ax.plot([], [], "-", color="0.4", label="c at the clean bound")
     ax.plot([], [], "--", color="0.4", label="iCT's constant c")
     ax.legend(frameon=False)
-    figure.supxlabel(f"(c), (d): residuals of {origin}", fontsize=9, color="0.3")
     return figure
+
+
+def _empty(ax: Axes, why: str) -> None:
+    """A word in the place of a panel."""
+    ax.text(0.5, 0.5, why, ha="center", transform=ax.transAxes, color=GREY)
+    ax.axis("off")
 
 
 def _lines(ax: Axes, curves: Sequence[Curve], marker: str = "") -> None:
@@ -210,7 +223,8 @@ class RunCurves:
 
     def metric(self, samples: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric ("frechet") of a set of samples ("1 evaluation"), where it was measured."""
-        found = [(row["step"], row["rows"][samples][name]) for row in self.evaluations if samples in row["rows"]]
+        rows = [(row["step"], row["rows"].get(samples, {}).get(name)) for row in self.evaluations]
+        found = [(step, value) for step, value in rows if value is not None]
         return [step for step, _ in found], [value for _, value in found]
 
 
@@ -219,7 +233,7 @@ def draw_c_schedules(schedules: Mapping[str, Sequence[tuple[int, float]]], runs:
 
     Args:
         schedules: by name, (N, c).
-        runs: at least one.
+        runs: at least one; whatever of it there is.
     """
     figure, axes = new_figure(2, width=12, height=13, rows=3)
     colours = ["#1b7f79", "#c4453c", "#2f6fb3", "#b8860b", "#7a4fa3", "0.4"]
@@ -238,15 +252,21 @@ def draw_c_schedules(schedules: Mapping[str, Sequence[tuple[int, float]]], runs:
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
-    for i, run in enumerate(runs):
-        steps, r, c = zip(*run.logged, strict=True)
-        axes[0, 1].plot(steps, r, color=colours[i % 6], label=run.name)
-        axes[0, 1].plot(steps, c, "--", color=colours[i % 6])
-        axes[1, 0].plot(*zip(*run.loss, strict=True), color=colours[i % 6], label=run.name)
     axes[0, 1].set(yscale="log", xlabel="step", title="(b) mean residual norm r over training, dashed: c")
     axes[1, 0].set(yscale="log", xlabel="step", title="(c) consistency loss (comparable within one distance)")
+    for i, run in enumerate(runs):
+        if not run.logged:
+            continue
+        dot = "o" if len(run.logged) == 1 else ""  # of one point there is no line
+        steps, r, c = zip(*run.logged, strict=True)
+        axes[0, 1].plot(steps, r, color=colours[i % 6], marker=dot, label=run.name)
+        axes[0, 1].plot(steps, c, "--", color=colours[i % 6], marker=dot)
+        axes[1, 0].plot(*zip(*run.loss, strict=True), color=colours[i % 6], marker=dot, label=run.name)
     for ax in (axes[0, 1], axes[1, 0]):
-        ax.legend(frameon=False, fontsize=8)
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=8)
+        else:
+            _empty(ax, "no run has logged anything")
     _draw_metrics(axes[1, 1], axes[2, 0], axes[2, 1], runs, [colours[i % 6] for i in range(len(runs))])
     return figure
 
@@ -261,21 +281,21 @@ def _draw_metrics(frechet: Axes, recall: Axes, both: Axes, runs: Sequence[RunCur
     both.set(title="(f) last evaluation: lower right is better", xlabel="recall", ylabel="Frechet distance")
     for run, colour in zip(runs, colours, strict=True):
         for name, (marker, line) in SAMPLES.items():
-            steps, distances = run.metric(name, "frechet")
-            _, recalls = run.metric(name, "recall")
-            if steps:
-                label = f"{run.name}, {name}"
-                frechet.plot(steps, distances, line, marker=marker, ms=5, color=colour, label=label)
-                recall.plot(steps, recalls, line, marker=marker, ms=5, color=colour, label=label)
-                both.plot(recalls[-1:], distances[-1:], marker, color=colour, ms=8, label=label)
+            distances, recalls = run.metric(name, "frechet"), run.metric(name, "recall")
+            label = f"{run.name}, {name}"
+            for ax, points in ((frechet, distances), (recall, recalls)):
+                if points[0]:
+                    ax.plot(*points, line, marker=marker, ms=5, color=colour, label=label)
+            if distances[0] and distances[0][-1:] == recalls[0][-1:]:  # of one evaluation
+                both.plot(recalls[1][-1:], distances[1][-1:], marker, color=colour, ms=8, label=label)
     for ax in (frechet, recall, both):
         if ax.lines:
             ax.legend(frameon=False, fontsize=8)
             ax.margins(0.1)
         else:
-            ax.text(0.5, 0.5, "no run was evaluated", ha="center", transform=ax.transAxes, color=GREY)
-            ax.axis("off")
-    if frechet.lines:
+            _empty(ax, "no run was evaluated")
+    found = [value for run in runs for name in SAMPLES for value in run.metric(name, "frechet")[1] if value > 0]
+    if found and max(found) > 3 * min(found):
         frechet.set_yscale("log")  # it falls by orders of magnitude
         frechet.yaxis.set_major_formatter(LogFormatter())  # 600, not 6 x 10^2
         frechet.yaxis.set_minor_formatter(LogFormatter())

@@ -16,7 +16,6 @@ from analysis.baselines import residuals_for
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import Curve, draw_loss_shapes
 from analysis.values import Residuals
-from reference_trainer.errors import UserError
 from reference_trainer.files import write_atomically
 from reference_trainer.plotting import save_figure
 from robustcm.losses import Rho, squared_l2_of_r2
@@ -63,28 +62,39 @@ def look(options: argparse.Namespace) -> int:
     """Measure, draw, say."""
     check_common(options)
     found = residuals_for(options)
+    advice, missing = None, ""
+    by_sample: list[Curve] = []
+    by_level: list[Curve] = []
     try:
         advice = advise(found.r, found.level, found.num_levels, found.d)
-    except ValueError as error:
-        raise UserError(f"no usable residuals ({found.origin}): {error}") from error
-    pull = pulls(found, advice)
+        by_sample, by_level = pulls(found, advice)
+    except ValueError as error:  # the losses themselves need no residuals
+        missing = f"no pull on the residuals of {found.origin}: {error}"
     files = options.out / "loss_shapes.png", options.out / "loss_shapes.json"
-    save_figure(draw_loss_shapes(*shapes(), *pull, origin=found.origin), files[0])
+    save_figure(draw_loss_shapes(*shapes(), by_sample, by_level, origin=found.origin), files[0])
     report = {
         "origin": found.origin,
-        "advice": advice.as_dict(),
-        "pull_by_sample": [curve.as_dict() for curve in pull[0]],
-        "pull_by_level": [curve.as_dict() for curve in pull[1]],
+        "advice": None if advice is None else advice.as_dict(),
+        "pull_by_sample": [curve.as_dict() for curve in by_sample],
+        "pull_by_level": [curve.as_dict() for curve in by_level],
     }
     write_atomically(files[1], (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print(f"residuals of {found.origin}; share of the pull within a noise level that comes from")
-    print(f"{'':16}{'c':>9}  the largest 5 % of residuals   the largest 1 %")
-    for curve in pull[0]:
-        top = [1 - curve.at(1 - share) for share in (0.05, 0.01)]
-        scale = f"{curve.c:9.3g}" if math.isfinite(curve.c) else f"{'-':>9}"
-        print(f"{curve.name:16}{scale}{top[0]:16.1%}{top[1]:30.1%}{'   (iCT c)' if curve.dashed else ''}")
+    print("\n".join([missing] if missing else table(by_sample, found.origin)))
     print(f"look at {files[0]}")
     return 0
+
+
+def table(by_sample: Sequence[Curve], origin: str) -> list[str]:
+    """Which share of the pull comes from the largest residuals, as lines."""
+    lines = [
+        f"residuals of {origin}; share of the pull within a noise level that comes from",
+        f"{'':16}{'c':>9}  the largest 5 % of residuals   the largest 1 %",
+    ]
+    for curve in by_sample:
+        top = [1 - curve.at(1 - share) for share in (0.05, 0.01)]
+        scale = f"{curve.c:9.3g}" if math.isfinite(curve.c) else f"{'-':>9}"
+        lines.append(f"{curve.name:16}{scale}{top[0]:16.1%}{top[1]:30.1%}{'   (iCT c)' if curve.dashed else ''}")
+    return lines
 
 
 def influence(rho: Rho, r: Tensor, c: float) -> Tensor:

@@ -82,7 +82,8 @@ def main() -> None:
     torch.set_num_threads(model.config.threads)
     model.network.requires_grad_(True)
     # The last steps of the run: their noise, their levels.
-    source, steps = Batches(model.config, model.latents_of(model.config.data.load().train)), model.config.steps
+    images, steps = model.config.data.load(), model.config.steps
+    source = Batches(model.config, model.latents_of(images.train), images.train_labels)
     batches = [source(step) for step in range(max(0, steps - options.batches), steps)]
     about, rows = describe_machine(), []
     print(f"N = {batches[0].pairs.num_levels}, {sum(len(b.x) for b in batches)} samples of {options.run}")

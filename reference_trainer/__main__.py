@@ -28,8 +28,9 @@ from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.model import load_model
 from reference_trainer.options import CHOICES, describe, override
 from reference_trainer.plotting import tile
-from reference_trainer.presets import PRESETS, on_folder
+from reference_trainer.presets import PRESETS, on_data
 from reference_trainer.run import RunFolder
+from reference_trainer.training.batches import check_labels
 from reference_trainer.training.loop import elapsed, train
 
 COMMANDS = ("train", "sample", "evaluate", "ablate")
@@ -146,9 +147,7 @@ def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
     name = options.preset or PRESETS[0].__name__
     if name not in presets:
         raise UserError(f"unknown preset {name}: there are {', '.join(presets)}")
-    config = presets[name]()
-    if options.data is not None:
-        config = on_folder(config, str(Path(options.data).expanduser().resolve()))
+    config = on_data(presets[name](), options.data)
     for change in changes:
         config = override(config, change)
     return name, config
@@ -169,6 +168,7 @@ def run_train(options: argparse.Namespace) -> int:
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
     torch.set_num_threads(config.threads)
     images = config.data.load()
+    check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
     with run.locked():
         run.claim(config)
         if not train(config, run, images, cache_folder(), device, Evaluator(run, images, options.features)):

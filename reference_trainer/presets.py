@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
@@ -52,6 +53,14 @@ def pixels() -> TrainConfig:
 
 
 PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels)
+
+
+def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:
+    """``config`` on what ``--data`` names, ``on_folder``; without it as it is.
+
+    The trainer and the analysis both ask here, so that they mean one configuration by one folder.
+    """
+    return config if path is None else on_folder(config, str(Path(path).expanduser().resolve()))
 
 
 def on_folder(config: TrainConfig, path: str) -> TrainConfig:

@@ -7,10 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.images import ImageFolder, ImageSet
 from reference_trainer.errors import UserError
+from reference_trainer.networks import DiT
+from reference_trainer.run import RunFolder
+from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate
-from robustcm.couplers import coupling_gain, exact, independent
+from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
 from robustcm.gates import Above, AboveExplained
 from robustcm.objective import Objective, draw
 
@@ -73,6 +79,73 @@ def test_below_the_gate_every_sample_keeps_its_own_noise():
     assert 0 < above.sum() < len(above)
     assert torch.equal(batch.z[~above], own[~above])
     assert not torch.equal(batch.z[above], own[above])
+
+
+LABELS = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1))
+
+
+def within(pool: int, coupler=exact) -> TrainConfig:
+    asked = config(pool)
+    return replace(asked, objective=replace(asked.objective, coupler=WithinClasses(coupler)))
+
+
+@pytest.mark.parametrize("pool", [1, 3])
+@pytest.mark.parametrize("coupler", [exact, Entropic(reg=0.05)])
+def test_within_classes_a_noise_goes_to_a_sample_of_the_class_it_was_drawn_for(pool: int, coupler):
+    """Whichever batch of the pool that sample is in; and every noise is used once."""
+    batches = Batches(within(pool, coupler), LATENTS, LABELS)
+    steps = range(pool, 2 * pool)
+    drawn = torch.cat([draw(0, step, (8, 2, 3, 3)).z for step in steps]).flatten(1)
+    used = torch.cat([batches(step).z for step in steps]).flatten(1)
+    origin = torch.cdist(used, drawn).argmin(1)
+    assert torch.equal(used, drawn[origin])
+    assert torch.equal(origin.sort().values, torch.arange(8 * pool))
+    assert not torch.equal(origin, torch.arange(8 * pool))
+    labels = LABELS[torch.cat([batch_indices(0, step, 40, 8) for step in steps])]
+    assert torch.equal(labels[origin], labels)
+
+
+def test_a_class_of_one_sample_keeps_its_noise():
+    batches = Batches(within(1, Entropic()), LATENTS, torch.arange(40))
+    assert torch.equal(batches(2).z, draw(0, 2, (8, 2, 3, 3)).z)
+
+
+def test_labels_change_nothing_for_couplers_that_ask_for_none():
+    for coupler in (exact, Entropic(reg=0.05), independent):
+        asked = replace(config(2), objective=replace(config(2).objective, coupler=coupler))
+        assert torch.equal(Batches(asked, LATENTS, LABELS)(3).z, Batches(asked, LATENTS)(3).z)
+
+
+def test_within_classes_is_refused_by_name_where_the_data_have_no_labels():
+    asked = replace(within(1, Entropic()), data=ImageFolder(path="photos"))
+    with pytest.raises(UserError, match=r"WithinClasses .* images of ImageFolder have no labels: take exact"):
+        Batches(asked, LATENTS)
+
+
+def test_it_is_refused_before_the_autoencoder_is_fitted(tmp_path, monkeypatch):
+    images = ImageSet("photos", torch.zeros(40, 3, 8, 8, dtype=torch.uint8), None, torch.arange(40) % 10 == 9)
+    monkeypatch.setattr(KLAutoencoder, "fit", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(UserError, match="WithinClasses"):
+        loop.train(within(1), RunFolder(tmp_path), images, tmp_path, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_it_before_the_run_folder_is_claimed(image_folder, tmp_path, capsys):
+    asked = ["digits", "objective.coupler=WithinClasses", "--data", image_folder, "--run", tmp_path / "run"]
+    assert main([str(word) for word in asked]) == 2
+    assert "WithinClasses" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_passes_the_labels_of_its_training_images(tmp_path, monkeypatch):
+    """An image's brightness is its class; held-out images lie between, whose labels must not slip in."""
+    shade, given = torch.arange(40) % 4, []
+    pixels = (60 * shade)[:, None, None, None] + torch.randint(0, 60, (40, 1, 8, 8))
+    images = ImageSet("shades", pixels.to(torch.uint8), shade, torch.arange(40) % 10 == 0)
+    monkeypatch.setattr(loop, "Batches", lambda *parts: given.append(parts[2]) or Batches(*parts))
+    asked = replace(within(2), autoencoder=PixelSpace(), clip=None, network=DiT(patch=8, width=16, layers=1), steps=3)
+    assert loop.train(asked, RunFolder(tmp_path), images, tmp_path, torch.device("cpu"))
+    assert torch.equal(given[0], images.train.float().mean((1, 2, 3)).div(60, rounding_mode="floor").long())
 
 
 def test_without_a_coupler_the_pool_changes_nothing():

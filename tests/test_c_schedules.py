@@ -59,6 +59,27 @@ def test_metrics_are_drawn_over_training_a_line_for_each_number_of_evaluations()
     assert [ax.texts[0].get_text() for ax in empty.axes[3:]] == ["no run was evaluated"] * 3
 
 
+def test_one_logged_row_is_a_dot_and_none_a_word():
+    def drawn(logged):
+        run = drawing.RunCurves("a", [], logged, [(step, r) for step, r, _ in logged], [])
+        figure = drawing.draw_c_schedules({"ConstantC": [(11, 0.03)]}, [run])
+        figure.canvas.draw()
+        return figure.axes[1:3]
+
+    for ax in drawn([(7, 1.0, 0.1)]):
+        assert {line.get_marker() for line in ax.lines} == {"o"}
+    for ax in drawn([(7, 1.0, 0.1), (8, 0.5, 0.1)]):
+        assert "o" not in {line.get_marker() for line in ax.lines}
+    assert [ax.texts[0].get_text() for ax in drawn([])] == ["no run has logged anything"] * 2
+
+
+def test_a_metric_an_evaluation_lacks_is_left_out_of_its_line():
+    partial = evaluation(10, 9.0)
+    del partial["rows"]["1 evaluation"]["recall"]
+    figure = drawing.draw_c_schedules({"ConstantC": [(11, 0.03)]}, [curves("a", [partial])])
+    assert [len(ax.lines) for ax in figure.axes[3:]] == [2, 1, 1]
+
+
 def test_runs_in_different_features_are_said_not_to_compare():
     schedules = {"ConstantC": [(n, 0.03) for n in c_schedules.STAGES]}
     one, other = curves("a", [evaluation(10, 9.0)]), curves("b", [evaluation(10, 9.0, "other features")])

@@ -316,9 +316,11 @@ def run_ablate(options: argparse.Namespace) -> int:
     arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
-        latents, _ = training_latents(arms[0][1], arms[0][1].data.load(), cache_folder(), device)
+        images = arms[0][1].data.load()
+        latents, _ = training_latents(arms[0][1], images, cache_folder(), device)
         named_configs = [(arm.name, config) for arm, config in arms]
-        steps = steps_within(options.seconds, named_configs, latents, options.out / "timing.json", device)
+        timing = options.out / "timing.json"
+        steps = steps_within(options.seconds, named_configs, latents, images.train_labels, timing, device)
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]

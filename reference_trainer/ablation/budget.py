@@ -20,30 +20,39 @@ from reference_trainer.training.state import TrainState
 
 
 def steps_within(
-    seconds: float, arms: Sequence[tuple[str, TrainConfig]], latents: Tensor, file: Path, device: torch.device
+    seconds: float,
+    arms: Sequence[tuple[str, TrainConfig]],
+    latents: Tensor,
+    labels: Tensor | None,
+    file: Path,
+    device: torch.device,
 ) -> dict[str, int]:
-    """How many steps each arm makes in ``seconds``, timed on ``latents [n, ch, h, w]``.
+    """How many steps each arm makes in ``seconds``, timed on ``latents [n, ch, h, w]`` and their ``labels [n]``.
 
     The times go to ``file`` and are read from there the next time, so that a continued ablation is the same.
     """
     timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     if missing := [(name, config) for name, config in arms if name not in timed]:
-        timed |= seconds_per_step(missing, latents, device)
+        timed |= seconds_per_step(missing, latents, labels, device)
         write_atomically(file, (json.dumps(timed, indent=1) + "\n").encode())
     return {name: max(1, round(seconds / timed[name])) for name, _ in arms}
 
 
 def seconds_per_step(
-    arms: Sequence[tuple[str, TrainConfig]], latents: Tensor, device: torch.device, turns: int = 32
+    arms: Sequence[tuple[str, TrainConfig]],
+    latents: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+    turns: int = 32,
 ) -> dict[str, float]:
-    """The mean time of a training step of each arm on ``latents [n, ch, h, w]``: one step an arm in turn.
+    """The mean time of a training step of each arm, data as in ``steps_within``: one step an arm in turn.
 
     The first turns are not counted; 32 are enough for pools of up to 32 batches to be paired once.
 
     On a CPU processor time: a run couples the next batch in the background, where beside other runs no core is idle.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    steppers = {name: _steps(config, latents, device) for name, config in arms}
+    steppers = {name: _steps(config, latents, labels, device) for name, config in arms}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for turn in tqdm(range(turns + 4), desc="timing the arms", unit="turn"):
         for name, stepper in steppers.items():
@@ -54,10 +63,10 @@ def seconds_per_step(
     return {name: statistics.fmean(seconds) for name, seconds in times.items()}
 
 
-def _steps(config: TrainConfig, latents: Tensor, device: torch.device) -> Iterator[None]:
+def _steps(config: TrainConfig, latents: Tensor, labels: Tensor | None, device: torch.device) -> Iterator[None]:
     """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
     ch, h, w = latents.shape[1:]
-    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents)
+    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents, labels)
     f = config.preconditioned(state.network.train())
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)

@@ -39,6 +39,11 @@ class ImageSet:
         return self.pixels[~self.is_held_out]
 
     @property
+    def train_labels(self) -> Tensor | None:
+        """int64 ``[n_train]`` or None."""
+        return None if self.labels is None else self.labels[~self.is_held_out]
+
+    @property
     def held_out(self) -> Tensor:
         """uint8 ``[n_held_out, ch, h, w]``."""
         return self.pixels[self.is_held_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, Imported, PooledLatents
-from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
 from reference_trainer.files import write_atomically
 from reference_trainer.model import TrainedModel
@@ -54,7 +54,8 @@ def evaluate(
     sets |= samplers(model, len(train), seed)
     if bounds:
         noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
-        sets["reconstructions"] = lambda: model.space.decode(model.latents_of(train).to(model.device))
+        reconstructed = cache(lambda: model.space.decode(model.latents_of(train).to(model.device)))
+        sets["reconstructions"] = reconstructed
         sets["ceiling: noise decoded"] = lambda: model.space.decode(noise.to(model.device))
     with ThreadPoolExecutor(2) as pool:  # each image by itself, so two sets at a time change no digit
         found = pool.map(lambda make: features(make()), sets.values())
@@ -63,6 +64,7 @@ def evaluate(
     real, held_out_real = vectors.pop("train"), vectors.pop("held-out")
     rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
     if bounds:
+        rows["reconstructions"]["psnr"] = psnr(train, reconstructed())
         half = len(real) // 2
         rows["floor: held-out images"] = measure(held_out_real, real, features)
         rows["floor: half against half"] = measure(real[:half], real[half:], features, held_out_real)
@@ -171,9 +173,26 @@ def as_table(evaluation: dict[str, Any]) -> str:
         line += f"{row['frechet_held_out']:10.2f}" if "frechet_held_out" in row else f"{'-':>10}"
         line += f"{row['sure_digits']:9.3f}" if "sure_digits" in row else ""
         lines.append(line)
+    lines += about_autoencoder(evaluation)
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
     return "\n".join(lines)
+
+
+def about_autoencoder(evaluation: dict[str, Any]) -> list[str]:
+    """PSNR of the reconstructions, and that features of the autoencoder's own cannot judge it, as lines."""
+    row, lines = evaluation["rows"].get("reconstructions", {}), []
+    if "psnr" in row:
+        lines.append(
+            f"reconstructions: PSNR {row['psnr']:.1f} dB to the images themselves (pixels 0 .. 255, mean over the "
+            f"{row['n']} images)"
+        )
+    if evaluation["features"] == PooledLatents.name:
+        lines.append(
+            "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see (PSNR "
+            "and samples.png show it)"
+        )
+    return lines
 
 
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:

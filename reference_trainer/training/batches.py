@@ -12,24 +12,27 @@ from torch import Tensor
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import some_of
 from reference_trainer.errors import UserError
-from robustcm.couplers import independent
+from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
 from robustcm.objective import Batch, Objective, draw
 from robustcm.randomness import Stream, step_generator
 
 
 class Batches:
-    """``batches(step)`` is the batch of that step: a function of (config, latents, step), whatever was asked before."""
+    """``batches(step)`` is the batch of that step: a function of (config, latents, labels, step), whatever was asked
+    before.
+    """
 
-    def __init__(self, config: TrainConfig, latents: Tensor) -> None:
-        """``latents [n, ch, h, w]`` (CPU).
+    def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor | None = None) -> None:
+        """``latents [n, ch, h, w]`` and their classes ``[n]`` int64, if there are any (CPU).
 
         Raises:
-            UserError: fewer latents than a batch needs.
+            UserError: fewer latents than a batch needs, or a coupler that needs labels where there are none.
         """
+        check_labels(config, labels)
         if config.batch_size > len(latents):
             raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
-        self.config, self.latents = config, latents
+        self.config, self.latents, self.labels = config, latents, labels
         self.objective = with_measured_gate(config.objective, latents)
         self._solver = ThreadPoolExecutor(1)
         self._pools: dict[int, Future[tuple[Tensor, ...]]] = {}
@@ -49,8 +52,11 @@ class Batches:
         """For torch's own generators, which dropout draws from."""
         return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, Stream.DROPOUT)))
 
+    def _indices(self, step: int) -> Tensor:
+        return batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
+
     def _x(self, step: int) -> Tensor:
-        return self.latents[batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)]
+        return self.latents[self._indices(step)]
 
     def _coupled(self, step: int) -> Tensor | None:
         """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
@@ -67,8 +73,23 @@ class Batches:
         steps = range(pool * size, (pool + 1) * size)
         x = torch.cat([self._x(s) for s in steps])
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
-        perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, Stream.COUPLING))
+        labels = None if self.labels is None else self.labels[torch.cat([self._indices(s) for s in steps])]
+        generator = step_generator(config.seed, pool, Stream.COUPLING)
+        perm = config.objective.coupler(x, z, labels=labels, generator=generator)
         return z[perm].split(config.batch_size)
+
+
+def check_labels(config: TrainConfig, labels: Tensor | None) -> None:
+    """Refuse a coupler that asks for classes where the data have none.
+
+    Raises:
+        UserError: just that.
+    """
+    if labels is None and isinstance(config.objective.coupler, WithinClasses):
+        raise UserError(
+            "objective.coupler=WithinClasses pairs noise within classes, and the images of "
+            f"{type(config.data).__name__} have no labels: take exact, Entropic or independent"
+        )
 
 
 def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:

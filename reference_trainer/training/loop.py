@@ -20,7 +20,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.files import save_tensors
 from reference_trainer.model import TrainedModel
 from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import Batches
+from reference_trainer.training.batches import Batches, check_labels
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
@@ -43,9 +43,10 @@ def train(
     Raises:
         UserError: see its message; checkpoints written before stay good.
     """
+    check_labels(config, images.train_labels)  # before the autoencoder is fitted
     latents, space = training_latents(config, images, cache, device)
     keep_space(space, latents, images, run)
-    batches = Batches(config, latents)
+    batches = Batches(config, latents, images.train_labels)
     ch, h, w = latents.shape[1:]
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():

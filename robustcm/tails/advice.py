@@ -150,6 +150,11 @@ class Advice:
         """Whether a robust distance can be expected to gain anything within a noise level."""
         return self.verdict != "none"
 
+    @property
+    def sees_elements(self) -> bool:
+        """Whether single elements have outliers that the norm of a sample averages away; needs ``td``."""
+        return self.element_gain > 1.15 * max(1.0, self.gain)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the distance by name, None for NaN, with gain, matters and the sentences."""
         fields = asdict(self) | {"gain": self.gain, "matters": self.matters, "in_words": self.in_words()}
@@ -157,34 +162,35 @@ class Advice:
         return {name: _plain(value) for name, value in fields.items()}
 
     def in_words(self) -> list[str]:
-        """The advice in a few sentences."""
+        """The advice in a few sentences, each beginning with what it is about."""
         name, robust = _name(self.distance), 100 * self.quadratic_share[_name(self.distance)]
         said = [
-            f"use {name} with c = {self.c:.3g} at N = {self.num_levels}, or MeasuredC(multiple={self.multiple:.2f}): "
-            f"{self.derivation}; {robust:.0f} % of the samples then sit in its quadratic zone"
+            f"distance and c: use {name} with c = {self.c:.3g} at N = {self.num_levels}, or "
+            f"MeasuredC(multiple={self.multiple:.2f}): {self.derivation}; {robust:.0f} % of the samples then sit in "
+            "its quadratic zone"
         ]
         if self.verdict == "none":
             heavy = "tails no heavier than Gaussian" if self.beyond <= 2 * self.gaussian_beyond else "few outliers"
             said.append(
-                f"{heavy}: expect no gain from robustness (predicted {self.gain:.2f}x); a robust distance still "
-                "reweights noise levels"
+                f"whole samples: the norms r of one noise level have {heavy}, so expect no gain from a robust distance "
+                f"(predicted {self.gain:.2f}x in samples); it still reweights noise levels"
             )
         else:
             cause = {
-                "outliers": f"{self.beyond:.2%} of the samples lie beyond the clean bound "
+                "outliers": f"{self.beyond:.2%} of the norms r lie beyond the clean bound of their noise level "
                 f"(Gaussian: {self.gaussian_beyond:.2%})",
-                "spread": "residuals of one level differ in size, without distinct outliers",
+                "spread": "norms r of one noise level differ in size, without distinct outliers",
             }[self.verdict]
-            said.append(f"{cause}: predicted gain over squared L2 {self.gain:.2f}x in samples")
-        if self.element_gain > 1.15 * max(1.0, self.gain):
+            said.append(f"whole samples: {cause}; predicted gain over squared L2 {self.gain:.2f}x in samples")
+        if self.sees_elements:
             said.append(
-                f"the outliers sit in single elements (gain there {self.element_gain:.2f}x), which the norm of a "
-                "whole sample averages away: PerElement(cauchy_of_r2) sees them"
+                f"single elements: outliers sit here (gain {self.element_gain:.2f}x), which the norm of a whole sample "
+                "averages away; PerElement(cauchy_of_r2) sees them"
             )
         if self.level_spread > 3:
             said.append(
-                f"the median of r differs {self.level_spread:.0f}-fold between noise levels, so with one c for all "
-                "the distance mainly reweights levels; MeasuredC(bins=12) gives each its own"
+                f"noise levels: the median of r differs {self.level_spread:.0f}-fold between them, so with one c for "
+                "all the distance mainly reweights levels; MeasuredC(bins=12) gives each its own"
             )
         return said
 
