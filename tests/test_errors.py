@@ -73,6 +73,18 @@ def test_an_error_about_a_strange_name_is_one_line_in_any_terminal(
     assert said.count("\n") == 1
 
 
+def test_an_error_is_shown_as_its_own_stream_can(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", terminal("ascii"))  # a pipe
+    monkeypatch.setattr(sys, "stderr", terminal("utf-8"))
+
+    def fails() -> int:
+        raise UserError("no folder 日本")
+
+    assert exit_status(fails) == 2
+    assert sys.stderr.seek(0) == 0
+    assert sys.stderr.read() == "error: no folder 日本\n"
+
+
 def test_the_standard_output_may_be_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert printable("é") == "é"

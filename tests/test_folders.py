@@ -138,7 +138,16 @@ def test_the_folder_asked_for_is_read_even_if_a_run_was_put_into_it(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "content",
-    ["", "no JSON", "[1]", "null", '{"part": "UNet"}', "[" * 100_000, "\ufeff", '{"a":' + " " * LARGEST_CONFIG + "1}"],
+    [
+        "",
+        "no JSON",
+        "[1]",
+        "null",
+        '{"part": "UNet"}',
+        "[" * 100_000,
+        "\ufeff",
+        '{"part": "TrainConfig"' + " " * LARGEST_CONFIG + "}",
+    ],
     ids=["empty", "text", "list", "null", "another part", "deep", "mark", "large"],
 )
 def test_any_other_config_json_is_the_users(content: str, tmp_path: Path):

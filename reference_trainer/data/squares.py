@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from reference_trainer.errors import printable
 from reference_trainer.plotting import OWN_PICTURE
@@ -24,7 +24,7 @@ SIXTEEN_BITS = frozenset({("PNG", "I"), ("PPM", "I"), *((name, "I;16") for name 
 PNG has mode I in older versions of Pillow. FITS, MCIDAS, IM and TIFF in mode I have signs, an offset or 32 bits.
 """
 
-SAMPLE_FORMAT, BITS_PER_SAMPLE, PHOTOMETRIC = 339, 258, 262  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 ORIENTATION = 274  # tag of EXIF
 UPRIGHT = {
@@ -98,7 +98,7 @@ def black_and_white(opened: Image.Image) -> tuple[int, int]:
     if not opened.mode.startswith("I"):
         return 0, 255
     tags = getattr(opened, "tag_v2", {})
-    if (opened.format, opened.mode[:4]) not in SIXTEEN_BITS or tags.get(SAMPLE_FORMAT, (1,)) != (1,):
+    if (opened.format, opened.mode[:4]) not in SIXTEEN_BITS:
         raise ValueError(
             "integers that are signed or of 32 bits have no fixed black and white: save it with 8 or 16 bits a channel"
         )
@@ -133,12 +133,6 @@ def to_rgb(image: Image.Image, levels: tuple[int, int]) -> Image.Image:
     """Any mode to RGB, transparency laid on white; ``levels`` from ``black_and_white``."""
     if image.mode.startswith("I"):  # Pillow would cut all above 255
         return _grey_to_rgb(image, levels)
-    if image.mode == "LAB":  # Pillow has no conversion outside ImageCms
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        lab = ImageCms.buildTransform(*profiles, "LAB", "RGB")
-        converted = ImageCms.applyTransform(image, lab)
-        assert converted is not None  # None only in place
-        return converted
     if image.mode in ("La", "RGBa"):  # colours times alpha
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
