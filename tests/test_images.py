@@ -53,7 +53,7 @@ def test_unreadable_images_are_named_and_skipped(image_folder: Path, capsys: Sai
     assert "UPPER.JPG" in images.names
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert said.startswith("skipped 6 unreadable images of 47: ")
+    assert said.startswith("skipped unreadable images (6 of 47): ")
     assert "; gone.png (No such file or directory); pipe.png (not a regular file) and 3 more" in said
 
 
@@ -81,7 +81,7 @@ def test_whatever_a_decoder_raises_the_others_are_read(
     break_one(monkeypatch, where, "07.png", error)
     assert len(load(image_folder).pixels) == 39
     said = capsys.readouterr().out
-    assert said.startswith("skipped 1 unreadable images of 40: 07.png (")
+    assert said.startswith("skipped unreadable images (1 of 40): 07.png (")
     assert said.count("\n") == 1
 
 
@@ -142,7 +142,7 @@ def test_folders_that_cannot_be_listed_are_said_once(image_folder: Path, capsys:
     assert len(load(image_folder).pixels) == 40
     why = "(No such file or directory)"
     assert capsys.readouterr().out == (
-        f"skipped 5 folders that cannot be listed: a {why}; b {why}; c {why} and 2 more\n"
+        f"skipped folders that cannot be listed (5): a {why}; b {why}; c {why} and 2 more\n"
     )
 
 
@@ -196,8 +196,8 @@ def test_runs_and_pictures_of_the_trainer_are_no_images_of_the_user(image_folder
     assert after.names == before.names
     assert after.fingerprint() == before.fingerprint()
     assert capsys.readouterr().out == (
-        "skipped 1 runs of the trainer: runs/ilct\n"
-        "skipped 2 pictures that the trainer drew: class/samples.png; runs/ablation.png\n"
+        "skipped runs of the trainer (1): runs/ilct\n"
+        "skipped pictures that the trainer drew (2): class/samples.png; runs/ablation.png\n"
     )
 
 

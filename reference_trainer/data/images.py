@@ -150,7 +150,7 @@ class ImageFolder:
             if 2 * square.width < self.resolution:
                 enlarged.append((square.width, name_of(file)))
         say_skipped("pictures that the trainer drew", own)
-        say_skipped(f"unreadable images of {len(files)}", unreadable)
+        say_skipped("unreadable images", unreadable, of=len(files))
         if enlarged:
             tqdm.write(
                 f"{len(enlarged)} of {len(names)} images are enlarged more than twice to {self.resolution} pixels, the "
@@ -186,11 +186,12 @@ def reason(path: Path, error: Exception) -> str:
     return f"{name_of(path)} ({cause(error)})"
 
 
-def say_skipped(what: str, named: Sequence[str], at_most: int = 3) -> None:
+def say_skipped(what: str, named: Sequence[str], of: int | None = None, at_most: int = 3) -> None:
     """One line with the number and the first of those that were left out; none if there are none."""
     if named:
+        number = f"{len(named)}" if of is None else f"{len(named)} of {of}"
         more = f" and {len(named) - at_most} more" if len(named) > at_most else ""
-        tqdm.write(f"skipped {len(named)} {what}: {'; '.join(named[:at_most])}{more}")
+        tqdm.write(f"skipped {what} ({number}): {'; '.join(named[:at_most])}{more}")
 
 
 def room_for(n: int, resolution: int) -> Tensor:
