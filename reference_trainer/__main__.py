@@ -27,7 +27,7 @@ from reference_trainer.evaluation.evaluate import (
 from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.model import load_model
 from reference_trainer.options import CHOICES, describe, override
-from reference_trainer.plotting import tile
+from reference_trainer.plotting import OWN_PICTURE, tile
 from reference_trainer.presets import PRESETS, on_data
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import check_labels
@@ -217,13 +217,17 @@ def run_evaluate(options: argparse.Namespace) -> int:
 def save_picture(pixels: torch.Tensor, file: Path) -> None:
     """uint8 ``[n, ch, h, w]`` as one PNG of square rows."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     columns = max(1, round(len(pixels) ** 0.5))
     padding = -len(pixels) % columns
     pixels = torch.cat([pixels, pixels.new_full((padding, *pixels.shape[1:]), 255)])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(tile(pixels, columns)).save(file)
+        about = PngInfo()
+        for key, text in OWN_PICTURE.items():
+            about.add_text(key, text)
+        Image.fromarray(tile(pixels, columns)).save(file, pnginfo=about)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {file}: {error}") from error
 

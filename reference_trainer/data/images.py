@@ -6,19 +6,20 @@ Axes: n = images, ch = 1 (grey) or 3 (RGB). Pixels are uint8 until they are enco
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.errors import UserError
-
-EXTENSIONS = frozenset(Image.registered_extensions())
+from reference_trainer.data.folders import list_files
+from reference_trainer.data.squares import cause, extensions, open_square, resized
+from reference_trainer.errors import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ImageSet:
     """int64 ``[n]`` or None."""
     is_held_out: Tensor
     """bool ``[n]``: never trained on, neither by the autoencoder nor by the model."""
+    names: tuple[str, ...] | None = None
+    """Files relative to the folder, with ``/``, in the order of ``pixels``; ``printable`` makes them fit to print."""
 
     @property
     def train(self) -> Tensor:
@@ -49,7 +52,7 @@ class ImageSet:
         return self.pixels[self.is_held_out]
 
     def fingerprint(self) -> str:
-        """Changes when a pixel or the split changes; names caches."""
+        """Changes when a pixel or the split changes, whatever the files are called; names caches."""
         digest = hashlib.sha256(self.pixels.numpy().tobytes())
         digest.update(self.is_held_out.numpy().tobytes())
         digest.update(repr(tuple(self.pixels.shape)).encode())
@@ -83,65 +86,133 @@ class Digits:
 class ImageFolder:
     """All images below a folder, any sizes and modes, to RGB squares.
 
-    EXIF rotation is applied, transparency is laid on white, the largest centred square is cut out and resized with
-    Lanczos to ``resolution``. Files that are no images by name are ignored; images that cannot be read are skipped
-    and named. Every ``held_out_every``-th image in sorted order is held out.
+    EXIF rotation is applied, transparency is laid on white, the largest centred square of the first frame is cut out
+    and resized with Lanczos to ``resolution``. Every ``held_out_every``-th image in sorted order is held out.
+
+    Files that are no images by name are ignored, and so are hidden ones, runs of the trainer and pictures it drew.
     """
 
     path: str
     resolution: int = 64
     held_out_every: int = 10
+    on_unreadable: Literal["skip", "stop"] = "skip"
+    """What cannot be read is named and left out, or the first of it is an error."""
 
     def __post_init__(self) -> None:
         if self.resolution < 8 or self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8, got {self.resolution}")
         if self.held_out_every < 2:
             raise ValueError(f"held_out_every must be at least 2, got {self.held_out_every}")
+        if self.on_unreadable not in ("skip", "stop"):
+            raise ValueError(f"on_unreadable must be skip or stop, got {self.on_unreadable!r}")
 
     def load(self) -> ImageSet:
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise UserError(f"no folder of images at {root}: give an existing folder to --data")
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not files:
-            raise UserError(f"no image files below {root}: expected names like *.png or *.jpg")
-        pixels, unreadable = [], []
-        for file in tqdm(files, desc="reading images", unit="img", leave=False, delay=1):
-            try:
-                pixels.append(read_square(file, self.resolution))
-            except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                unreadable.append(f"{file.relative_to(root)} ({error})")
-        if unreadable:
-            more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
-            tqdm.write(
-                f"skipped {len(unreadable)} of {len(files)} unreadable images: {'; '.join(unreadable[:3])}{more}"
-            )
-        if len(pixels) < self.held_out_every:
+        """Read all of it; what is left out is said in a line for each reason.
+
+        Raises:
+            UserError: no such folder, too few images, nothing but copies of one, no memory for them; with
+                ``on_unreadable="stop"`` the first image or folder that cannot be read.
+        """
+        root, shown = self._root(), printable(self.path)
+        listing = list_files(root, extensions())
+        for folder, error in listing.unlisted:
+            self._stop_at(folder, error)
+        say_skipped("folders that cannot be listed", [reason(*each) for each in listing.unlisted])
+        say_skipped("runs of the trainer", [name_of(run) for run in listing.runs])
+        if not listing.files:
+            raise UserError(f"no image files below {shown}: expected names like *.png or *.jpg")
+        pixels, names = self._read(root, listing.files)
+        if len(names) < self.held_out_every:
             raise UserError(
-                f"{len(pixels)} readable images below {root}, need at least {self.held_out_every} "
+                f"{len(names)} readable images below {shown}, need at least {self.held_out_every} "
                 "(every held_out_every-th is kept for evaluation)"
             )
-        stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        is_held_out = torch.arange(len(pixels)) % self.held_out_every == self.held_out_every - 1
-        return ImageSet(root.name, stacked, None, is_held_out)
+        if all(torch.equal(image, pixels[0]) for image in pixels):
+            raise UserError(
+                f"all {len(names)} images below {shown} are alike: from constant data there is nothing to learn; "
+                "give a folder of different images"
+            )
+        is_held_out = torch.arange(len(names)) % self.held_out_every == self.held_out_every - 1
+        return ImageSet(root.name, pixels, None, is_held_out, names)
+
+    def _read(self, root: Path, files: Sequence[Path]) -> tuple[Tensor, tuple[str, ...]]:
+        """Pixels and names of the images among ``files``, in their order."""
+        pixels = room_for(len(files), self.resolution)  # filled from the front: there is never a second copy
+        names, unreadable, own = list[str](), list[str](), list[str]()
+        enlarged = list[tuple[int, str]]()
+        for file in tqdm(files, desc="reading images", unit="img", leave=False, delay=1):
+            try:
+                square = open_square(root / file)
+                if square is None:
+                    own.append(name_of(file))
+                    continue
+                pixels[len(names)] = torch.from_numpy(resized(square, self.resolution)).permute(2, 0, 1)
+            except Exception as error:  # a decoder may raise anything; Ctrl-C is no Exception
+                self._stop_at(file, error)
+                unreadable.append(reason(file, error))
+                continue
+            names.append(file.as_posix())
+            if 2 * square.width < self.resolution:
+                enlarged.append((square.width, name_of(file)))
+        say_skipped("pictures that the trainer drew", own)
+        say_skipped("unreadable images", unreadable, of=len(files))
+        if enlarged:
+            tqdm.write(
+                f"{len(enlarged)} of {len(names)} images are enlarged more than twice to {self.resolution} pixels, the "
+                "smallest from {} ({}): lower data.resolution, or leave them out".format(*min(enlarged))
+            )
+        return pixels[: len(names)], tuple(names)
+
+    def _root(self) -> Path:
+        try:
+            root = Path(self.path).expanduser()
+            found, why = root.is_dir(), ""
+        except (OSError, RuntimeError) as error:  # a folder above it is closed; ~somebody who is not there
+            found, why = False, f" ({cause(error)})"
+        if not found:
+            raise UserError(f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data")
+        return root
+
+    def _stop_at(self, path: Path, error: Exception) -> None:
+        if self.on_unreadable == "stop":
+            raise UserError(
+                f"cannot read {printable(str(Path(self.path) / path))} ({cause(error)}): mend or remove it, or leave "
+                "what cannot be read out with data.on_unreadable=skip"
+            ) from error
 
 
-def read_square(file: Path, resolution: int) -> np.ndarray:
-    """One image as uint8 RGB ``[resolution, resolution, 3]``: see ``ImageFolder``."""
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            grey = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray(np.uint8(np.round(grey / (257 if grey.max() > 255 else 1)).clip(0, 255)))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cut before resizing: a resize with a box would let pixels from outside it bleed in.
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
-        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(square)
+def name_of(path: Path) -> str:
+    """A path below the folder of images, as it can be printed."""
+    return printable(path.as_posix())
+
+
+def reason(path: Path, error: Exception) -> str:
+    """What could not be read, and why."""
+    return f"{name_of(path)} ({cause(error)})"
+
+
+def say_skipped(what: str, named: Sequence[str], of: int | None = None, at_most: int = 3) -> None:
+    """One line with the number and the first of those that were left out; none if there are none."""
+    if named:
+        number = f"{len(named)}" if of is None else f"{len(named)} of {of}"
+        more = f" and {len(named) - at_most} more" if len(named) > at_most else ""
+        tqdm.write(f"skipped {what} ({number}): {'; '.join(named[:at_most])}{more}")
+
+
+def room_for(n: int, resolution: int) -> Tensor:
+    """Memory for ``n`` images, uint8 ``[n, 3, resolution, resolution]``, not yet filled.
+
+    Raises:
+        UserError: there is not so much.
+    """
+    try:
+        return torch.empty(n, 3, resolution, resolution, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        size = 3 * n * resolution**2 / 2**30
+        raise UserError(
+            f"{n} images of {resolution}x{resolution} need {size:.1f} GiB of memory, more than there is: lower "
+            "data.resolution or give a smaller folder"
+        ) from error
 
 
 def to_unit(pixels: Tensor) -> Tensor:
