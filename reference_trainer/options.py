@@ -21,7 +21,7 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm import couplers, early, fences, gates, losses, noise, objective, scales, schedules, sketch
+from robustcm import couplers, early, fences, gates, losses, noise, objective, scales, schedules, semidiscrete, sketch
 
 RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
 
@@ -46,7 +46,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (objective.Objective, "coupler"): (
         *(couplers.independent, couplers.exact),
-        *(couplers.Entropic, couplers.WithinClasses),
+        *(couplers.Entropic, couplers.WithinClasses, semidiscrete.Semidiscrete),
     ),
     (objective.Objective, "gate"): (
         *(gates.everywhere, gates.Above, gates.SoftAbove, gates.AnnealedAbove, gates.ShareAbove),

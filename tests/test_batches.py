@@ -17,8 +17,9 @@ from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate
 from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
-from robustcm.gates import Above, AboveExplained
+from robustcm.gates import Above, AboveExplained, everywhere
 from robustcm.objective import Objective, draw
+from robustcm.semidiscrete import Semidiscrete
 
 LATENTS = 0.5 * torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 
@@ -176,3 +177,24 @@ def test_a_gate_that_asks_the_latents_is_put_where_they_say():
     assert with_measured_gate(Objective(gate=AboveExplained()), latents).gate == AboveExplained()
     with pytest.raises(UserError, match="at least two samples"):
         with_measured_gate(asked, latents[:1])
+
+
+def test_where_the_data_follow_the_noise_each_sample_is_the_one_its_noise_finds():
+    found = config(1)
+    found = replace(found, objective=replace(found.objective, coupler=Semidiscrete(steps=4), gate=everywhere))
+    batches = Batches(found, LATENTS)
+    batch = batches(3)
+    assert torch.equal(batch.x, LATENTS[batches.pairing(batch.z)])
+    again = Batches(found, LATENTS)(3)
+    assert torch.equal(batch.z, again.z)
+    assert not torch.equal(batch.z, batches(4).z)
+
+
+def test_below_the_gate_the_noise_does_not_know_its_sample():
+    found = config(1)
+    found = replace(found, objective=replace(found.objective, coupler=Semidiscrete(steps=4), gate=Above(1.0)))
+    batches = Batches(found, LATENTS)
+    batch = batches(3)
+    own = (LATENTS[batches.pairing(batch.z)] == batch.x).flatten(1).all(1)
+    assert own[batch.pairs.t_hi > 1].all()
+    assert not own[batch.pairs.t_hi <= 1].all()

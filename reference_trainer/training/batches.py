@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import some_of
@@ -16,6 +17,7 @@ from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
 from robustcm.objective import Batch, Objective, draw
 from robustcm.randomness import Stream, step_generator
+from robustcm.semidiscrete import Pairing, Semidiscrete
 
 
 class Batches:
@@ -34,14 +36,20 @@ class Batches:
             raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
         self.config, self.latents, self.labels = config, latents, labels
         self.objective = with_measured_gate(config.objective, latents)
+        self.pairing = pairing_of(config.objective, latents)
         self._solver = ThreadPoolExecutor(1)
         self._pools: dict[int, Future[tuple[Tensor, ...]]] = {}
 
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``, on the CPU."""
-        x = self._x(step)
+        if self.pairing is None:
+            x, coupled = self._x(step), self._coupled(step)
+        else:  # the noise is drawn, the data follow it
+            generator = step_generator(self.config.seed, step, Stream.COUPLING)
+            coupled = torch.randn(self.config.batch_size, *self.latents.shape[1:], generator=generator)
+            x = self.latents[self.pairing(coupled)]
         draws = draw(self.config.seed, step, x.shape)
-        return self.objective.prepare(x, draws, step, self.config.steps, coupled=self._coupled(step))
+        return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled)
 
     def wait(self) -> None:
         """Until the next pool is paired, which otherwise happens in the background."""
@@ -90,6 +98,21 @@ def check_labels(config: TrainConfig, labels: Tensor | None) -> None:
             "objective.coupler=WithinClasses pairs noise within classes, and the images of "
             f"{type(config.data).__name__} have no labels: take exact, Entropic or independent"
         )
+
+
+def pairing_of(objective: Objective, latents: Tensor) -> Pairing | None:
+    """The pairing of noise with ``latents [n, ch, h, w]``, fitted with a progress bar, if the coupler is one that has.
+
+    Raises:
+        UserError: a single image.
+    """
+    if not isinstance(objective.coupler, Semidiscrete):
+        return None
+    with tqdm(total=objective.coupler.steps, desc="pairing noise with all images", unit="step", delay=1) as bar:
+        try:
+            return objective.coupler.fit(latents, step_generator(0, 0, Stream.COUPLING), lambda _: bar.update())
+        except ValueError as error:
+            raise UserError(f"objective.coupler={objective.coupler}: {error}") from error
 
 
 def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
