@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.autoencoders import Autoencoder, Codec, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.autoencoders import Autoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import SIGMA_DATA, encode_once
 from reference_trainer.errors import UserError

@@ -15,6 +15,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from robustcm.checks import need_real, need_whole
+
 
 class Coupler(Protocol):
     """Gives the permutation of the noise."""
@@ -72,6 +74,8 @@ class Entropic:
     def __post_init__(self) -> None:
         if not self.reg > 0:
             raise ValueError(f"reg must be positive, got {self.reg}; for no regularisation use the coupler `exact`")
+        need_real(self, "reg", least=1e-12, most=1e12)
+        need_whole(self, "max_iterations", least=1)
 
     def __call__(
         self, x: Tensor, z: Tensor, *, labels: Tensor | None = None, generator: torch.Generator | None = None

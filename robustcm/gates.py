@@ -16,6 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real
+
 Gate: TypeAlias = Callable[[Tensor, float], Tensor]
 """``gate(t [b] in units of sigma, progress in [0, 1]) -> [b]`` in [0, 1]."""
 
@@ -32,7 +34,7 @@ class Above:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, sigma=self.sigma >= 0)
+        need_real(self, "sigma", least=0, or_inf=True)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return (t > self.sigma).to(t.dtype)
@@ -46,7 +48,8 @@ class SoftAbove:
     k: float = 2.0
 
     def __post_init__(self) -> None:
-        _check(self, sigma=self.sigma > 0, k=self.k > 0)
+        need_real(self, "sigma", least=SMALLEST, most=LARGEST)
+        need_real(self, "k", above=0, most=LARGEST)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return torch.sigmoid(self.k * torch.log(t / self.sigma))
@@ -60,7 +63,7 @@ class AnnealedAbove:
     end: float
 
     def __post_init__(self) -> None:
-        _check(self, start=self.start > 0, end=self.end > 0)
+        need_real(self, "start", "end", least=SMALLEST, most=LARGEST)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return Above(self.start * (self.end / self.start) ** progress)(t, progress)
@@ -74,7 +77,8 @@ class ShareAbove:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, share=0 <= self.share <= 1, sigma=self.sigma >= 0)
+        need_real(self, "share", least=0, most=1)
+        need_real(self, "sigma", least=0, or_inf=True)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return self.share * Above(self.sigma)(t, progress)
@@ -92,7 +96,7 @@ class AboveExplained:
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        _check(self, share=0 < self.share < 1)
+        need_real(self, "share", above=0, below=1)
 
     def on(self, x: Tensor) -> Above:
         """The gate for data ``x [n, ...]``; a few thousand samples of a larger set serve.
@@ -204,8 +208,3 @@ def explained_below(x: Tensor, share: float = 0.5) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if explained(middle) >= share else (low, middle)
     return high
-
-
-def _check(gate: Gate, **conditions: bool) -> None:
-    if wrong := [name for name, holds in conditions.items() if not holds]:
-        raise ValueError(f"{', '.join(wrong)} out of range: {gate}")

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real, need_whole
 from robustcm.losses import Scale
 from robustcm.schedules import LevelPairs
 from robustcm.sketch import LogHistogram
@@ -42,11 +43,6 @@ class CSchedule(Protocol):
         ...
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
 class _NothingLearnt:
     def init(self, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(0, device=device)
@@ -65,7 +61,7 @@ class ConstantC(_NothingLearnt):
     per_sqrt_d: float = 0.00054
 
     def __post_init__(self) -> None:
-        _positive("per_sqrt_d", self.per_sqrt_d)
+        need_real(self, "per_sqrt_d", least=1e-12, most=1e12)
 
     def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> float:
         return self.per_sqrt_d * math.sqrt(d)
@@ -84,6 +80,11 @@ class PowerLawC(_NothingLearnt):
     offset: float = -0.85
     constant_until: int = 11
     constant: ConstantC = ConstantC()
+
+    def __post_init__(self) -> None:
+        need_real(self, "slope", least=-3, most=3)  # beyond, c leaves what float32 can square
+        need_real(self, "offset", least=-10, most=10)
+        need_whole(self, "constant_until", least=0)
 
     def __call__(self, state: Tensor, pairs: LevelPairs, d: int) -> float:
         if pairs.num_levels <= self.constant_until:
@@ -113,11 +114,14 @@ class MeasuredC:
     halflife_steps: float = 100.0
     histogram: LogHistogram = LogHistogram(smallest=1e-8, largest=1e8, relative_error=0.02)
 
+    MOST_COUNTS: ClassVar[int] = 2**24
+    """In all histograms together: 128 MB."""
+
     def __post_init__(self) -> None:
-        _positive("multiple", self.multiple)
-        _positive("halflife_steps", self.halflife_steps)
-        if not (0 < self.q < 1 and self.bins >= 1):
-            raise ValueError(f"need 0 < q < 1 and bins >= 1, got q = {self.q}, bins = {self.bins}")
+        need_real(self, "multiple", least=SMALLEST, most=LARGEST)
+        need_real(self, "q", above=0, below=1)
+        need_real(self, "halflife_steps", above=0, or_inf=True)
+        need_whole(self, "bins", least=1, most=max(1, self.MOST_COUNTS // self.histogram.num_bins))
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         return self.histogram.empty(self.bins, device)

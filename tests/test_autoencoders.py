@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.__main__ import main
-from reference_trainer.data.autoencoders import Foreign, PretrainedAutoencoder
+from reference_trainer.data.autoencoders import PretrainedAutoencoder
+from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError

@@ -119,11 +119,11 @@ def test_progressive_curriculum_goes_from_s0_to_s1_plus_one_as_a_square_root():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DoublingCurriculum(s0=20, s1=10), "need 1 <= s0 <= s1, got s0 = 20, s1 = 10"),
-        (lambda: ProgressiveCurriculum(s0=1), "need 2 <= s0 <= s1, got s0 = 1, s1 = 150"),
-        (lambda: FixedCurriculum(num_levels=1), "num_levels must be at least 2, got 1"),
-        (lambda: LognormalLaw(p_std=0), "p_std must be positive, got 0"),
-        (lambda: RatioLevels(q=1), "need q > 1, stages >= 1, p_std > 0, got 1, 8, 2.0"),
+        (lambda: DoublingCurriculum(s0=20, s1=10), "s1 must be at least s0, got s0 = 20 and s1 = 10"),
+        (lambda: ProgressiveCurriculum(s0=1), r"s0 must be a whole number in 2 \.\. 99999, got 1"),
+        (lambda: FixedCurriculum(num_levels=1), r"num_levels must be a whole number in 2 \.\. 100000, got 1"),
+        (lambda: LognormalLaw(p_std=0), "p_std must be a finite number >= 0.001 and <= 1000, got 0"),
+        (lambda: RatioLevels(q=1), "q must be a finite number > 1 .*, got 1"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(build, message):
