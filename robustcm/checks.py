@@ -41,7 +41,7 @@ def need_real(
     for name in names:
         value = getattr(owner, name)
         good = isinstance(value, Real) and not isinstance(value, bool)
-        good = good and (abs(value) <= sys.float_info.max or (or_inf and value == math.inf))  # NaN is neither
+        good = good and (_is_finite(value) or (or_inf and value == math.inf))
         if not (good and all(holds[sign](value, bound) for sign, bound in bounds.items())):
             allowed = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items())
             kind = f"a number {allowed}, or inf" if or_inf else f"a finite number {allowed}"
@@ -90,6 +90,10 @@ def need_seed(owner: object) -> None:
         ValueError: see ``need_whole``.
     """
     need_whole(owner, "seed", least=0, most=2**63 - 1)
+
+
+def _is_finite(value: Any) -> bool:
+    return abs(int(value)) <= sys.float_info.max if isinstance(value, Integral) else math.isfinite(value)
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

@@ -121,6 +121,9 @@ class MeasuredC:
         need_real(self, "multiple", least=SMALLEST, most=LARGEST)
         need_real(self, "q", above=0, below=1)
         need_real(self, "halflife_steps", above=0, or_inf=True)
+        low, high = self.histogram.smallest, self.histogram.largest
+        if not 1e-12 <= low <= 1 <= high <= 1e12:
+            raise ValueError(f"histogram must reach from 1e-12 .. 1 (smallest) to 1 .. 1e12, got {low} to {high}")
         need_whole(self, "bins", least=1, most=max(1, self.MOST_COUNTS // self.histogram.num_bins))
 
     def init(self, device: torch.device | str | None = None) -> Tensor:

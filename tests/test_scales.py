@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 from robustcm.schedules import LevelPairs
+from robustcm.sketch import LogHistogram
 
 
 def pairs_of(num_levels: int, depth: Tensor | None = None, b: int = 1) -> LevelPairs:
@@ -186,6 +187,12 @@ def test_state_survives_a_checkpoint_bit_exactly():
         (lambda: MeasuredC(multiple=-1), "multiple must be a finite number .*, got -1"),
         (lambda: MeasuredC(halflife_steps=math.nan), "halflife_steps must be a number > 0, or inf, got nan"),
         (lambda: MeasuredC(q=1.0), "q must be a finite number > 0 and < 1, got 1.0"),
+        (lambda: MeasuredC(histogram=LogHistogram(1e-30, 1e3)), "histogram must reach from .*, got 1e-30 to 1000"),
+        (lambda: MeasuredC(histogram=LogHistogram(2.0, 1e3)), "histogram must reach from .*, got 2.0 to 1000"),
+        (lambda: MeasuredC(bins=10**6), r"bins must be a whole number in 1 \.\. \d+, got 1000000"),
+        (lambda: PowerLawC(slope=math.nan), "slope must be a finite number"),
+        (lambda: PowerLawC(offset=30.0), "offset must be a finite number"),
+        (lambda: PowerLawC(constant_until=-1), "constant_until must be a whole number"),
         (lambda: MeasuredC(bins=0), r"bins must be a whole number in 1 \.\. \d+, got 0"),
     ],
 )

@@ -262,3 +262,40 @@ def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
 def test_continuous_levels_take_every_level_of_their_range():
     levels = RatioLevels()
     assert [levels.nearest(t, 0, 10) for t in (1e-4, 0.37, 500.0)] == [0.002, 0.37, 80.0]
+
+
+@pytest.mark.parametrize(("p_mean", "nearest"), [(-100.0, -1), (100.0, 0), (0.1, None)])
+def test_a_law_whose_bell_misses_every_pair_draws_the_one_nearest_to_it(p_mean: float, nearest: int | None):
+    levels = karras_sigmas(11)
+    probabilities = LognormalLaw(p_mean=p_mean, p_std=1e-3)(levels)
+    if nearest is None:
+        nearest = int((levels.log() > p_mean).sum()) - 1
+    assert probabilities[nearest] == probabilities.sum() == 1
+
+
+def test_the_teacher_stays_below_the_student_where_their_gap_would_round_away():
+    t_hi, t_lo, _, num_levels = RatioLevels(q=1e6, stages=9)(8, 9, uniform_numbers(1000))
+    assert (t_lo < t_hi).all()
+    assert num_levels > 1e6
+
+
+@pytest.mark.parametrize("p_mean", [-100.0, math.log(SIGMA_MIN), 100.0])
+def test_ratio_levels_whose_median_is_no_level_have_a_number_of_levels(p_mean: float):
+    pairs = RatioLevels(p_mean=p_mean)(3, 8, uniform_numbers(10))
+    assert pairs.num_levels >= 2
+    assert (pairs.t_lo < pairs.t_hi).all()
+
+
+@pytest.mark.parametrize("build", [LevelGrid, RatioLevels])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigma_min": 0.0}, "sigma_min must be"),
+        ({"sigma_max": math.inf}, "sigma_max must be"),
+        ({"sigma_min": 50.0}, "sigma_max must be at least 2 times sigma_min, got sigma_min = 50.0"),
+        ({"rho": 0.5}, "rho must be"),
+    ],
+)
+def test_levels_that_no_float32_tells_apart_are_refused(build, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)

@@ -45,7 +45,7 @@ def described(output: Any) -> str:
         return f"a {kind} of {', '.join(map(str, list(output)[:6])) or 'nothing'}"
     if isinstance(output, (tuple, list)):
         return f"a {kind} of {', '.join(type(entry).__name__ for entry in output[:6]) or 'nothing'}"
-    return kind if output is None else f"a {kind}"
+    return "None" if output is None else f"a {kind}"
 
 
 def _held(output: Any, name: str) -> Any:
