@@ -34,7 +34,7 @@ class LogHistogram:
     relative_error: float = 0.01
 
     def __post_init__(self) -> None:
-        need_real(self, "smallest", "largest", above=0)
+        need_real(self, "smallest", "largest", least=1e-300, most=1e300)
         need_order(self, "smallest", "largest")
         need_real(self, "relative_error", least=1e-4, below=1)  # at 1e-4 an octave has 8192 bins
 
