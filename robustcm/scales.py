@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from robustcm.losses import Scale
 from robustcm.schedules import LevelPairs
 from robustcm.sketch import LogHistogram
 
+MOST_COUNTS = 2**24  # in all histograms of one scale: 128 MB
 AUTHORS_D = 4096  # elements of the latents that the numbers of the paper and of the authors' code belong to
 
 
@@ -114,9 +115,6 @@ class MeasuredC:
     halflife_steps: float = 100.0
     histogram: LogHistogram = LogHistogram(smallest=1e-8, largest=1e8, relative_error=0.02)
 
-    MOST_COUNTS: ClassVar[int] = 2**24
-    """In all histograms together: 128 MB."""
-
     def __post_init__(self) -> None:
         need_real(self, "multiple", least=SMALLEST, most=LARGEST)
         need_real(self, "q", above=0, below=1)
@@ -124,7 +122,7 @@ class MeasuredC:
         low, high = self.histogram.smallest, self.histogram.largest
         if not 1e-12 <= low <= 1 <= high <= 1e12:
             raise ValueError(f"histogram must reach from 1e-12 .. 1 (smallest) to 1 .. 1e12, got {low} to {high}")
-        need_whole(self, "bins", least=1, most=max(1, self.MOST_COUNTS // self.histogram.num_bins))
+        need_whole(self, "bins", least=1, most=max(1, MOST_COUNTS // self.histogram.num_bins))
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         return self.histogram.empty(self.bins, device)

@@ -355,6 +355,12 @@ def test_an_encoder_that_draws_is_said_and_repeats(capsys: pytest.CaptureFixture
     assert not torch.equal(alike[0], alike[1])
 
 
+def test_images_of_different_batches_draw_different_numbers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Foreign, "PIXELS", 16)
+    first, second = made_of(lambda x: x + torch.randn_like(x)).encode(torch.zeros(2, 3, 4, 4))
+    assert not torch.equal(first, second)
+
+
 def test_one_that_never_repeats_is_said_and_one_that_does_is_not(capsys: pytest.CaptureFixture[str]):
     generator = np.random.default_rng(0)
     check_codec(made_of(lambda x: x.numpy() + generator.normal(size=x.shape)), IMAGES)

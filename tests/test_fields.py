@@ -73,7 +73,7 @@ def numeric(part: type) -> dict[str, Any]:
     return found
 
 
-ELSEWHERE = "reference_trainer.config"  # tested in test_config.py
+ELSEWHERE = "reference_trainer.config"  # see test_options.py; and a large lr ends a run, which says so
 WITH_NUMBERS = tuple(part for part in PARTS if numeric(part) and part.__module__ != ELSEWHERE)
 
 
