@@ -138,11 +138,12 @@ def test_each_half_computes_in_its_own_dtype(wrapped: bool):
 
 
 class EightBit(nn.Module):
-    """Stores its weight in 8 bits and keeps count of calls; computes in the dtype of its buffer."""
+    """Stores its weight in 8 bits, another elsewhere, and counts; computes in the dtype of its last buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, 1, 1).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("offloaded", torch.zeros((), device="meta"))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("shift", torch.zeros((), dtype=torch.bfloat16))
 
@@ -336,10 +337,13 @@ def test_grey_images_before_a_colour_autoencoder_are_told_what_to_do_and_the_oth
     assert "grey" not in str(caught.value)
 
 
-def test_a_decoder_that_gives_nan_is_refused_and_latents_that_are_nan_are_left_to_those_who_name_images():
+def test_a_decoder_that_gives_nan_is_refused_and_latents_that_are_nan_are_left_to_those_who_name_images(capsys):
     with pytest.raises(UserError, match=r"decode\(\) gives NaN or infinite values"):
         check_codec(made_of(decode=lambda z: z / 0), IMAGES)
     check_codec(made_of(lambda x: x * torch.nan), IMAGES)
+    told = capsys.readouterr()
+    assert "draws" not in told.out + told.err
+    assert "each time" not in told.out + told.err
 
 
 def test_an_encoder_that_draws_is_said_and_repeats(capsys: pytest.CaptureFixture[str]):

@@ -264,6 +264,6 @@ def _weights_of(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     told = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in told)
-    )
+    if isinstance(error, RuntimeError):  # torch's, of any device
+        return any(part in str(error) for part in told)
+    return isinstance(error, MemoryError)
