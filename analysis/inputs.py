@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.autoencoders import Codec
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model

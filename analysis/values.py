@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.autoencoders import Codec, PixelSpace
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import SIGMA_DATA, LatentSpace
 from reference_trainer.errors import UserError

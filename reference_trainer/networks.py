@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from robustcm.checks import LARGEST, need_real, need_whole, need_wholes
+
+MOST_CHANNELS, MOST_LAYERS, MOST_HALVINGS = 2**16, 1000, 15
+HEAD_CHANNELS = 8  # of one head of diffusers' UNet2DModel; fewer channels would be no head
+
+
+class Convolutions(Protocol):
+    """What the configurations of convolutional networks have in common."""
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]: ...
+    @property
+    def layers_per_block(self) -> int: ...
+    @property
+    def norm_num_groups(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +42,17 @@ class UNet:
     patch: int = 1
 
     def __post_init__(self) -> None:
+        need_convolutions(self)
+        need_real(self, "dropout", least=0, below=1)
         if len(self.attention) != len(self.block_out_channels):
             raise ValueError(
                 f"attention needs one entry for each of block_out_channels, got {len(self.attention)} for "
                 f"{len(self.block_out_channels)}"
             )
+        attending = (*self.attention, any(self.attention))  # the smallest resolution is attended to once more
+        channels = (*self.block_out_channels, self.block_out_channels[-1])
+        if few := [ch for ch, attends in zip(channels, attending, strict=True) if attends and ch < HEAD_CHANNELS]:
+            raise ValueError(f"block_out_channels must be at least {HEAD_CHANNELS} for attention, got {few[0]}")
 
     def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
         """For latents of ``shape`` (ch, h, w); the initial weights are a function of ``seed``.
@@ -39,8 +63,7 @@ class UNet:
         from diffusers import UNet2DModel  # slow to import
 
         ch, h, w = shape
-        divisor = self.patch * 2 ** (len(self.block_out_channels) - 1)
-        if h % divisor or w % divisor:
+        if not halvings_fit(self, h, w):
             raise ValueError(
                 f"latents of {h}x{w} cannot be patched by {self.patch} and halved "
                 f"{len(self.block_out_channels) - 1} times: use fewer block_out_channels or a smaller patch"
@@ -80,8 +103,12 @@ class DiT:
     """c_noise is multiplied by this before its Fourier features: at 1, neighbouring levels look unrelated."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        need_whole(self, "width", "heads", "patch", least=1, most=MOST_CHANNELS)
+        need_whole(self, "layers", least=1, most=MOST_LAYERS)
+        need_real(self, "dropout", least=0, below=1)
+        need_real(self, "time_scale", above=0, most=LARGEST)
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width must be a multiple of heads = {self.heads} and of 4, got {self.width}")
 
     def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
         """For latents of ``shape`` (ch, h, w), square; the initial weights are a function of ``seed``.
@@ -115,6 +142,28 @@ class DiT:
         if h == self.patch:
             _leave_out_what_one_token_does_not_need(network)
         return _Timed(network, self.time_scale)
+
+
+def need_convolutions(owner: Convolutions) -> None:
+    """Refuse what no stack of convolutions with group norms can be made of.
+
+    Raises:
+        ValueError: names the field, what is allowed, and the value.
+    """
+    need_wholes(owner, "block_out_channels", least=1, most=MOST_CHANNELS, entries=MOST_HALVINGS + 1)
+    need_whole(owner, "patch", "norm_num_groups", least=1, most=MOST_CHANNELS)
+    need_whole(owner, "layers_per_block", least=1, most=MOST_LAYERS)
+    if any(ch % owner.norm_num_groups for ch in owner.block_out_channels):
+        raise ValueError(
+            f"block_out_channels must be multiples of norm_num_groups = {owner.norm_num_groups}, "
+            f"got {owner.block_out_channels}"
+        )
+
+
+def halvings_fit(owner: Convolutions, h: int, w: int) -> bool:
+    """Whether ``h`` x ``w`` can be cut into patches and halved from block to block."""
+    divisor = owner.patch * 2 ** (len(owner.block_out_channels) - 1)
+    return h % divisor == 0 and w % divisor == 0
 
 
 def _embed_each_level_once(network: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from robustcm.checks import need_real, need_whole
 from robustcm.shapes import same_shape
 
 
@@ -115,10 +116,11 @@ class Entropic:
     """Of ``Plan.error``."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.reg < float("inf"):
+        if not self.reg > 0:
             raise ValueError(f"reg must be positive, got {self.reg}; for no regularisation use the coupler `exact`")
-        if self.max_iterations < 1 or not self.tolerance > 0:
-            raise ValueError(f"need max_iterations >= 1 and tolerance > 0, got {self}")
+        need_real(self, "reg", least=1e-12, most=1e12)
+        need_whole(self, "max_iterations", least=1)
+        need_real(self, "tolerance", above=0, below=1)
 
     def plan(self, x: Tensor, z: Tensor) -> Plan:
         """The plan between ``x [b, ...]`` and ``z [b, ...]``."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, need_real
 from robustcm.schedules import LevelPairs
 
 
@@ -28,8 +29,8 @@ class EarlyDiffusion:
     reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        if not (self.weight >= 0 and 0 <= self.start <= 1):
-            raise ValueError(f"need weight >= 0 and 0 <= start <= 1, got {self.weight} and {self.start}")
+        need_real(self, "weight", least=0, most=LARGEST)
+        need_real(self, "start", least=0, most=1)
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum' over the elements of a sample, got {self.reduction!r}")
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, need_real, need_whole
 from robustcm.tails import box_statistics_along
 
 
@@ -31,8 +32,7 @@ class TukeyClip:
     """Of a Gaussian, 0.7 % of the values lie beyond k = 1.5 (2.7 standard deviations), 2e-6 beyond k = 3."""
 
     def __post_init__(self) -> None:
-        if not self.k >= 0:
-            raise ValueError(f"k must be 0 or more, got {self.k}")
+        need_real(self, "k", least=0, most=LARGEST)
 
     def __call__(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, ...] -> [n, ch, ...]``; NaN stays NaN."""
@@ -81,8 +81,9 @@ class ConditionalClip:
     SAMPLES_AN_ELEMENT: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        if not (self.k > 0 and self.rounds >= 1 and self.groups >= 1 and 0 <= self.shared <= 1):
-            raise ValueError(f"need k > 0, rounds >= 1, groups >= 1 and shared in [0, 1], got {self}")
+        need_real(self, "k", above=0, most=LARGEST)
+        need_whole(self, "rounds", "groups", least=1)
+        need_real(self, "shared", least=0, most=1)
 
     def __call__(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, ...] -> [n, ch, ...]``; latents with a NaN come back as they are.

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real
 from robustcm.couplers import Coupler, exact
 from robustcm.noise import sigma_of_flow_time
 from robustcm.shapes import one_a_sample, over_samples, same_shape
@@ -43,7 +44,7 @@ class Above:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, sigma=self.sigma >= 0)
+        need_real(self, "sigma", least=0, or_inf=True)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return (t > self.sigma).to(t.dtype)
@@ -57,7 +58,8 @@ class SoftAbove:
     k: float = 2.0
 
     def __post_init__(self) -> None:
-        _check(self, sigma=self.sigma > 0, k=self.k > 0)
+        need_real(self, "sigma", least=SMALLEST, most=LARGEST)
+        need_real(self, "k", above=0, most=LARGEST)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return torch.sigmoid(self.k * torch.log(t / self.sigma))
@@ -71,7 +73,7 @@ class AnnealedAbove:
     end: float
 
     def __post_init__(self) -> None:
-        _check(self, start=self.start > 0, end=self.end > 0)
+        need_real(self, "start", "end", least=SMALLEST, most=LARGEST)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return Above(self.start * (self.end / self.start) ** progress)(t, progress)
@@ -85,7 +87,8 @@ class ShareAbove:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, share=0 <= self.share <= 1, sigma=self.sigma >= 0)
+        need_real(self, "share", least=0, most=1)
+        need_real(self, "sigma", least=0, or_inf=True)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         return self.share * Above(self.sigma)(t, progress)
@@ -103,7 +106,7 @@ class AboveExplained:
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        _check(self, share=0 < self.share < 1)
+        need_real(self, "share", above=0, below=1)
 
     def on(self, x: Tensor) -> Above:
         """The gate for data ``x [n, ...]``; a few thousand samples of a larger set serve.

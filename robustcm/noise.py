@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_order, need_real, need_whole
+
 Axis: TypeAlias = Callable[[Tensor], Tensor]
 """``axis(t [b]) -> depth [b]``: 0 at the largest noise, 1 at the smallest."""
 
@@ -28,10 +30,9 @@ class NoiseRange:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
-            raise ValueError(f"need 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
-        if not 0 < self.rho < float("inf"):
-            raise ValueError(f"rho must be positive, got {self.rho}")
+        need_real(self, "sigma_min", "sigma_max", least=SMALLEST, most=LARGEST)
+        need_order(self, "sigma_min", "sigma_max", ratio=2)  # else neighbours are one number in float32
+        need_real(self, "rho", least=1, most=1000)
 
     def levels(self, num_levels: int) -> Tensor:
         """``[num_levels]``, float64, falling from exactly ``sigma_max`` to exactly ``sigma_min``.
@@ -74,8 +75,7 @@ class TimestepIndex:
     num_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
+        need_whole(self, "num_timesteps", least=1)
 
     def __call__(self, t: Tensor) -> Tensor:
         return 1 - (t + 0.5) / self.num_timesteps

@@ -23,9 +23,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real, need_whole
 from robustcm.losses import Scale
 from robustcm.sketch import LogHistogram
 
+MOST_COUNTS = 2**24  # in all histograms of one scale: 128 MB
 AUTHORS_D = 4096  # elements of the latents that the numbers of the paper and of the authors' code belong to
 
 
@@ -57,11 +59,6 @@ class CSchedule(Protocol):
         ...
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
 class _NothingLearnt:
     def init(self, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(0, device=device)
@@ -83,7 +80,7 @@ class ConstantC(_NothingLearnt):
     per_sqrt_d: float = 0.00054
 
     def __post_init__(self) -> None:
-        _positive("per_sqrt_d", self.per_sqrt_d)
+        need_real(self, "per_sqrt_d", least=1e-12, most=1e12)
 
     def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> float:
         return self.per_sqrt_d * math.sqrt(d)
@@ -102,6 +99,11 @@ class PowerLawC(_NothingLearnt):
     offset: float = -0.85
     constant_until: int = 11
     constant: ConstantC = ConstantC()
+
+    def __post_init__(self) -> None:
+        need_real(self, "slope", least=-3, most=3)  # beyond, c leaves what float32 can square
+        need_real(self, "offset", least=-10, most=10)
+        need_whole(self, "constant_until", least=0)
 
     def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> float:
         if num_levels <= self.constant_until:
@@ -136,10 +138,13 @@ class MeasuredC:
     histogram: LogHistogram = LogHistogram(smallest=1e-8, largest=1e8, relative_error=0.02)
 
     def __post_init__(self) -> None:
-        _positive("multiple", self.multiple)
-        _positive("halflife_steps", self.halflife_steps)
-        if not (0 < self.q < 1 and self.bins >= 1):
-            raise ValueError(f"need 0 < q < 1 and bins >= 1, got q = {self.q}, bins = {self.bins}")
+        need_real(self, "multiple", least=SMALLEST, most=LARGEST)
+        need_real(self, "q", above=0, below=1)
+        need_real(self, "halflife_steps", above=0, or_inf=True)
+        low, high = self.histogram.smallest, self.histogram.largest
+        if not 1e-12 <= low <= 1 <= high <= 1e12:
+            raise ValueError(f"histogram must reach from 1e-12 .. 1 (smallest) to 1 .. 1e12, got {low} to {high}")
+        need_whole(self, "bins", least=1, most=max(1, MOST_COUNTS // self.histogram.num_bins))
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         """``[bins, histogram.num_bins + 1]`` float64."""

@@ -16,7 +16,11 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_order, need_real, need_whole
 from robustcm.noise import NoiseRange
+
+SMALLEST_GAP = 2**-21  # of t_lo below t, relative: a few roundings of float32
+MOST_LEVELS = 100_000  # beyond, neighbours of a narrow grid are one number in float32
 
 
 class LevelPairs(NamedTuple):
@@ -30,6 +34,11 @@ class LevelPairs(NamedTuple):
     """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N."""
     num_levels: int
     """N of the current stage. For ``RatioLevels`` the N of the Karras grid with the same mean step in depth."""
+
+
+def _need_lognormal(law: LognormalLaw | RatioLevels) -> None:
+    need_real(law, "p_mean", least=-100, most=100)
+    need_real(law, "p_std", least=1e-3, most=1e3)
 
 
 # --- Curricula: (step, total_steps) -> N -----------------------------------------------------------------------------
@@ -50,8 +59,8 @@ class DoublingCurriculum:
     s1: int = 640
 
     def __post_init__(self) -> None:
-        if not 1 <= self.s0 <= self.s1:
-            raise ValueError(f"need 1 <= s0 <= s1, got s0 = {self.s0}, s1 = {self.s1}")
+        need_whole(self, "s0", "s1", least=1, most=MOST_LEVELS - 1)
+        need_order(self, "s0", "s1")
 
     def __call__(self, step: int, total_steps: int) -> int:
         stage_steps = max(1, math.floor(total_steps / (math.log2(self.s1 // self.s0) + 1)))
@@ -72,8 +81,8 @@ class ProgressiveCurriculum:
     s1: int = 150
 
     def __post_init__(self) -> None:
-        if not 2 <= self.s0 <= self.s1:
-            raise ValueError(f"need 2 <= s0 <= s1, got s0 = {self.s0}, s1 = {self.s1}")
+        need_whole(self, "s0", "s1", least=2, most=MOST_LEVELS - 1)
+        need_order(self, "s0", "s1")
 
     def __call__(self, step: int, total_steps: int) -> int:
         grown = step / total_steps * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
@@ -87,8 +96,7 @@ class FixedCurriculum:
     num_levels: int = 21
 
     def __post_init__(self) -> None:
-        if self.num_levels < 2:
-            raise ValueError(f"num_levels must be at least 2, got {self.num_levels}")
+        need_whole(self, "num_levels", least=2, most=MOST_LEVELS)
 
     def __call__(self, step: int, total_steps: int) -> int:
         return self.num_levels
@@ -111,12 +119,14 @@ class LognormalLaw:
     p_std: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.p_std > 0:
-            raise ValueError(f"p_std must be positive, got {self.p_std}")
+        _need_lognormal(self)
 
     def __call__(self, levels: Tensor) -> Tensor:
-        cdf = torch.erf((levels.double().log() - self.p_mean) / (math.sqrt(2) * self.p_std))
+        z = (levels.double().log() - self.p_mean) / (math.sqrt(2) * self.p_std)
+        cdf = torch.erf(z)
         mass = cdf[:-1] - cdf[1:]
+        if not mass.any():  # the bell lies between two levels or far from all: the pair nearest to its middle
+            mass[(z[:-1] + z[1:]).abs().argmin()] = 1
         return mass / mass.sum()
 
 
@@ -193,8 +203,10 @@ class RatioLevels:
     noise: NoiseRange = NoiseRange()
 
     def __post_init__(self) -> None:
-        if not (self.q > 1 and self.stages >= 1 and self.p_std > 0):
-            raise ValueError(f"need q > 1, stages >= 1, p_std > 0, got {self.q}, {self.stages}, {self.p_std}")
+        need_real(self, "q", above=1, most=LARGEST)
+        need_whole(self, "stages", least=1)
+        need_real(self, "k", "b", least=0, most=LARGEST)
+        _need_lognormal(self)
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         stage = min(step * self.stages // total_steps, self.stages - 1)
@@ -202,8 +214,7 @@ class RatioLevels:
         low, high = (self._quantile_of(t) for t in (self._lowest, self.noise.sigma_max))
         t_hi = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + (high - low) * uniform.double()))
         t_hi = t_hi.clamp(self._lowest, self.noise.sigma_max)  # a quantile that rounds to 0 or 1 is infinite
-        gap = (1 + self.k * torch.sigmoid(-self.b * t_hi)) / self.q ** (stage + 1)
-        t_lo = (t_hi * (1 - gap)).clamp(min=self.noise.sigma_min)
+        t_lo = (t_hi * (1 - self._gap(t_hi, stage))).clamp(min=self.noise.sigma_min)
         depth = self.noise.depth(t_hi)
         return LevelPairs(t_hi.float(), t_lo.float(), depth.clamp(0, 1).float(), self._num_levels(stage))
 
@@ -218,11 +229,15 @@ class RatioLevels:
     def _quantile_of(self, t: float) -> float:
         return 0.5 * (1 + math.erf((math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)))
 
+    def _gap(self, t: Tensor, stage: int) -> Tensor:
+        gap = (1 + self.k * torch.sigmoid(-self.b * t)) * self.q ** -(stage + 1)
+        return gap.clamp(min=SMALLEST_GAP)
+
     def _num_levels(self, stage: int) -> int:
         # At the median level, so that c schedules that depend on N have an honest equivalent.
-        t = torch.tensor(math.exp(self.p_mean), dtype=torch.float64)
-        gap = min(1.0, (1 + self.k * float(torch.sigmoid(-self.b * t))) / self.q ** (stage + 1))
-        low = (t * (1 - gap)).clamp(min=self.noise.sigma_min)
+        median = min(max(math.exp(self.p_mean), self._lowest), self.noise.sigma_max)
+        t = torch.tensor(median, dtype=torch.float64)
+        low = (t * (1 - self._gap(t, stage))).clamp(min=self.noise.sigma_min)
         step = self.noise.depth(low) - self.noise.depth(t)
         return max(2, round(1 / float(step)) + 1)
 
@@ -248,6 +263,9 @@ class SnrPlusWeight:
 
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        need_real(self, "sigma_data", least=SMALLEST, most=LARGEST)
+
     def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
         return 1 / t_hi**2 + 1 / self.sigma_data**2
 
@@ -261,6 +279,9 @@ class BoundedInverseGap:
     """
 
     floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        need_real(self, "floor", least=0, most=LARGEST)
 
     def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
         return 1 / (t_hi - t_lo + self.floor)

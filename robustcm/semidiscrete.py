@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustcm.checks import need_order, need_real, need_whole
+
 SCORES = 2**24  # computed at once: 64 MB
 
 
@@ -62,8 +64,10 @@ class Semidiscrete:
     last_rate: float = 0.005
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not self.draws_a_sample > 0 or not 0 < self.last_rate <= self.first_rate < math.inf:
-            raise ValueError(f"need steps >= 2, draws_a_sample > 0 and 0 < last_rate <= first_rate, got {self}")
+        need_whole(self, "steps", least=2)
+        need_real(self, "draws_a_sample", least=1e-3, most=1e3)
+        need_real(self, "first_rate", "last_rate", above=0, most=100)
+        need_order(self, "last_rate", "first_rate")
 
     def fit(
         self, x: Tensor, generator: torch.Generator, on_step: Callable[[int], object] = lambda step: None

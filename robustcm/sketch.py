@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from robustcm.checks import need_order, need_real
+
 SIGNIFICAND_BITS = 52  # of a float64
 
 
@@ -32,11 +34,9 @@ class LogHistogram:
     relative_error: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (0 < self.smallest < self.largest < math.inf and 0 < self.relative_error < 1):
-            raise ValueError(
-                "need 0 < smallest < largest and 0 < relative_error < 1, got "
-                f"{self.smallest}, {self.largest}, {self.relative_error}"
-            )
+        need_real(self, "smallest", "largest", least=1e-300, most=1e300)
+        need_order(self, "smallest", "largest")
+        need_real(self, "relative_error", least=1e-4, below=1)  # at 1e-4 an octave has 8192 bins
 
     @cached_property
     def octave_bits(self) -> int:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from reference_trainer.__main__ import main
-from reference_trainer.data.autoencoders import Foreign, PretrainedAutoencoder
-from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
+from reference_trainer.data.codecs import Foreign
+from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
+from reference_trainer.files import save_tensors
 from reference_trainer.model import load_model
 from reference_trainer.options import from_json, override, to_json
 from reference_trainer.presets import digits
@@ -159,3 +164,80 @@ def test_values_it_fails_on_are_named():
     flat = SimpleNamespace(encode=lambda images: images.flatten(1), decode=None)
     with pytest.raises(UserError, match=r"must give \[n, ch, h, w\], got \[2, 48\]"):
         Foreign("mine:vae", flat).encode(torch.zeros(2, 3, 4, 4))
+
+
+# --- The one that is fitted -------------------------------------------------------------------------------------------
+
+SMALL = KLAutoencoder(block_out_channels=(8,), norm_num_groups=4, steps=2, likelihood="gaussian")
+
+
+def brightness(n: int = 6, size: int = 8) -> ImageSet:
+    pixels = torch.randint(0, 256, (n, 1, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return ImageSet("noise", pixels, None, torch.arange(n) == n - 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 20, 21])
+def test_it_is_fitted_in_any_number_of_steps(steps: int, tmp_path: Path):
+    images = brightness()
+    codec = replace(SMALL, steps=steps).fit(images, CPU, tmp_path)
+    assert codec.encode(to_unit(images.pixels)).isfinite().all()
+
+
+def test_a_fit_that_diverges_is_refused_and_not_kept(tmp_path: Path):
+    with pytest.raises(UserError, match=r"became NaN or infinite in its fit: lower autoencoder.lr=1e\+30"):
+        replace(SMALL, lr=1e30).fit(brightness(), CPU, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stored_fit_that_is_not_finite_is_made_again(tmp_path: Path):
+    good = SMALL.fit(brightness(), CPU, tmp_path).tensors()
+    (file,) = tmp_path.iterdir()
+    save_tensors(file, {name: tensor * torch.nan for name, tensor in good.items()}, {})
+    again = SMALL.fit(brightness(), CPU, tmp_path).tensors()
+    assert all(torch.equal(again[name], good[name]) for name in good)
+    with pytest.raises(UserError, match="not all finite"):
+        SMALL.build(1, {name: tensor * torch.nan for name, tensor in good.items()})
+
+
+@pytest.mark.parametrize("changes", [{"patch": 3}, {"patch": 16}, {"block_out_channels": (8, 8, 8, 8)}], ids=str)
+def test_images_it_cannot_halve_are_named_before_it_is_fitted(changes: dict[str, Any], tmp_path: Path):
+    with pytest.raises(UserError, match="images of 8x8 cannot be patched by"):
+        replace(SMALL, **changes).fit(brightness(), CPU, tmp_path)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_it_hides_no_nan(likelihood: Literal["bernoulli", "gaussian"], tmp_path: Path):
+    codec = replace(SMALL, likelihood=likelihood).fit(brightness(), CPU, tmp_path)
+    images = to_unit(brightness(2).pixels)
+    images[1] = torch.nan
+    latents = codec.encode(images)
+    assert latents.isnan().flatten(1).all(1).tolist() == [False, True]
+    assert codec.decode(latents).isnan().flatten(1).all(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": ()},
+        {"block_out_channels": (0,)},
+        {"norm_num_groups": 0},
+        {"norm_num_groups": 3},
+        {"latent_channels": 0},
+        {"layers_per_block": 0},
+        {"patch": 0},
+        {"steps": 0},
+        {"batch_size": 0},
+        {"kl_weight": -0.1},
+        {"kl_weight": math.nan},
+        {"lr": 0.0},
+        {"lr": math.inf},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"likelihood": "laplace"},
+    ],
+    ids=str,
+)
+def test_what_no_autoencoder_can_be_made_of_is_refused_by_name(changes: dict[str, Any]):
+    (name,) = changes
+    with pytest.raises(ValueError, match=name):
+        KLAutoencoder(**changes)

@@ -93,7 +93,7 @@ def test_it_comes_behind_the_injected_outliers_and_is_an_option():
 
 
 def test_a_negative_k_is_refused():
-    with pytest.raises(ValueError, match="k must be 0 or more"):
+    with pytest.raises(ValueError, match="k must be a finite number >= 0"):
         TukeyClip(k=-1)
 
 
@@ -186,5 +186,5 @@ def test_fewer_samples_than_elements_and_constant_elements_are_no_obstacle():
 def test_the_conditional_clip_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="up to 4096 latent elements, got 5000: use TukeyClip"):
         ConditionalClip()(torch.zeros(3, 5000, 1, 1))
-    with pytest.raises(ValueError, match="groups >= 1"):
+    with pytest.raises(ValueError, match="groups must be"):
         ConditionalClip(groups=0)

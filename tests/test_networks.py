@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,3 +69,32 @@ def test_the_shortcuts_give_what_the_whole_network_gives():
     gradients = dict(stock.named_parameters())
     for name, parameter in short.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (DiT, {"heads": 0}, "heads"),
+        (DiT, {"width": 6, "heads": 2}, "width must be a multiple of heads = 2 and of 4, got 6"),
+        (DiT, {"width": 12, "heads": 5}, "width must be a multiple"),
+        (DiT, {"layers": 0}, "layers"),
+        (DiT, {"patch": 0}, "patch"),
+        (DiT, {"dropout": 1.0}, "dropout"),
+        (DiT, {"dropout": -0.1}, "dropout"),
+        (DiT, {"time_scale": 0.0}, "time_scale"),
+        (DiT, {"time_scale": math.nan}, "time_scale"),
+        (UNet, {"dropout": 2}, "dropout"),
+        (UNet, {"norm_num_groups": 0}, "norm_num_groups"),
+        (UNet, {"norm_num_groups": 5}, "multiples of norm_num_groups = 5"),
+        (UNet, {"block_out_channels": (), "attention": ()}, "block_out_channels"),
+        (UNet, {"block_out_channels": (8,) * 17, "attention": (False,) * 17}, "block_out_channels"),
+        (UNet, {"attention": (False,)}, "attention needs one entry"),
+        (UNet, {"layers_per_block": 0}, "layers_per_block"),
+        (UNet, {"patch": -1}, "patch"),
+        (UNet, {"norm_num_groups": 4, "block_out_channels": (4, 8), "attention": (True, False)}, "at least 8"),
+        (UNet, {"norm_num_groups": 4, "block_out_channels": (8, 4), "attention": (True, False)}, "at least 8"),
+    ],
+)
+def test_what_no_network_can_be_made_of_is_refused_by_name(part: type, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        part(**changes)

@@ -66,11 +66,12 @@ def test_an_axis_goes_from_the_largest_noise_at_0_to_the_smallest_at_1(axis, mos
     ("build", "message"),
     [
         (lambda: NoiseRange().levels(1), "num_levels must be at least 2 .*, got 1"),
-        (lambda: NoiseRange(sigma_min=0.0), "need 0 < sigma_min < sigma_max < inf, got 0.0 and 80.0"),
-        (lambda: NoiseRange(sigma_min=3.0, sigma_max=2.0), "need 0 < sigma_min < sigma_max < inf, got 3.0 and 2.0"),
-        (lambda: NoiseRange(sigma_max=float("inf")), "need 0 < sigma_min < sigma_max < inf, got 0.002 and inf"),
-        (lambda: NoiseRange(rho=0.0), "rho must be positive, got 0.0"),
-        (lambda: TimestepIndex(0), "num_timesteps must be at least 1, got 0"),
+        (lambda: NoiseRange(sigma_min=0.0), "sigma_min must be a finite number >= 1e-06 .*, got 0.0"),
+        (lambda: NoiseRange(sigma_min=3.0, sigma_max=2.0), "sigma_max must be at least 2 times sigma_min"),
+        (lambda: NoiseRange(sigma_min=50.0), "sigma_max must be at least 2 times sigma_min, got sigma_min = 50.0"),
+        (lambda: NoiseRange(sigma_max=float("inf")), "sigma_max must be a finite number .*, got inf"),
+        (lambda: NoiseRange(rho=0.0), "rho must be a finite number >= 1 .*, got 0.0"),
+        (lambda: TimestepIndex(0), "num_timesteps must be a whole number in 1 .*, got 0"),
     ],
 )
 def test_ranges_that_cannot_be_are_refused(build, message):

@@ -51,7 +51,7 @@ def test_an_option_sets_its_field(option: str, read):
         ("batch_size=2.5", "must be int"),
         ("batch_size=0", "at least 1"),
         ("batch_size.x=3", "has no fields"),
-        ("objective.c=MeasuredC(multiple=-1)", "must be positive"),
+        ("objective.c=MeasuredC(multiple=-1)", "multiple must be"),
         ("objective.c=MeasuredC(multiple='a')", "must be float"),
         ("objective.c=MeasuredC(foo=1)", "has no foo"),
         ("objective.c=__import__('os')", "unknown name"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustcm.scales import ConstantC, CSchedule, MeasuredC, PowerLawC
+from robustcm.sketch import LogHistogram
 
 
 def depths(b: int = 1) -> Tensor:
@@ -216,11 +217,17 @@ def test_state_survives_a_checkpoint_bit_exactly():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ConstantC(per_sqrt_d=0), "per_sqrt_d must be positive, got 0"),
-        (lambda: MeasuredC(multiple=-1), "multiple must be positive, got -1"),
-        (lambda: MeasuredC(halflife_steps=math.nan), "halflife_steps must be positive, got nan"),
-        (lambda: MeasuredC(q=1.0), "need 0 < q < 1 and bins >= 1, got q = 1.0, bins = 1"),
-        (lambda: MeasuredC(bins=0), "need 0 < q < 1 and bins >= 1, got q = 0.5, bins = 0"),
+        (lambda: ConstantC(per_sqrt_d=0), "per_sqrt_d must be a finite number .*, got 0"),
+        (lambda: MeasuredC(multiple=-1), "multiple must be a finite number .*, got -1"),
+        (lambda: MeasuredC(halflife_steps=math.nan), "halflife_steps must be a number > 0, or inf, got nan"),
+        (lambda: MeasuredC(q=1.0), "q must be a finite number > 0 and < 1, got 1.0"),
+        (lambda: MeasuredC(histogram=LogHistogram(1e-30, 1e3)), "histogram must reach from .*, got 1e-30 to 1000"),
+        (lambda: MeasuredC(histogram=LogHistogram(2.0, 1e3)), "histogram must reach from .*, got 2.0 to 1000"),
+        (lambda: MeasuredC(bins=10**6), r"bins must be a whole number in 1 \.\. \d+, got 1000000"),
+        (lambda: PowerLawC(slope=math.nan), "slope must be a finite number"),
+        (lambda: PowerLawC(offset=30.0), "offset must be a finite number"),
+        (lambda: PowerLawC(constant_until=-1), "constant_until must be a whole number"),
+        (lambda: MeasuredC(bins=0), r"bins must be a whole number in 1 \.\. \d+, got 0"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(build, message):

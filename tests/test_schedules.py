@@ -71,11 +71,11 @@ def test_progressive_curriculum_goes_from_s0_to_s1_plus_one_as_a_square_root():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DoublingCurriculum(s0=20, s1=10), "need 1 <= s0 <= s1, got s0 = 20, s1 = 10"),
-        (lambda: ProgressiveCurriculum(s0=1), "need 2 <= s0 <= s1, got s0 = 1, s1 = 150"),
-        (lambda: FixedCurriculum(num_levels=1), "num_levels must be at least 2, got 1"),
-        (lambda: LognormalLaw(p_std=0), "p_std must be positive, got 0"),
-        (lambda: RatioLevels(q=1), "need q > 1, stages >= 1, p_std > 0, got 1, 8, 2.0"),
+        (lambda: DoublingCurriculum(s0=20, s1=10), "s1 must be at least s0, got s0 = 20 and s1 = 10"),
+        (lambda: ProgressiveCurriculum(s0=1), r"s0 must be a whole number in 2 \.\. 99999, got 1"),
+        (lambda: FixedCurriculum(num_levels=1), r"num_levels must be a whole number in 2 \.\. 100000, got 1"),
+        (lambda: LognormalLaw(p_std=0), "p_std must be a finite number >= 0.001 and <= 1000, got 0"),
+        (lambda: RatioLevels(q=1), "q must be a finite number > 1 .*, got 1"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(build, message):
@@ -214,3 +214,25 @@ def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
 def test_continuous_levels_take_every_level_of_their_range():
     levels = RatioLevels()
     assert [levels.nearest(t, 0, 10) for t in (1e-4, 0.37, 500.0)] == [0.002, 0.37, 80.0]
+
+
+@pytest.mark.parametrize(("p_mean", "nearest"), [(-100.0, -1), (100.0, 0), (0.1, None)])
+def test_a_law_whose_bell_misses_every_pair_draws_the_one_nearest_to_it(p_mean: float, nearest: int | None):
+    levels = NoiseRange().levels(11)
+    probabilities = LognormalLaw(p_mean=p_mean, p_std=1e-3)(levels)
+    if nearest is None:
+        nearest = int((levels.log() > p_mean).sum()) - 1
+    assert probabilities[nearest] == probabilities.sum() == 1
+
+
+def test_the_teacher_stays_below_the_student_where_their_gap_would_round_away():
+    t_hi, t_lo, _, num_levels = RatioLevels(q=1e6, stages=9)(8, 9, uniform_numbers(1000))
+    assert (t_lo < t_hi).all()
+    assert num_levels > 1e6
+
+
+@pytest.mark.parametrize("p_mean", [-100.0, math.log(NoiseRange().sigma_min), 100.0])
+def test_ratio_levels_whose_median_is_no_level_have_a_number_of_levels(p_mean: float):
+    pairs = RatioLevels(p_mean=p_mean)(3, 8, uniform_numbers(10))
+    assert pairs.num_levels >= 2
+    assert (pairs.t_lo < pairs.t_hi).all()

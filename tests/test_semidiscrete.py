@@ -80,8 +80,8 @@ def test_a_fit_is_a_function_of_the_data_and_the_generator():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: Semidiscrete(steps=1), "need steps >= 2"),
-        (lambda p: Semidiscrete(first_rate=0.1, last_rate=0.2), "0 < last_rate <= first_rate"),
+        (lambda p: Semidiscrete(steps=1), "steps must be a whole number in 2"),
+        (lambda p: Semidiscrete(first_rate=0.1, last_rate=0.2), "first_rate must be at least last_rate"),
         (lambda p: Semidiscrete().fit(data(1), generator()), "need at least two samples, all finite, got 1"),
         (lambda p: Semidiscrete().fit(data() * math.nan, generator()), "all finite"),
         (lambda p: Semidiscrete()(data(), data()), r"pairs with the whole data set: pairing = Semidiscrete\(\).fit"),

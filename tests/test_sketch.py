@@ -101,5 +101,5 @@ def test_a_scaled_histogram_has_the_same_quantiles(rng):
     "parameters", [{"smallest": 0}, {"smallest": 2, "largest": 1}, {"relative_error": 1.0}], ids=str
 )
 def test_parameters_that_cannot_be_are_refused(parameters):
-    with pytest.raises(ValueError, match="need 0 < smallest < largest and 0 < relative_error < 1, got"):
+    with pytest.raises(ValueError, match=f"{list(parameters)[-1]} must be"):
         LogHistogram(**parameters)

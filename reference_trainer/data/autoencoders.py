@@ -10,39 +10,23 @@ import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.data.codecs import Codec, Foreign, Pixels, check_codec, in_a_line
 from reference_trainer.data.images import ImageSet, to_unit
+from reference_trainer.data.outputs import described
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.networks import MOST_CHANNELS, halvings_fit, need_convolutions
+from robustcm.checks import need_real, need_seed, need_whole
 from robustcm.randomness import step_generator
 
 LOGIT_SCALE = 3.0  # logits reach +-10 quickly; the network's output stays of order 1
-
-
-class Codec(Protocol):
-    """Turns images into latents and back; deterministic."""
-
-    def to(self, device: torch.device) -> Codec:
-        """The same on ``device``."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """``[n, ch, h, w]`` in -1 .. 1 -> latents, not normalised."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents, not normalised -> ``[n, ch, h, w]``, about -1 .. 1."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What has to be stored to build the codec again."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +34,10 @@ class PixelSpace:
     """No autoencoder: consistency training on pixels, which are their own latents."""
 
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
-        return _Pixels()
+        return Pixels()
 
     def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:
-        return _Pixels()
-
-
-class _Pixels:
-    def to(self, device: torch.device) -> _Pixels:
-        return self
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
+        return Pixels()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +45,28 @@ class PretrainedAutoencoder:
     """An autoencoder of the user's, say a published VAE: what ``load``, ``module:function``, returns when called.
 
     That is a diffusers autoencoder, or any object with ``encode(images [n, ch, h, w] in -1 .. 1) -> [n, ch, h, w]`` and
-    ``decode``; of a distribution the mean is taken. It is not fitted, and not stored with the run: config.json keeps
-    the name, and whoever uses the run imports and calls the function of that name from their own ``PYTHONPATH``.
+    ``decode``. What they return may be a tensor or an array, a distribution (the mode or mean is taken), a tuple whose
+    first entry is one, or hold one as ``latent_dist``, ``latents``, ``latent`` or ``sample``.
+
+    Its ``scaling_factor`` and ``shift_factor`` need not be known: latents are normalised channel by channel before
+    training, and brought back before ``decode``. An ``encode`` that scales and a ``decode`` that undoes it are fine.
+
+    It is not fitted, and not stored with the run: config.json keeps the name, and whoever uses the run imports and
+    calls the function of that name from their own ``PYTHONPATH``.
     """
 
     load: str
 
     def __post_init__(self) -> None:
-        module, colon, function = self.load.partition(":")
+        module, colon, function = self.load.partition(":") if isinstance(self.load, str) else ("", "", "")
         if not (module and colon and function):
             raise ValueError(f"load must be module:function, got {self.load!r}")
 
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
-        return self.build(images.pixels.shape[1], {}).to(device)
+        """Import it, and see that it takes two of the images there and back."""
+        codec = self.build(images.pixels.shape[1], {}).to(device)
+        check_codec(codec, to_unit(images.train[:2]).to(device))
+        return codec
 
     def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:
         """Import it.
@@ -98,67 +77,18 @@ class PretrainedAutoencoder:
         module, _, function = self.load.partition(":")
         try:
             made = getattr(importlib.import_module(module), function)()
-        except Exception as error:  # whatever the user's code raises
+            able = all(callable(getattr(made, method, None)) for method in ("encode", "decode"))
+            codec = Foreign(self.load, made)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever the user's code raises, SystemExit included
             raise UserError(
                 f"autoencoder {self.load}: expected module:function, importable from PYTHONPATH, that returns an "
-                f"object with encode and decode ({_in_a_line(error)})"
+                f"object with encode and decode ({in_a_line(error)})"
             ) from error
-        if not (callable(getattr(made, "encode", None)) and callable(getattr(made, "decode", None))):
-            raise UserError(f"autoencoder {self.load}: a {type(made).__name__} has no encode and decode")
-        return Foreign(self.load, made)
-
-
-class Foreign:
-    """An object of the user's as a codec; a few images at a time, since its network may be large."""
-
-    PIXELS = 2**20  # encoded at a time
-    ELEMENTS = 2**16  # decoded at a time: 16 images of 256 x 256 where 8 x 8 pixels are 4 numbers
-
-    def __init__(self, name: str, autoencoder: Any) -> None:
-        self.name, self.autoencoder = name, autoencoder
-        if isinstance(autoencoder, torch.nn.Module):
-            autoencoder.eval().requires_grad_(False)
-
-    def to(self, device: torch.device) -> Foreign:
-        if hasattr(self.autoencoder, "to"):
-            self.autoencoder = self.autoencoder.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        return self._apply("encode", images, max(1, self.PIXELS // images[0, 0].numel()))
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        return self._apply("decode", latents, max(1, self.ELEMENTS // latents[0].numel()))
-
-    def _apply(self, method: str, values: Tensor, size: int) -> Tensor:
-        bar = tqdm(values.split(size), desc=f"{method} by {self.name}", unit="batch", leave=False, delay=2)
-        where = f"autoencoder {self.name}: {method}()"
-        try:
-            out = torch.cat([_tensor_in(getattr(self.autoencoder, method)(part)).float() for part in bar])
-        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-            shape = ", ".join(map(str, values.shape[1:]))
-            raise UserError(f"{where} failed on values [n, {shape}]: {_in_a_line(error)}") from error
-        if out.dim() != 4 or len(out) != len(values):
-            raise UserError(f"{where} must give [n, ch, h, w], got {list(out.shape)}")
-        return out
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def _tensor_in(output: Any) -> Tensor:
-    """The tensor in what a diffusers autoencoder returns: ``latent_dist``, ``latents`` or ``sample``."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "latent_dist"):
-        return cast(Tensor, output.latent_dist.mean)
-    return cast(Tensor, output.latents if hasattr(output, "latents") else output.sample)
+        if not able:
+            raise UserError(f"autoencoder {self.load}: {described(made)} has no encode and decode")
+        return codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +121,12 @@ class KLAutoencoder:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if any(ch % self.norm_num_groups for ch in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups "
-                f"{self.norm_num_groups}"
-            )
-
+        need_convolutions(self)
+        need_whole(self, "latent_channels", least=1, most=MOST_CHANNELS)
+        need_whole(self, "steps", "batch_size", least=1)
+        need_real(self, "kl_weight", least=0)
+        need_real(self, "lr", above=0)
+        need_seed(self)
         if self.likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f"likelihood is 'bernoulli' or 'gaussian', got {self.likelihood!r}")
 
@@ -204,7 +134,12 @@ class KLAutoencoder:
         """Load the fit from ``cache``, or fit with a progress bar and store it there."""
         key = json.dumps(asdict(self), sort_keys=True) + images.fingerprint()
         file = cache / f"autoencoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        channels = images.pixels.shape[1]
+        channels, h, w = images.pixels.shape[1:]
+        if not halvings_fit(self, h, w):
+            raise UserError(
+                f"images of {h}x{w} cannot be patched by autoencoder.patch={self.patch} and halved "
+                f"{len(self.block_out_channels) - 1} times: use a smaller patch or fewer block_out_channels"
+            )
         if file.is_file():
             try:
                 return self.build(channels, load_tensors(file)[0]).to(device)
@@ -213,6 +148,12 @@ class KLAutoencoder:
         network = self._network(channels)
         self._fit(network, images.train, device)
         codec = _Kl(network, self)
+        there_and_back = codec.decode(codec.encode(to_unit(images.train[:2]).to(device)))
+        if not (_is_finite(network) and there_and_back.isfinite().all()):
+            raise UserError(
+                f"the autoencoder became NaN or infinite in its fit: lower autoencoder.lr={self.lr:g} or "
+                f"autoencoder.kl_weight={self.kl_weight:g}"
+            )
         try:
             save_tensors(file, codec.tensors(), {})
         except UserError as error:  # a cache is a convenience: the fit also goes into the run folder
@@ -226,6 +167,8 @@ class KLAutoencoder:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise UserError(f"these are not the weights of {self}: {str(error).splitlines()[-1].strip()}") from error
+        if not _is_finite(network):
+            raise UserError(f"the stored weights of {self} are not all finite")
         return _Kl(network, self)
 
     def _network(self, image_channels: int) -> Any:
@@ -251,7 +194,9 @@ class KLAutoencoder:
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps, pct_start=0.05)
+        # Without a warm-up where it would be one step or less, which torch divides by.
+        warm = 0.05 if self.steps > 20 else 0.0
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps, pct_start=warm)
         bar = tqdm(range(self.steps), desc="fitting the autoencoder", unit="step")
         for step in bar:
             generator = step_generator(self.seed, step)
@@ -277,6 +222,10 @@ class KLAutoencoder:
 
 
 Autoencoder: TypeAlias = KLAutoencoder | PretrainedAutoencoder | PixelSpace
+
+
+def _is_finite(network: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
 
 
 class _Kl:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.autoencoders import Codec, Foreign
+from reference_trainer.data.codecs import Codec, Foreign
 from reference_trainer.data.images import ImageSet, to_pixels, to_unit
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
+from robustcm.checks import LARGEST, SMALLEST, need_real, need_seed
 from robustcm.gates import recognisable_below
 from robustcm.randomness import Stream, step_generator
 
@@ -37,8 +38,9 @@ class ImpulsiveOutliers:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must be in [0, 1], got {self.share}")
+        need_real(self, "share", least=0, most=1)
+        need_real(self, "factor", least=SMALLEST, most=LARGEST)
+        need_seed(self)
 
     def __call__(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``, a function of the latents and ``seed``."""

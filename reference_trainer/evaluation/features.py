@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.autoencoders import Codec
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import to_unit
 from reference_trainer.errors import UserError
 
