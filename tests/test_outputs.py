@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from torch.distributions import Independent, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from reference_trainer.data.outputs import described, tensor_in
 
@@ -46,6 +46,7 @@ class WithMean:
         POSTERIOR,
         NORMAL,
         Independent(NORMAL, 3),
+        MixtureSameFamily(Categorical(torch.ones(1)), Normal(VALUES[..., None], 1.0)),  # to ask for its mode raises
         WithMode(),
         WithMean(),
         EncoderOutput(latent=VALUES),
