@@ -1,13 +1,12 @@
-"""What does a robust distance cost, forward and backward, beside reading its input once and beside other libraries' losses?
+"""What does a robust distance cost, forward and backward, beside one pass over its input and other libraries' losses?
 
     python benchmarks/losses.py [--quick] [--compiled]
 
-Latents of 256 x 4 x 32 x 32 and 256 x 16 x 32 x 32, float32. All calls are timed in turns, in one process: the robust
-distances of ``robustcm`` on whole samples, on tokens and on elements; kornia's elementwise Charbonnier, Cauchy and
-Geman-McClure (their scale is 1); Barron's general loss as one writes it down from the paper, elementwise. Each takes the
-sum over the batch and its gradient in the student. One pass is the time of ``student.sum()``; the ratio is that of a
-round: its median and quartiles over the rounds. ``--compiled`` adds ``torch.compile`` of ours. Beyond a network's own
-passes all of this is little: the question is whether anything is out of proportion.
+Latents of 256 x 4 x 32 x 32 and 256 x 16 x 32 x 32, float32. All calls are timed in turns, in one process: the
+distances of ``robustcm`` on whole samples, tokens and elements; kornia's elementwise Charbonnier, Cauchy and
+Geman-McClure (their scale is 1); Barron's general loss as one writes it down from the paper, elementwise. Each takes
+the sum over the batch and its gradient in the student. One pass is the time of ``student.sum()``; the ratio is that of
+a round: its median and quartiles over the rounds. ``--compiled`` adds ``torch.compile`` of ours.
 """
 
 from __future__ import annotations
@@ -93,8 +92,10 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         student, teacher = torch.randn(2, *shape, generator=generator).to(device)
         student.requires_grad_()
-        calls = {ONE_PASS: lambda x=student.detach(): x.sum()}
-        calls |= {name: step(loss, student, teacher) for name, loss in losses(len(student), device, options.compiled).items()}
+        calls = {ONE_PASS: student.detach().sum}
+        calls |= {
+            name: step(loss, student, teacher) for name, loss in losses(len(student), device, options.compiled).items()
+        }
         timings, ratios = measure_in_turns(calls, ONE_PASS, 0.0 if options.quick else 20.0)
         print(f"\n{'x'.join(map(str, shape)):36}{'wall':>10} {'IQR':>8}   passes over the input (IQR)")
         for name, timing in timings.items():

@@ -37,8 +37,8 @@ class BarronOfR2:
     ========  ======================================  ====================================
 
     c is the same in all of them. Continuous in alpha, without cancellation near 0 and 2. In float32 the value is right
-    to 1e-6; so is the influence where its tail does not magnify the rounding of r, and down to the smallest float:
-    below alpha = 0 it is 0 where (r / c)^(alpha - 2) is under 1e-38.
+    to 1e-6 (to 3e-6 for r / c above 1e9, where the rounding of alpha shows); so is the influence, except that below
+    alpha = 0 its tail magnifies the rounding of r, and is 0 where (r / c)^(alpha - 2) is under 1e-38.
 
     Args:
         alpha: at most 2, -inf included. Above 2 large residuals would pull more than under squared L2.

@@ -18,9 +18,9 @@ Geman-McClure's gradient is below the smallest float32, so 0, for r / c above 1e
 
 What is not finite: NaN gives NaN. An infinite residual gives the limit of the value (infinite, but 1 for
 Geman-McClure) and no gradient (under squared L2 none in its infinite elements): one overflow does not spoil the
-gradients of a batch, and stays visible. A number c must be positive; a tensor c is not looked at, as that would synchronise the device: below 4e-19 (0
-too) it counts as 4e-19, above 4e18 (infinity too) as 4e18, and a negative one as NaN. In float64 these ends are the
-roots of its own range.
+gradients of a batch, and stays visible. A number c must be positive; a tensor c is not looked at, as that would
+synchronise the device: below 4e-19 (0 too) it counts as 4e-19, above 4e18 (infinity too) as 4e18, and a negative one
+as NaN. These ends are float32's; in float64 they lie at the roots of its own range.
 """
 
 from __future__ import annotations
