@@ -153,7 +153,7 @@ def fair_of_r2(r2: Tensor, c: Scale) -> Tensor:
     y = _bounded(y, 0.5)
     z = y / (2 + y)
     series = torch.zeros_like(z)
-    for odd in range(19 if r2.dtype == torch.float64 else 11, 1, -2):
+    for odd in range(21 if r2.dtype == torch.float64 else 11, 1, -2):
         series = series * z**2 + 1 / odd
     near = r2 / c * (1 - 2 * z / (2 + y) * series) / (2 + y)
     return torch.where(y < 0.5, near, far)
