@@ -38,7 +38,7 @@ class BarronOfR2:
 
     c is the same in all of them. Continuous in alpha, without cancellation near 0 and 2. In float32 the value is right
     to 1e-6 (to 3e-6 for r / c above 1e9, where the rounding of alpha shows); so is the influence, except that below
-    alpha = 0 its tail magnifies the rounding of r, and is 0 where (r / c)^(alpha - 2) is under 1e-38.
+    alpha = -2 its tail magnifies rounding, and below 0 it is 0 where (r / c)^(alpha - 2) is under 1e-38.
 
     Args:
         alpha: at most 2, -inf included. Above 2 large residuals would pull more than under squared L2.
@@ -104,8 +104,8 @@ def of_adaptive_weight(p: float, eps: float) -> tuple[Distance, float]:
 def _power(u: Tensor, alpha: float) -> Tensor:
     """Barron's loss of u = r^2 / c^2 for -8 < alpha < 2, not 0."""
     b = 2 - alpha
-    bend = min(b * math.expm1(min(2 / abs(alpha), 700)), torch.finfo(u.dtype).max)  # where |alpha / 2 log(..)| is 1
-    near = u < bend
+    # Up to where |alpha / 2 log(..)| is 1; for small alpha that is beyond every finite residual.
+    near = u < (b * math.expm1(2 / abs(alpha)) if abs(alpha) > 0.03 else math.inf)
     small = torch.where(near, u, 0)  # the branch not taken must not overflow
     from_one = torch.expm1(alpha / 2 * torch.log1p(small / b)) * (b / alpha)  # does not cancel
     # Neither u / b, which overflows as alpha nears 2, nor exp(alpha / 2 log(..)), whose error grows with the logarithm.

@@ -500,7 +500,7 @@ def test_a_negative_or_missing_scale_in_a_tensor_gives_nan_for_its_sample(distan
 @pytest.mark.parametrize("c", [0.0, 1e-42, 1e-30, 1e30, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_tensor_scale_at_the_ends_of_the_range_gives_finite_gradients(distance, c, dtype):
-    student = torch.tensor([[0.0, 0.0], [1e-30, 0.0], [1e-3, 1e-3], [1.0, 2.0], [1e12, 1.0]], dtype=dtype)
+    student = torch.tensor([[0, 0], [1e-30, 0], [1e-3, 1e-3], [1, 2], [1e12, 1], [math.inf, 1]], dtype=dtype)
     value, gradient = value_and_gradient(distance, student, torch.tensor(c, dtype=dtype))
     assert not value.isnan().any()
     assert gradient.isfinite().all()
@@ -509,6 +509,30 @@ def test_a_tensor_scale_at_the_ends_of_the_range_gives_finite_gradients(distance
     if 0 < c < math.inf:  # a number is cut in the same way
         by_number = value_and_gradient(distance, student, c)
         torch.testing.assert_close((value, gradient), by_number, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize(
+    ("dtype", "c"),
+    [
+        (torch.float64, torch.zeros(2)),
+        (torch.float32, torch.zeros(2).double()),
+        (torch.float32, torch.zeros(()).double()),
+    ],
+    ids=["float32", "float64", "one float64"],
+)
+def test_a_scale_of_zero_in_another_precision_gives_finite_gradients(distance, dtype, c):
+    value, gradient = value_and_gradient(distance, torch.tensor([[0.0, 0], [1, 2]], dtype=dtype), c)
+    assert not value.isnan().any()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("distance", EVERYWHERE, ids=name)
+def test_no_nan_arises_on_the_way_to_a_finite_gradient(distance):
+    student = torch.tensor([[0.0], *([r] for r in RADII)], requires_grad=True)
+    with torch.autograd.detect_anomaly():
+        distance(student, torch.zeros_like(student), 1.0).sum().backward()
 
 
 @pytest.mark.parametrize("rho", [pseudo_huber_of_r2, fair_of_r2])
