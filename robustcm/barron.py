@@ -107,7 +107,7 @@ def _power(u: Tensor, alpha: float) -> Tensor:
     # Up to where |alpha / 2 log(..)| is 1; for small alpha that is beyond every finite residual.
     near = u < (b * math.expm1(2 / abs(alpha)) if abs(alpha) > 0.03 else math.inf)
     small = torch.where(near, u, 0)  # the branch not taken must not overflow
-    from_one = torch.expm1(alpha / 2 * torch.log1p(small / b)) * (b / alpha)  # does not cancel
+    from_one = _expm1(alpha / 2 * torch.log1p(small / b)) * (b / alpha)  # does not cancel
     # Neither u / b, which overflows as alpha nears 2, nor exp(alpha / 2 log(..)), whose error grows with the logarithm.
     power = (b ** (b / 2) * (u + b) ** (alpha / 2) - b) / alpha
     return torch.where(near, from_one, power)
@@ -118,5 +118,10 @@ def _exponential(u: Tensor, alpha: float) -> Tensor:
     b = 2 - alpha
     # At 1e24 float64 no longer tells it from the limit.
     x = -u / 2 if alpha < -1e24 else alpha / 2 * torch.log1p(u / b)
-    # expm1 for the value near 0; its derivative, expm1 + 1, cancels far from it.
-    return (2 / alpha - 1) * torch.where(x > -1, torch.expm1(x), torch.exp(x) - 1)
+    near = x > -1
+    return (2 / alpha - 1) * torch.where(near, _expm1(torch.where(near, x, 0)), torch.exp(x) - 1)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 for |x| of about 1 and less. Not ``torch.expm1``: compiled for a CPU it cancels."""
+    return 2 * torch.exp(x / 2) * torch.sinh(x / 2)

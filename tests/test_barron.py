@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from decimal import Decimal, localcontext
 
 import pytest
@@ -154,6 +155,17 @@ def test_compiles_into_one_graph_with_the_same_value_and_gradient(distance, rng,
     eager.sum().backward()
     assert_close(compiled.detach(), eager.detach())
     assert_close(compiled_student.grad, eager_student.grad)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_code_is_as_right_as_eager(assert_close):
+    r2 = torch.logspace(-30, 12, 100)
+
+    def both(r2: Tensor) -> Tensor:
+        return torch.stack([BarronOfR2(0.5)(r2, 1.0), BarronOfR2(-20)(r2, 1.0)])
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(both, fullgraph=True)(r2), both(r2))
 
 
 @pytest.mark.parametrize("distance", DISTANCES, ids=str)
