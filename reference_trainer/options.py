@@ -21,9 +21,25 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm import couplers, early, fences, gates, losses, noise, objective, scales, schedules, semidiscrete, sketch
+from robustcm import (
+    barron,
+    couplers,
+    early,
+    fences,
+    gates,
+    losses,
+    noise,
+    objective,
+    scales,
+    schedules,
+    semidiscrete,
+    sketch,
+)
 
-RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
+RHOS = (
+    *(losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2),
+    *(losses.fair_of_r2, losses.squared_l2_of_r2, barron.BarronOfR2),
+)
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder),
@@ -35,7 +51,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.Objective, "distance"): (
-        *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.squared_l2),
+        *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.fair, losses.squared_l2, barron.Barron),
         *(losses.PerToken, losses.PerElement),
     ),
     (objective.Objective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
@@ -69,7 +85,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
 """For each exchangeable field, the parts the command line and config.json know. From Python any callable goes."""
 
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
-VOCABULARY["inf"] = math.inf  # JSON has no literal for it
+VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
 
 
 def override(config: TrainConfig, option: str) -> TrainConfig:
@@ -126,6 +142,8 @@ def _read(owner: type, field: str, text: str, path: str) -> Any:
 
 
 def _evaluate(node: ast.expr) -> Any:
+    if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-inf":
+        return -math.inf
     if isinstance(node, ast.Name):
         if node.id not in VOCABULARY:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
@@ -200,8 +218,8 @@ def to_json(value: Any) -> Any:
         return {"part": _name(type(value)), **fields}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
-    if value == math.inf:
-        return {"part": "inf"}
+    if isinstance(value, float) and math.isinf(value):
+        return {"part": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return {"part": _name(value)}

@@ -1,6 +1,6 @@
 """Robust training of latent consistency models: one short module a technique, all of them composable.
 
-losses (robust distances), early (diffusion loss at small noise), couplers (OT) and gates, scales (the scale c), norms
+losses and barron (robust distances), early (diffusion loss at small noise), couplers (OT) and gates, scales (the scale c), norms
 (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels), consistency (f, temporal difference,
 sampler); robust (a distance with its measured scale) and objective (all of it composed); tails (outlier statistics) and
 sketch (streaming quantiles).
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from robustcm.barron import Barron, BarronOfR2, of_adaptive_weight
     from robustcm.consistency import Preconditioned, Preconditioning, sample, temporal_difference
     from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
     from robustcm.early import EarlyDiffusion
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         cauchy,
         cauchy_of_r2,
         element_r2,
+        fair,
+        fair_of_r2,
         geman_mcclure,
         geman_mcclure_of_r2,
         pseudo_huber,
@@ -58,14 +61,15 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     name: module
     for module, names in {
+        "barron": "Barron BarronOfR2 of_adaptive_weight",
         "consistency": "Preconditioned Preconditioning sample temporal_difference",
         "couplers": "Entropic WithinClasses coupling_gain exact independent",
         "early": "EarlyDiffusion",
         "fences": "ConditionalClip TukeyClip",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
         "of_flow_time",
-        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 geman_mcclure geman_mcclure_of_r2 pseudo_huber "
-        "pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
+        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure geman_mcclure_of_r2 "
+        "pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
         "noise": "NoiseRange TimestepIndex flow_time",
         "norms": "NonScalingLayerNorm convert_norms",
         "objective": "Objective draw",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -33,3 +35,27 @@ def same_shape(**tensors: Tensor) -> None:
 def over_samples(per_sample: Tensor, like: Tensor) -> Tensor:
     """``[b]`` as ``[b, 1, ...]``, to multiply ``like [b, ...]``."""
     return per_sample.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def aligned(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """``value`` so that it meets a tensor of ``shape`` [b, ...] as it was meant, or an error: never a silent product.
+
+    One entry stays one for all. One entry a sample, ``[b]`` or ``[b, 1, 1, 1]``, becomes ``[b]`` with as many axes of
+    length 1 as ``shape`` asks for. Whatever has all axes of ``shape``, each its length or 1, stays as it is.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    if value.dim() == 0 or not shape or value.shape == tuple(shape):
+        return value
+    if value.numel() == 1:
+        return value.reshape(())
+    if value.numel() == len(value) == shape[0]:
+        return value.reshape(-1, *[1] * (len(shape) - 1))
+    if value.dim() == len(shape) and all(n in (1, m) for n, m in zip(value.shape, shape, strict=True)):
+        return value
+    each = f" or one of shape {tuple(shape)}" if len(shape) > 1 else ""
+    raise ValueError(
+        f"{name} has shape {tuple(value.shape)} where there are {shape[0]} samples: give a number, one a sample "
+        f"([{shape[0]}]){each}"
+    )

@@ -11,7 +11,8 @@ import pytest
 from reference_trainer.errors import UserError
 from reference_trainer.options import differences, from_json, override, to_json
 from reference_trainer.presets import PRESETS, digits
-from robustcm.losses import PerToken, cauchy_of_r2
+from robustcm.barron import Barron, BarronOfR2
+from robustcm.losses import PerElement, PerToken, cauchy_of_r2, fair, fair_of_r2
 from robustcm.scales import MeasuredC
 from robustcm.schedules import FixedCurriculum, LevelGrid
 
@@ -28,6 +29,15 @@ from robustcm.schedules import FixedCurriculum, LevelGrid
         ("objective.c=MeasuredC(multiple=0.5, bins=4)", lambda c: c.objective.c == MeasuredC(multiple=0.5, bins=4)),
         ("objective.c=MeasuredC", lambda c: c.objective.c == MeasuredC()),
         ("objective.distance=PerToken(cauchy_of_r2)", lambda c: c.objective.distance == PerToken(cauchy_of_r2)),
+        ("objective.distance=fair", lambda c: c.objective.distance is fair),
+        ("objective.distance=PerElement(fair_of_r2)", lambda c: c.objective.distance == PerElement(fair_of_r2)),
+        ("objective.distance=Barron(alpha=0.5)", lambda c: c.objective.distance == Barron(alpha=0.5)),
+        ("objective.distance=Barron(-2)", lambda c: c.objective.distance == Barron(alpha=-2.0)),
+        ("objective.distance=Barron(alpha=-inf)", lambda c: c.objective.distance == Barron(alpha=-math.inf)),
+        (
+            "objective.distance=PerToken(BarronOfR2(alpha=0.5))",
+            lambda c: c.objective.distance == PerToken(BarronOfR2(alpha=0.5)),
+        ),
         ("objective.extra=None", lambda c: c.objective.extra is None),
         (
             "objective.levels=LevelGrid(curriculum=FixedCurriculum(num_levels=5))",
@@ -60,6 +70,10 @@ def test_an_option_sets_its_field(option: str, read):
         ("objective.distance=PerToken", "rho"),
         ("autoencoder=PretrainedAutoencoder(load='my_vae')", "module:function"),
         ("objective.distance=cauchy(1)", "no arguments"),
+        ("objective.distance=Barron", "alpha"),
+        ("objective.distance=Barron(alpha=3)", "at most 2"),
+        ("objective.distance=Barron(alpha=-cauchy)", "malformed"),
+        ("objective.distance=BarronOfR2(alpha=1)", "takes"),
         ("steps", "an option looks like"),
         ("optimizer.on_nonfinite=ignore", "must be"),
         ("objective.levels.curriculum.s0=0", "s0"),
