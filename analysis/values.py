@@ -87,6 +87,9 @@ class GivenAutoencoder:
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
         return self.codec
 
+    def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:
+        return self.codec
+
 
 def load_images(data: Digits | ImageFolder, limit: int) -> ImageSet:
     """The training images of ``data``, at most ``limit`` of them (a fixed random choice, in order).

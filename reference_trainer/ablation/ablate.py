@@ -28,11 +28,11 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Imported
-from reference_trainer.files import write_atomically
+from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.training.loop import training_latents
+from reference_trainer.training.start import training_latents
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def write_comparison(results: Sequence[Result], out: Path, stop_above: float, ab
     text = "\n".join(lines) + as_markdown(results, BASELINE, stopped)
     write_atomically(out / "ablation.md", text.encode())
     report = about | {"stopped": stopped, "runs": [asdict(r) for r in results]}
-    write_atomically(out / "ablation.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(out / "ablation.json", (as_json(report, indent=1) + "\n").encode())
     save_figure(draw_comparison(results, BASELINE), out / "ablation.png")
 
 

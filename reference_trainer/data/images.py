@@ -32,6 +32,8 @@ class ImageSet:
     """int64 ``[n]`` or None."""
     is_held_out: Tensor
     """bool ``[n]``: never trained on, neither by the autoencoder nor by the model."""
+    names: tuple[str, ...] | None = None
+    """Of the files, where there are files, for messages: no part of the fingerprint."""
 
     @property
     def train(self) -> Tensor:
@@ -42,6 +44,12 @@ class ImageSet:
     def held_out(self) -> Tensor:
         """uint8 ``[n_held_out, ch, h, w]``."""
         return self.pixels[self.is_held_out]
+
+    def train_name(self, index: int) -> str:
+        """What a message calls the training image ``index``: its file, or its number."""
+        if self.names is None:
+            return f"image {index}"
+        return self.names[int(torch.nonzero(~self.is_held_out)[index])]
 
     def fingerprint(self) -> str:
         """Changes when a pixel or the split changes; names caches."""
