@@ -85,7 +85,9 @@ def evaluate(
     found_rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
     if bounds:
         half = len(train) // 2
-        halves = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
+        halves: tuple[Tensor | Missing, Tensor | Missing] = (
+            (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
+        )
         found_rows["floor: held-out images"] = measure(held_out_real, real, features)
         found_rows["floor: half against half"] = measure(*halves, features, held_out_real)
         found_rows["ceiling: noise decoded"] = found_rows.pop("ceiling: noise decoded")  # last in the table
@@ -246,8 +248,8 @@ def small_samples(rows: Mapping[str, Row | Missing], real: Tensor | Missing, hel
     few = [name for name, row in rows.items() if not isinstance(row, Missing) and min(row["n"], n) <= k]
     if few:
         notes.append(
-            f"no more images than the {k} features in {', '.join(few)}: covariances are singular there and Frechet "
-            "distances come out too high, most of all between sets of different size"
+            f"no more images than the {k} features in {', '.join(few) if n > k else 'every row'}: covariances are "
+            "singular there and Frechet distances come out too high, most of all between sets of different size"
         )
     if held_out <= k:
         count = "1 held-out image" if held_out == 1 else f"{held_out} held-out images"
@@ -273,7 +275,9 @@ def as_table(evaluation: dict[str, Any]) -> str:
         lines.append(line)
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
-    lines += [f"left out: {name} ({why})" for name, why in evaluation.get("left_out", {}).items()]
+    left_out = evaluation.get("left_out", {})
+    for why in dict.fromkeys(left_out.values()):
+        lines.append(f"left out: {', '.join(name for name in left_out if left_out[name] == why)} ({why})")
     lines += [f"note: {note}" for note in evaluation.get("notes", [])]
     return "\n".join(lines)
 

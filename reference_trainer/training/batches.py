@@ -27,8 +27,7 @@ class Batches:
         Raises:
             UserError: fewer latents than a batch needs.
         """
-        if config.batch_size > len(latents):
-            raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
+        check_batch_size(config, len(latents))
         self.config, self.latents = config, latents
         self.objective = with_measured_gate(config.objective, latents)
         self._solver = ThreadPoolExecutor(1)
@@ -69,6 +68,16 @@ class Batches:
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
         perm = config.objective.coupler(x, z, generator=step_generator(config.seed, pool, Stream.COUPLING))
         return z[perm].split(config.batch_size)
+
+
+def check_batch_size(config: TrainConfig, num_samples: int) -> None:
+    """Refuse batches larger than the data.
+
+    Raises:
+        UserError: just that.
+    """
+    if config.batch_size > num_samples:
+        raise UserError(f"batch_size={config.batch_size} is larger than the {num_samples} training images")
 
 
 def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:

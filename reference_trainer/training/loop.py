@@ -20,7 +20,7 @@ from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.model import TrainedModel
 from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import Batches
+from reference_trainer.training.batches import Batches, check_batch_size
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.start import latents_of_run
@@ -57,6 +57,7 @@ def train(
     Raises:
         UserError: see its message; checkpoints written before stay good.
     """
+    check_batch_size(config, len(images.train))
     latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents)
     ch, h, w = latents.shape[1:]
