@@ -10,11 +10,6 @@ class UserError(Exception):
     """Something the user can mend. The message says what, where and what to do, in one line."""
 
 
-def in_a_line(error: Exception) -> str:
-    """Kind and first line of what somebody else's code raised, for the message of a ``UserError``."""
-    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
 def exit_status(work: Callable[[], int]) -> int:
     """What ``work`` returns; 2, and a line, for what the user can mend; 130 for Ctrl-C."""
     try:

@@ -85,11 +85,9 @@ def evaluate(
     found_rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
     if bounds:
         half = len(train) // 2
-        halves: tuple[Tensor | Missing, Tensor | Missing] = (
-            (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
-        )
+        first, second = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
         found_rows["floor: held-out images"] = measure(held_out_real, real, features)
-        found_rows["floor: half against half"] = measure(*halves, features, held_out_real)
+        found_rows["floor: half against half"] = measure(first, second, features, held_out_real)
         found_rows["ceiling: noise decoded"] = found_rows.pop("ceiling: noise decoded")  # last in the table
     sigmas = {name: attempt(partial(model.sigmas, i + 1)) for i, name in enumerate(SAMPLES)}
     other = ", which are not those the run was made from" if model.changes else ""
@@ -149,10 +147,10 @@ def record(run: RunFolder, evaluation: dict[str, Any]) -> None:
 
 def brief(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What changes while training: the samples' part of what ``evaluate`` gives."""
-    samples = {
-        part: {name: row for name, row in evaluation.get(part, {}).items() if name in SAMPLES}
-        for part in ("rows", "left_out")
-    }
+    parts = (("rows", evaluation["rows"]), ("left_out", evaluation.get("left_out", {})))
+    samples = {part: {name: row for name, row in found.items() if name in SAMPLES} for part, found in parts}
+    if not samples["left_out"]:
+        del samples["left_out"]
     return {key: evaluation[key] for key in ("step", "seed", "features")} | samples
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Codec
+from reference_trainer.data.autoencoders import _in_a_line as in_a_line
 from reference_trainer.data.images import to_unit
 from reference_trainer.data.latents import not_finite
-from reference_trainer.errors import UserError, in_a_line
+from reference_trainer.errors import UserError
 
 
 class Features(Protocol):
