@@ -20,7 +20,7 @@ from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.digit_classifier import jittered, load_digit_classifier
 from reference_trainer.evaluation.evaluate import as_table, brief, compare, evaluate
-from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.features import Imported, PooledLatents
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import tile
@@ -131,6 +131,18 @@ def test_the_table_names_its_features_and_reference():
         assert word in table
 
 
+def test_the_table_says_how_near_reconstructions_come_and_what_their_own_features_cannot_see():
+    row = {"n": 40, "frechet": 0.15, "kernel_x1000": 0.0, "precision": 1.0, "recall": 1.0}
+    rows = {"1 evaluation": row, "reconstructions": row | {"psnr": 19.04}}
+    own = {"step": 3, "features": PooledLatents.name, "reference": "these images", "rows": rows}
+    assert "PSNR 19.0 dB to the images themselves (pixels 0 .. 255, mean over the 40 images)" in as_table(own)
+    assert "cannot judge it" in as_table(own)
+    assert "cannot judge it" not in as_table(own | {"features": "some:network"})
+    assert "reconstructions: PSNR" not in as_table(
+        own | {"rows": {"1 evaluation": row}}
+    )  # a brief evaluation has no reconstructions
+
+
 def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(digits: ImageSet):
     """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
 
@@ -146,6 +158,7 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     assert rows["1 evaluation"]["precision"] > 0.7
     assert rows["1 evaluation"]["recall"] > 0.7
     assert rows["reconstructions"]["frechet"] < 0.01
+    assert rows["reconstructions"]["psnr"] > 58  # the pixels themselves
 
 
 def sampled_at(num_levels: int, recognised_at: float, evaluations: int, **options: object) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr
 
 
 def gaussian(n: int, k: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -82,3 +82,18 @@ def test_precision_and_recall_do_not_depend_on_the_unit_of_the_features(unit: fl
 def test_precision_and_recall_of_fakes_beyond_all_distance_are_not_a_number():
     real = gaussian(20, 3, 0)
     assert all(math.isnan(share) for share in precision_recall(real, 1e25 * real))
+
+
+@pytest.mark.parametrize(("off", "db"), [(1, 48.13), (16, 24.05), (255, 0.0)])
+def test_psnr_of_a_constant_error_is_that_of_its_square(off, db):
+    dark = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    assert psnr(dark, dark + off) == psnr(dark + off, dark) == pytest.approx(db, abs=0.01)  # uint8 must not wrap round
+
+
+def test_psnr_is_a_mean_of_decibels_over_images_in_pairs_and_finite_for_equal_ones():
+    images = torch.randint(0, 240, (300, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    near, far = images + 1, images + 8
+    half = torch.cat([near[:150], far[150:]])
+    assert psnr(images, half) == pytest.approx((psnr(images, near) + psnr(images, far)) / 2, rel=1e-9)
+    assert psnr(images, images) == pytest.approx(58.9, abs=0.05)
+    assert psnr(images, half.flip(0)) < 20  # another order, other pairs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried, vectors_of
-from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
@@ -74,8 +74,9 @@ def evaluate(
     sets |= {name: partial(sampled, model, i + 1, len(train), seed, features) for i, name in enumerate(SAMPLES)}
     if bounds:
         noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
-        sets["reconstructions"] = lambda: decoded(model, model.latents_of(train), features)
-        sets["ceiling: noise decoded"] = lambda: decoded(model, noise, features)
+        reconstructed = cache(lambda: model.space.decode(model.latents_of(train).to(model.device)))
+        sets["reconstructions"] = lambda: vectors_of(reconstructed(), features)
+        sets["ceiling: noise decoded"] = lambda: vectors_of(model.space.decode(noise.to(model.device)), features)
     with ThreadPoolExecutor(2) as pool:  # each image by itself, so two sets at a time change no digit
         found = pool.map(attempt, [lambda: reference_of(train, features), *sets.values()])
         bar = tqdm(found, desc="samples and features", unit="set", total=1 + len(sets), leave=False, delay=2)
@@ -84,6 +85,8 @@ def evaluate(
     held_out_real = vectors.pop("held-out")
     found_rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
     if bounds:
+        if not isinstance(row := found_rows["reconstructions"], Missing):
+            row["psnr"] = psnr(train, reconstructed())
         half = len(train) // 2
         first, second = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
         found_rows["floor: held-out images"] = measure(held_out_real, real, features)
@@ -166,11 +169,6 @@ def training_images(images: ImageSet, seed: int) -> Tensor:
 def sampled(model: TrainedModel, evaluations: int, n: int, seed: int, features: Features) -> Tensor:
     """Features ``[n, k]`` of samples at that many network evaluations."""
     return vectors_of(model.images(n, model.sigmas(evaluations), seed), features)
-
-
-def decoded(model: TrainedModel, latents: Tensor, features: Features) -> Tensor:
-    """Features ``[n, k]`` of the images of normalised ``latents [n, ch, h, w]``."""
-    return vectors_of(model.space.decode(latents.to(model.device)), features)
 
 
 def reference_of(train: Tensor, features: Features) -> Tensor:
@@ -271,6 +269,7 @@ def as_table(evaluation: dict[str, Any]) -> str:
         line += f"{row['frechet_held_out']:10.2f}" if "frechet_held_out" in row else f"{'-':>10}"
         line += f"{row['sure_digits']:9.3f}" if "sure_digits" in row else ""
         lines.append(line)
+    lines += about_autoencoder(evaluation)
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
     left_out = evaluation.get("left_out", {})
@@ -278,6 +277,22 @@ def as_table(evaluation: dict[str, Any]) -> str:
         lines.append(f"left out: {', '.join(name for name in left_out if left_out[name] == why)} ({why})")
     lines += [f"note: {note}" for note in evaluation.get("notes", [])]
     return "\n".join(lines)
+
+
+def about_autoencoder(evaluation: dict[str, Any]) -> list[str]:
+    """PSNR of the reconstructions, and that features of the autoencoder's own cannot judge it, as lines."""
+    row, lines = evaluation["rows"].get("reconstructions", {}), []
+    if "psnr" in row:
+        lines.append(
+            f"reconstructions: PSNR {row['psnr']:.1f} dB to the images themselves (pixels 0 .. 255, mean over the "
+            f"{row['n']} images)"
+        )
+    if evaluation["features"] == PooledLatents.name:
+        lines.append(
+            "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see (PSNR "
+            "and samples.png show it)"
+        )
+    return lines
 
 
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
