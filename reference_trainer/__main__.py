@@ -14,6 +14,7 @@ import torch
 
 from reference_trainer.ablation import ablate
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.evaluation.evaluate import (
     Evaluator,
@@ -24,6 +25,7 @@ from reference_trainer.evaluation.evaluate import (
     write_evaluation,
     write_report,
 )
+from reference_trainer.evaluation.features import Features, Imported, tried
 from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
 from reference_trainer.model import load_model
 from reference_trainer.options import CHOICES, describe, override
@@ -75,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--brief", action="store_true", help="at the end measure the samples alone, without floor, ceiling and pictures"
     )
+    training.add_argument(
+        "--new-data",
+        action="store_true",
+        help="go on though the images or the pretrained autoencoder have changed: weights, fitted autoencoder and "
+        "normalisation stay those of the run, the images are encoded anew",
+    )
     training.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     training.set_defaults(run_command=run_train)
 
@@ -95,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
     )
     evaluating.add_argument("--seed", type=int, default=0)
+    evaluating.add_argument(
+        "--new-data",
+        action="store_true",
+        help="compare with the images that are there now, though the run was made from others",
+    )
     evaluating.set_defaults(run_command=run_evaluate)
 
     ablating = ablate.add_parser(commands)
@@ -169,22 +182,33 @@ def run_train(options: argparse.Namespace) -> int:
     torch.set_num_threads(config.threads)
     images = config.data.load()
     check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
+    features = named_features(options.features, images)
     with run.locked():
         run.claim(config)
-        if not train(config, run, images, cache_folder(), device, Evaluator(run, images, options.features)):
+        judge = Evaluator(run, images, features)
+        if not train(config, run, images, cache_folder(), device, judge, options.new_data):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
-        evaluation = evaluate(model, images, choose_features(options.features, model), bounds=not options.brief)
+        evaluation = evaluate(model, images, choose_features(features, model), bounds=not options.brief)
+        print(as_table(evaluation), flush=True)  # before anything is written: a full disk shall not cost the figures
         record(run, evaluation)
         if options.brief:
             write_evaluation(run, evaluation)
         else:
             files = write_report(run, model, images, evaluation)
-    print(as_table(evaluation))
     if not options.brief:
         print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
     return 0
+
+
+def named_features(name: str | None, images: ImageSet) -> Features | None:
+    """What ``--features`` names, imported and tried on two images.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    return None if name is None else tried(Imported.of(name), images.pixels)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -193,8 +217,9 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UserError(f"--n must be at least 1, got {options.n}")
     model = load_model(RunFolder(options.run), device_of(options.device))
     torch.set_num_threads(model.config.threads)
-    pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
     file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}.png"
+    require_writable(file)
+    pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
     save_picture(pixels, file)
     print(f"{options.n} images, NFE {options.evaluations}: {file}")
     return 0
@@ -202,16 +227,28 @@ def run_sample(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
-    run = RunFolder(options.run)
-    model = load_model(run, device_of(options.device))
-    torch.set_num_threads(model.config.threads)
-    images = model.config.data.load()
-    features = choose_features(options.features, model)
-    evaluation = evaluate(model, images, features, options.seed)
+    run, device = RunFolder(options.run), device_of(options.device)
+    config = run.config()
+    torch.set_num_threads(config.threads)
+    images = config.data.load()
+    features = named_features(options.features, images)
+    model = load_model(run, device, images, options.new_data)
+    evaluation = evaluate(model, images, choose_features(features, model), options.seed)
+    print(as_table(evaluation), flush=True)
     files = write_report(run, model, images, evaluation)
-    print(as_table(evaluation))
     print(f"look at {', '.join(str(file) for file in files)}")
     return 0
+
+
+def require_writable(file: Path) -> None:
+    """Refuse a picture's name before the time it takes to draw what goes there.
+
+    Raises:
+        UserError: its folder cannot be written, or its ending is that of no picture.
+    """
+    trial = file.with_name(f".trial-{file.name}")
+    save_picture(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), trial)
+    trial.unlink()
 
 
 def save_picture(pixels: torch.Tensor, file: Path) -> None:

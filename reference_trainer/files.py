@@ -1,8 +1,9 @@
-"""Tensors on disk: safetensors with a checksum, written atomically. Nothing is ever unpickled."""
+"""Tensors and JSON on disk, written atomically; tensors with a checksum. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         UserError: no permission, no space: what stood at ``file`` before still does.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"about": json.dumps(about), "crc32": f"{_checksum(contiguous):08x}"}
+    metadata = {"about": as_json(about), "crc32": f"{_checksum(contiguous):08x}"}
     write_atomically(file, save(contiguous, metadata))
 
 
@@ -45,6 +46,22 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("crc32") != f"{_checksum(tensors):08x}":
         raise UserError(f"cannot read {file}: its checksum does not fit, the file is damaged")
     return tensors, json.loads(metadata["about"])
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON, in one line unless ``indent`` says otherwise.
+
+    A number that is not finite becomes null: JSON has none, and its readers choke on Python's NaN.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace, encode
+from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors
 from reference_trainer.run import RunFolder
 from robustcm.consistency import sample
 from robustcm.norms import convert_norms
@@ -30,6 +32,8 @@ class TrainedModel:
     """(ch, h, w) of the latents."""
     step: int
     device: torch.device
+    changes: tuple[str, ...] = ()
+    """In what the images at hand and the autoencoder are not what the run was made from, in words."""
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
         """Noise levels of the sampler: sigma_max, the run's second sigma, then halving it each time.
@@ -74,24 +78,26 @@ class TrainedModel:
         return self.space.decode(self.latents(n, sigmas, seed).to(self.device))
 
 
-def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
+def load_model(
+    run: RunFolder, device: torch.device, images: ImageSet | None = None, new_data: bool = False
+) -> TrainedModel:
     """The newest readable checkpoint of ``run``.
 
+    Args:
+        images: are compared with those the run was made from.
+        new_data: go on although they, or the user's autoencoder, have changed.
     Raises:
-        UserError: no run, no checkpoint, or one that does not fit.
+        UserError: no run, no checkpoint, or one that does not fit; something has changed.
     """
     config = run.config()
     found = run.latest_checkpoint()
     if found is None:
         raise UserError(f"no checkpoint in {run.root}: train it first, with the same --run")
     step, tensors = found
-    stored, about = load_tensors(run.root / "autoencoder.safetensors")
-    ch, h, w = about["shape"]
-    codec_tensors = {name.removeprefix("codec/"): t for name, t in stored.items() if name.startswith("codec/")}
-    codec = config.autoencoder.build(about["image_channels"], codec_tensors).to(device)
-    if "recognised_at" not in about:
+    kept, changes = reopen(run.space_file, config.autoencoder, images, device, new_data)
+    if math.isnan(kept.space.recognised_at):
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
-    network = build_network(config, (ch, h, w))
+    network = build_network(config, kept.shape)
     try:
         network.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
     except RuntimeError as error:
@@ -99,10 +105,11 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     return TrainedModel(
         config=config,
         network=network.to(device).eval().requires_grad_(False),
-        space=LatentSpace(codec, stored["mean"], stored["std"], about["recognised_at"]),
-        shape=(ch, h, w),
+        space=kept.space,
+        shape=kept.shape,
         step=step,
         device=device,
+        changes=changes,
     )
 
 

@@ -36,10 +36,11 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tupl
     return figure, axes
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """PNG, or a ``UserError`` that says why not."""
+def save_figure(figure: Figure, file: Path) -> Path:
+    """PNG, or a ``UserError`` that says why not; returns the file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=130, metadata=OWN_PICTURE)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
+    return file

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors, write_atomically
+from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
 from reference_trainer.options import differences, from_json, to_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -26,7 +26,8 @@ class RunFolder:
     """Paths and files below ``root``::
 
     config.json                what was asked for
-    autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself
+    autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself, and what they were
+                               made from
     checkpoints/step_*.safetensors
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
@@ -61,7 +62,7 @@ class RunFolder:
             UserError: it belongs to another configuration.
         """
         file = self.root / "config.json"
-        asked = json.loads(json.dumps(to_json(config)))
+        asked = json.loads(as_json(to_json(config)))
         if file.exists():
             there = self._json(file)
             if changed := list(differences(there, asked)):
@@ -70,7 +71,7 @@ class RunFolder:
                     f"{self.root} holds a run of another configuration ({shown}): give --run another folder"
                 )
             return
-        write_atomically(file, (json.dumps(asked, indent=2) + "\n").encode())
+        write_atomically(file, (as_json(asked, indent=2) + "\n").encode())
 
     def config(self) -> TrainConfig:
         """The configuration of the run.
@@ -83,6 +84,11 @@ class RunFolder:
             raise UserError(f"no run at {self.root}: it has no config.json; train one there first")
         config: TrainConfig = from_json(self._json(file))
         return config
+
+    @property
+    def space_file(self) -> Path:
+        """Where ``KeptSpace`` is kept."""
+        return self.root / "autoencoder.safetensors"
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -116,13 +122,13 @@ class RunFolder:
         for name in names:
             if (file := self.root / name).exists():
                 rows = [row for row in self.rows(name) if row["step"] <= step]
-                write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                write_atomically(file, "".join(as_json(row) + "\n" for row in rows).encode())
 
     def append_row(self, name: str, row: dict[str, Any]) -> None:
         """One line of the file ``name``; ``row`` has a "step"."""
         try:
             with (self.root / name).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_json(row) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.root / name}: {error.strerror}") from error
 

@@ -1,9 +1,9 @@
 """Robust training of latent consistency models: one short module a technique, all of them composable.
 
-losses and barron (robust distances), early (diffusion loss at small noise), couplers (OT) and gates, scales (the scale c), norms
-(Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels), consistency (f, temporal difference,
-sampler); robust (a distance with its measured scale) and objective (all of it composed); tails (outlier statistics) and
-sketch (streaming quantiles).
+losses and barron (robust distances), early (diffusion loss at small noise), couplers and semidiscrete (OT) with gates,
+scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
+consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
+composed); tails (outlier statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -68,8 +68,8 @@ _MODULE_OF = {
         "fences": "ConditionalClip TukeyClip",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
         "of_flow_time",
-        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure geman_mcclure_of_r2 "
-        "pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
+        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
+        "geman_mcclure_of_r2 pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
         "noise": "NoiseRange TimestepIndex flow_time",
         "norms": "NonScalingLayerNorm convert_norms",
         "objective": "Objective draw",

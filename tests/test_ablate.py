@@ -192,3 +192,16 @@ def test_training_seconds_add_up_over_sittings(tmp_path: Path):
     for step, seconds in enumerate([10.0, 20.0, 4.0, 9.0]):  # the second sitting restarts the clock
         run.append_row("metrics.jsonl", {"step": step, "seconds": seconds})
     assert training_seconds(run) == 29.0
+
+
+def test_runs_made_from_other_images_are_not_compared_with_new_ones(
+    command: list[str], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command += ["--arms", BASELINE, "--seeds", "0", "--steps", "2"]
+    assert main(command) == 0
+    before = (tmp_path / "out" / "ablation.json").read_bytes()
+    (image_folder / "00.png").unlink()
+    capsys.readouterr()
+    assert main([*command[:-4], "--seeds", "0", "1", "--steps", "2"]) == 2
+    assert "36 training and 4 held-out images of 3 x 16 x 16 then, 36 training and 3" in capsys.readouterr().err
+    assert (tmp_path / "out" / "ablation.json").read_bytes() == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +15,11 @@ from hypothesis import strategies as st
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
-from reference_trainer.data.images import Digits, ImageSet, to_unit
+from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.digit_classifier import jittered, load_digit_classifier
-from reference_trainer.evaluation.evaluate import as_table, compare, evaluate
+from reference_trainer.evaluation.evaluate import as_table, brief, compare, evaluate
 from reference_trainer.evaluation.features import Imported, PooledLatents
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
 from reference_trainer.model import TrainedModel
@@ -139,8 +141,7 @@ def test_the_table_says_how_near_reconstructions_come_and_what_their_own_feature
     assert "PSNR 19.0 dB to the images themselves (pixels 0 .. 255, mean over the 40 images)" in as_table(own)
     assert "cannot judge it" in as_table(own)
     assert "cannot judge it" not in as_table(own | {"features": "some:network"})
-    brief = own | {"rows": {"1 evaluation": row}}
-    assert "reconstructions: PSNR" not in as_table(brief)
+    assert "reconstructions: PSNR" not in as_table(own | {"rows": {"1 evaluation": row}})
 
 
 def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(digits: ImageSet):
@@ -188,3 +189,140 @@ def test_a_second_level_of_the_user_goes_before_the_measured_one():
 def test_more_evaluations_than_levels_are_refused():
     with pytest.raises(UserError, match="more than there are trained noise levels"):
         sampled_at(3, 2.0, 4)
+
+
+class Untrained(torch.nn.Module):
+    """Returns the noise it is given."""
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def small(n: int, held_out_every: int) -> tuple[ImageSet, TrainedModel]:
+    """``n`` grey images of 4 x 4, of which every so manieth is held out, and an untrained model of their pixels."""
+    pixels = torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = ImageSet("small", pixels, None, torch.arange(n) % held_out_every == held_out_every - 1)
+    space = LatentSpace.of(PixelSpace().build(1, {}), to_unit(images.train))
+    config = TrainConfig(clip=None, data=ImageFolder(path="small"))
+    return images, TrainedModel(config, Untrained(), space, (1, 4, 4), 0, torch.device("cpu"))
+
+
+def means_of(k: int) -> Imported:
+    return Imported(f"{k} features", lambda pixels: pixels.float().flatten(1)[:, :k])
+
+
+def assert_json(evaluation: dict) -> None:
+    json.dumps(evaluation, allow_nan=False)
+    assert as_table(evaluation)
+
+
+@pytest.mark.parametrize("n", range(10, 20))
+def test_a_folder_with_one_held_out_image_is_measured_as_far_as_that_goes(n: int):
+    images, model = small(n, 10)
+    found = evaluate(model, images, means_of(2))
+    assert found["left_out"].keys() == {"floor: held-out images"}
+    assert "1 image" in found["left_out"]["floor: held-out images"]
+    assert any("1 held-out image" in note for note in found["notes"])
+    assert "left out: floor: held-out images" in as_table(found)
+    assert_json(found)
+
+
+@given(n=st.integers(2, 12), every=st.integers(2, 12), k=st.integers(1, 16))
+def test_of_any_small_set_what_cannot_be_measured_is_left_out_and_the_rest_is_finite(n: int, every: int, k: int):
+    images, model = small(n, every)
+    if len(images.train) < 2:  # whose latents have no spread to be normalised by
+        return
+    found = evaluate(model, images, means_of(k))
+    assert len(found["rows"]) + len(found["left_out"]) == 6
+    assert all(math.isfinite(value) for row in found["rows"].values() for value in row.values())
+    assert_json(found)
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (17, 16), (4, 3), (3, 3)])
+def test_no_more_images_than_features_is_said(n: int, k: int):
+    images, model = small(2 * n, 2)
+    notes = evaluate(model, images, means_of(k), bounds=False)["notes"]
+    assert [("singular" in note, f"the {k} features in every row" in note) for note in notes] == (
+        [(True, True), (False, False)] if n <= k else []
+    )
+
+
+def test_features_that_are_not_finite_leave_out_the_rows_they_are_in_and_no_other():
+    images, model = small(60, 3)
+    dark = images.held_out.float().mean((1, 2, 3)).min()
+
+    def poisoned(pixels: torch.Tensor) -> torch.Tensor:
+        vectors = pixels.float().flatten(1)[:, :3]
+        return torch.where((pixels.float().mean((1, 2, 3)) == dark)[:, None], torch.inf, vectors)
+
+    found = evaluate(model, images, Imported("poisoned", poisoned))
+    assert found["left_out"].keys() == {"floor: held-out images"}
+    assert found["left_out"]["floor: held-out images"].startswith("1 of 20 images have NaN or infinite features")
+    assert all("frechet_held_out" not in row for row in found["rows"].values())
+
+
+def test_features_that_tell_no_image_from_another_measure_nothing():
+    images, model = small(60, 3)
+    found = evaluate(model, images, Imported("constant", lambda pixels: torch.full((len(pixels), 4), 3.0)))
+    assert found["rows"] == {}
+    assert all("the same for all 40 training images" in why for why in found["left_out"].values())
+    assert as_table(found).count("left out: ") == 1  # one reason, one line
+    assert brief(found)["rows"] == {}
+
+
+def test_features_that_overflow_are_left_out_not_scored():
+    images, model = small(60, 3)
+    found = evaluate(model, images, Imported("large", lambda pixels: 1e30 * pixels.float().flatten(1)[:, :3]))
+    assert "1 evaluation" in found["left_out"]
+    assert "not finite" in found["left_out"]["1 evaluation"]
+    assert_json(found)
+
+
+class FailsOnSamples:
+    """Decodes what is near the data, and gives NaN elsewhere, as a decoder in half precision does."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.where(latents.abs().amax((1, 2, 3), keepdim=True) > 1.01, torch.nan, latents)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def test_images_that_are_nan_are_not_scored_as_black_ones():
+    images, model = small(60, 3)
+    model = replace(model, space=replace(model.space, codec=FailsOnSamples()))
+    found = evaluate(model, images, means_of(3))
+    assert "reconstructions" in found["rows"]
+    for name in ("1 evaluation", "2 evaluations"):
+        assert re.match(r"the decoder gives NaN or infinite values in \d+ of 40 images", found["left_out"][name])
+    with pytest.raises(UserError, match="the decoder gives NaN"):
+        model.images(3, (80.0,), seed=0)
+
+
+def test_a_network_that_has_diverged_is_not_blamed_on_the_decoder():
+    images, model = small(60, 3)
+
+    class Diverged(torch.nn.Module):
+        def forward(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(x, torch.nan)
+
+    found = evaluate(replace(model, network=Diverged()), images, means_of(3))
+    assert "the network has diverged" in found["left_out"]["1 evaluation"]
+    assert "reconstructions" in found["rows"]
+
+
+def test_a_schedule_with_too_few_levels_costs_the_second_evaluation_alone():
+    images, model = small(60, 3)
+    levels = LevelGrid(curriculum=FixedCurriculum(num_levels=2))
+    config = replace(model.config, objective=replace(model.config.objective, levels=levels), second_sigma=79.0)
+    found = evaluate(replace(model, config=config), images, means_of(3), bounds=False)
+    assert (found["rows"].keys(), found["left_out"].keys()) == ({"1 evaluation"}, {"2 evaluations"})
+    assert "trained noise levels" in found["left_out"]["2 evaluations"]
+
+
+def test_a_sheet_of_fewer_images_than_a_row_shows_them_all():
+    figure = draw_sheet([("few", torch.zeros(3, 1, 4, 4, dtype=torch.uint8))])
+    assert figure.axes[0].images[0].get_array().shape == (5, 15, 3)

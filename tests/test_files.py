@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors, write_atomically
+from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
+from reference_trainer.run import RunFolder
 
 TENSORS = {
     "weights": torch.randn(3, 5),
@@ -83,3 +87,42 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write"):
         write_atomically(tmp_path / "file" / "x", b"")
+
+
+NUMBERS = st.floats() | st.integers() | st.none() | st.booleans() | st.text(max_size=3)
+TREES = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+
+
+def with_null_for_what_is_not_finite(value: object) -> object:
+    if isinstance(value, list):
+        return [with_null_for_what_is_not_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: with_null_for_what_is_not_finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@given(TREES)
+def test_json_is_always_json_and_nothing_finite_changes(tree: object):
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = as_json(tree)
+    assert json.loads(text, parse_constant=refuse) == with_null_for_what_is_not_finite(tree)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("value", [(math.nan,), [np.float64("inf")], {"a": {"b": (1, -math.inf)}}])
+def test_what_is_not_finite_becomes_null_at_any_depth(value: object):
+    assert "null" in as_json(value)
+
+
+def test_rows_of_a_run_are_json_even_where_a_loss_was_not_finite(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.append_row("metrics.jsonl", {"step": 1, "consistency": math.nan, "by_level": {"r": [math.inf, 1.0]}})
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 2, "consistency": NaN}\n')  # of an earlier version
+    run.keep_rows_until(2)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert run.metrics() == [
+        {"step": 1, "consistency": None, "by_level": {"r": [None, 1.0]}},
+        {"step": 2, "consistency": None},
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -69,6 +71,17 @@ def test_identical_sets_are_perfect_and_distant_ones_worthless():
     real = gaussian(100, 3, 0)
     assert precision_recall(real, real.clone()) == (1.0, 1.0)
     assert precision_recall(real, real + 100) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e15, 1e30])
+def test_precision_and_recall_do_not_depend_on_the_unit_of_the_features(unit: float):
+    real, fake = gaussian(60, 3, 0), gaussian(50, 3, 1, shift=0.8)
+    assert precision_recall(unit * real, unit * fake) == pytest.approx(precision_recall(real, fake), abs=0.05)
+
+
+def test_precision_and_recall_of_fakes_beyond_all_distance_are_not_a_number():
+    real = gaussian(20, 3, 0)
+    assert all(math.isnan(share) for share in precision_recall(real, 1e25 * real))
 
 
 @pytest.mark.parametrize(("off", "db"), [(1, 48.13), (16, 24.05), (255, 0.0)])

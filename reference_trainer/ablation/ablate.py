@@ -25,14 +25,16 @@ from reference_trainer.ablation.budget import steps_within
 from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
+from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Imported
-from reference_trainer.files import write_atomically
+from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.training.loop import training_latents
+from reference_trainer.training.start import training_latents
 
 
 @dataclass(frozen=True)
@@ -228,18 +230,25 @@ def write_comparison(results: Sequence[Result], out: Path, stop_above: float, ab
     text = "\n".join(lines) + as_markdown(results, BASELINE, stopped)
     write_atomically(out / "ablation.md", text.encode())
     report = about | {"stopped": stopped, "runs": [asdict(r) for r in results]}
-    write_atomically(out / "ablation.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(out / "ablation.json", (as_json(report, indent=1) + "\n").encode())
     save_figure(draw_comparison(results, BASELINE), out / "ablation.png")
 
 
 def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> None:
-    """Fit and encode, once and before the workers start, what they would each do at the same time."""
+    """Fit and encode, once and before the workers start, what they would each do at the same time.
+
+    Raises:
+        UserError: a run that is there, finished or not, was made from other images or another autoencoder.
+    """
+    loaded: dict[Any, ImageSet] = {}
     fitted = set()
     for job in jobs:
-        key = (job.config.data, job.config.autoencoder)
-        if not job.finished() and key not in fitted:
+        data, key = job.config.data, (job.config.data, job.config.autoencoder)
+        images = loaded[data] = loaded.get(data) or data.load()
+        if job.run.space_file.exists():
+            reopen(job.run.space_file, job.run.config().autoencoder, images, device)
+        elif not job.finished() and key not in fitted:
             fitted.add(key)
-            images = job.config.data.load()
             encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.files import write_atomically
+from reference_trainer.files import as_json, write_atomically
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.state import TrainState
 
@@ -34,7 +34,7 @@ def steps_within(
     timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     if missing := [(name, config) for name, config in arms if name not in timed]:
         timed |= seconds_per_step(missing, latents, labels, device)
-        write_atomically(file, (json.dumps(timed, indent=1) + "\n").encode())
+        write_atomically(file, (as_json(timed, indent=1) + "\n").encode())
     return {name: max(1, round(seconds / timed[name])) for name, _ in arms}
 
 

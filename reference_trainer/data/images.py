@@ -51,6 +51,12 @@ class ImageSet:
         """uint8 ``[n_held_out, ch, h, w]``."""
         return self.pixels[self.is_held_out]
 
+    def train_name(self, index: int) -> str:
+        """What a message calls the training image ``index``: its file, or its number."""
+        if self.names is None:
+            return f"image {index}"
+        return printable(self.names[int(torch.nonzero(~self.is_held_out)[index])])
+
     def fingerprint(self) -> str:
         """Changes when a pixel or the split changes, whatever the files are called; names caches."""
         digest = hashlib.sha256(self.pixels.numpy().tobytes())

@@ -68,23 +68,13 @@ class LatentSpace:
         """Statistics of ``raw_latents [n, ch, h, w]``.
 
         Raises:
-            UserError: latents that are not finite, or a channel that never changes.
+            UserError: a channel that never changes.
         """
-        bad = ~raw_latents.isfinite().flatten(1).all(1)
-        if bad.any():
-            raise UserError(
-                f"{int(bad.sum())} of {len(bad)} images have latents that are NaN or infinite (the first is image "
-                f"{int(torch.nonzero(bad)[0])}): the autoencoder does not fit these images"
-            )
         std, mean = torch.std_mean(raw_latents.double(), dim=(0, 2, 3))
         if not (std > 0).all():
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
-        level = SIGMA_DATA  # of a single image every level shows which it is
-        if len(raw_latents) > 1:
-            scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
-            level = recognisable_below(scaled, comparing(), share=RECOGNISED)
-        return LatentSpace(codec, mean.float(), std.float(), level)
+        return LatentSpace(codec, mean.float(), std.float(), recognised_below(raw_latents, mean, std))
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``."""
@@ -95,8 +85,55 @@ class LatentSpace:
         return latents * (_map(self.std, latents) / SIGMA_DATA) + _map(self.mean, latents)
 
     def decode(self, latents: Tensor, batch_size: int = 250) -> Tensor:
-        """Normalised latents -> uint8 ``[n, ch, h, w]`` on the CPU."""
-        return torch.cat([to_pixels(self.codec.decode(self.undo(part))).cpu() for part in latents.split(batch_size)])
+        """Normalised latents -> uint8 ``[n, ch, h, w]`` on the CPU.
+
+        Raises:
+            UserError: latents or images that are not finite: as bytes they would pass for black ones.
+        """
+        if bad := len(not_finite(latents)):
+            raise UserError(f"{bad} of {len(latents)} latents to decode are NaN or infinite: the network has diverged")
+        parts, bad = [], 0
+        for part in latents.split(batch_size):
+            images = self.codec.decode(self.undo(part))
+            bad += len(not_finite(images))
+            parts.append(to_pixels(images).cpu())
+        if bad:
+            raise UserError(f"the decoder gives NaN or infinite values in {bad} of {len(latents)} images: mend it")
+        return torch.cat(parts)
+
+
+def recognised_below(raw_latents: Tensor, mean: Tensor, std: Tensor) -> float:
+    """``LatentSpace.recognised_at`` of ``raw_latents [n, ch, h, w]`` with these statistics ``[ch]``."""
+    if len(raw_latents) == 1:
+        return SIGMA_DATA  # of a single image every level shows which it is
+    scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
+    return recognisable_below(scaled, comparing(), share=RECOGNISED)
+
+
+def not_finite(values: Tensor) -> list[int]:
+    """Which of ``values [n, ...]`` have an element that is NaN or infinite."""
+    return torch.nonzero(~values.isfinite().flatten(1).all(1)).flatten().tolist()
+
+
+def require_finite(raw_latents: Tensor, images: ImageSet) -> None:
+    """Refuse latents of the training images that are not finite.
+
+    Raises:
+        UserError: how many, and of which files.
+    """
+    if bad := not_finite(raw_latents):
+        named = ", ".join(images.train_name(index) for index in bad[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"{len(bad)} of {len(raw_latents)} images have latents that are NaN or infinite ({named}{more}): mend the "
+            "autoencoder, or take these images away, and run the same command again"
+        )
+
+
+def spread(values: Tensor, most: int = 16) -> Tensor:
+    """Up to ``most`` of ``values [n, ...]``, evenly over all of them, the first and the last among them."""
+    count = min(most, len(values))
+    return values[torch.arange(count) * (len(values) - 1) // max(1, count - 1)]
 
 
 def encode(codec: Codec, pixels: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
@@ -108,19 +145,25 @@ def encode(codec: Codec, pixels: Tensor, device: torch.device, batch_size: int =
 def encode_once(codec: Codec, images: ImageSet, device: torch.device, cache: Path) -> Tensor:
     """``encode`` of the training images, kept in ``cache`` if the codec is the user's, which may take minutes.
 
-    The file's name is made of the images and of what the codec makes of the first few: another codec, another name.
+    The file's name is made of the images and of what the codec makes of a few: another codec, another name. Latents
+    that are not finite are not kept: whoever mends the autoencoder shall not meet them again.
     """
     if not isinstance(codec, Foreign):  # small, or nothing to do
         return encode(codec, images.train, device)
     digest = hashlib.sha256(images.fingerprint().encode())
-    digest.update(encode(codec, images.train[:4], device).numpy().tobytes())
+    digest.update(encode(codec, spread(images.train), device).numpy().tobytes())
     file = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if file.is_file():
         try:
-            return load_tensors(file)[0]["raw"]
+            raw = load_tensors(file)[0]["raw"]
+            if not not_finite(raw):
+                return raw
+            tqdm.write(f"encoding again: {file} holds latents that are not finite")
         except UserError as error:
             tqdm.write(f"encoding again: {error}")
     raw = encode(codec, images.train, device)
+    if not_finite(raw):
+        return raw
     try:
         save_tensors(file, {"raw": raw}, {})
     except UserError as error:

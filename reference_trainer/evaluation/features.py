@@ -1,6 +1,6 @@
 """Feature spaces in which samples are compared, each with a name that goes wherever its numbers go.
 
-Axes: pixels uint8 [n, ch, h, w], features float32 [n, k].
+Axes: pixels uint8 [n, ch, h, w], features [n, k].
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.codecs import Codec
+from reference_trainer.data.codecs import Codec, in_a_line
 from reference_trainer.data.images import to_unit
+from reference_trainer.data.latents import not_finite
 from reference_trainer.errors import UserError
 
 
@@ -27,7 +29,7 @@ class Features(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 ``[n, ch, h, w]`` -> ``[n, k]``."""
+        """uint8 ``[n, ch, h, w]`` (CPU) -> float32 ``[n, k]`` (CPU)."""
         ...
 
 
@@ -36,31 +38,96 @@ class PooledLatents:
     """The autoencoder's own latents, averaged over a 4x4 grid: there for any images, but blind to fine detail."""
 
     codec: Codec
+    device: torch.device
+    """Where the codec is."""
     name: str = "latents of the run's own autoencoder, pooled to 4x4"
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        parts = [F.adaptive_avg_pool2d(self.codec.encode(to_unit(part)), 4).flatten(1) for part in pixels.split(250)]
-        return torch.cat(parts)
+        return torch.cat([self._pooled(part).cpu() for part in pixels.split(250)])
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.codec.encode(to_unit(pixels).to(self.device)), 4).flatten(1)
 
 
 @dataclass(frozen=True)
 class Imported:
-    """``module:function``, a function of the user's that returns uint8 ``[n, ch, h, w]`` -> ``[n, k]``."""
+    """``module:function``, a function of the user's that returns a map from uint8 ``[n, ch, h, w]`` to features.
+
+    The map may give ``[n, k]`` or ``[n, k, 1, 1]`` of any type of number, as a tensor, an array, or the first of
+    several.
+    """
 
     name: str
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Any]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
             parts = tqdm(pixels.split(250), desc="features", unit="batch", leave=False, delay=2)
-            return torch.cat([self.function(part) for part in parts])
+            return torch.cat([self._vectors(part) for part in parts])
+
+    def _vectors(self, pixels: Tensor) -> Tensor:
+        where = f"--features {self.name}: on images {list(pixels.shape)}"
+        try:
+            output = self.function(pixels)
+            given = output
+            if isinstance(output, (tuple, list)) and len(output):
+                output = output[0]
+            vectors = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(f"{where} it failed: {in_a_line(error)}") from error
+        if not isinstance(vectors, Tensor) or vectors.is_complex():
+            raise UserError(f"{where} it gives a {type(given).__name__}, expected a tensor [n, k] of real numbers")
+        if vectors.dim() == 4 and vectors.shape[2:] == (1, 1):
+            vectors = vectors.flatten(1)
+        if vectors.dim() != 2 or len(vectors) != len(pixels) or not vectors.shape[1]:
+            raise UserError(f"{where} it gives {list(vectors.shape)}, expected [n, k] or [n, k, 1, 1]")
+        return vectors.float().cpu()
 
     @staticmethod
     def of(name: str) -> Imported:
-        """Import ``module:factory`` and call the factory."""
+        """Import ``module:factory`` and call the factory.
+
+        Raises:
+            UserError: there is none, or it fails.
+        """
         module, _, attribute = name.partition(":")
         try:
             factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"--features {name}: expected an importable module:function ({error})") from error
-        return Imported(name, factory())
+        except Exception as error:  # whatever an import runs into
+            raise UserError(
+                f"--features {name}: expected an importable module:function ({in_a_line(error)})"
+            ) from error
+        try:
+            function = factory()
+        except Exception as error:
+            raise UserError(f"--features {name}: {attribute}() failed: {in_a_line(error)}") from error
+        if not callable(function):
+            raise UserError(
+                f"--features {name}: {attribute}() must return a map from images to features, it returns a "
+                f"{type(function).__name__}"
+            )
+        return Imported(name, function)
+
+
+def vectors_of(pixels: Tensor, features: Features) -> Tensor:
+    """``features`` of uint8 ``[n, ch, h, w]``, each of them finite: float32 ``[n, k]``.
+
+    Raises:
+        UserError: some are not; or the user's function fails.
+    """
+    vectors = features(pixels)
+    if bad := not_finite(vectors):
+        raise UserError(
+            f"{len(bad)} of {len(vectors)} images have NaN or infinite features: {features.name} must give finite ones"
+        )
+    return vectors
+
+
+def tried(features: Features, pixels: Tensor) -> Features:
+    """``features``, called once on two of ``pixels [n, ch, h, w]``: what it cannot do is known before training.
+
+    Raises:
+        UserError: see ``vectors_of``.
+    """
+    vectors_of(pixels[:2], features)
+    return features

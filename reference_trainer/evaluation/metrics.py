@@ -5,6 +5,7 @@ Axes: real [n, k], fake [m, k]. None of these is an FID: that name belongs to In
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -41,11 +42,17 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, limit: int
     """Share of fakes inside the real manifold, share of reals inside the fake one; manifolds of k-nearest balls.
 
     Each set is cut to its first ``limit`` vectors, since the values depend on the size: shuffle what is sorted.
+    NaN where the fakes are so far away that distances overflow.
 
     Source: Kynkaanniemi et al. 2019, arXiv 1904.06991.
     """
     real, fake = real[:limit].float(), fake[:limit].float()
+    # A power of two, so that no digit changes: features of any size, whose squares may not fit a float.
+    scale = 2.0 ** min(126, round(math.log2(max(float(real.abs().max()), 1e-37))))
+    real, fake = real / scale, fake / scale
     between = torch.cdist(real, fake)  # [n, m]
+    if not between.isfinite().all():
+        return math.nan, math.nan
     precision = (between <= _radii(real, neighbours)[:, None]).any(0).float().mean()
     recall = (between <= _radii(fake, neighbours)[None, :]).any(1).float().mean()
     return float(precision), float(recall)

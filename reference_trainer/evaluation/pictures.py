@@ -18,7 +18,7 @@ def draw_sheet(panels: Sequence[tuple[str, Tensor]], columns: int = 8) -> Figure
     """Titled panels of images side by side; each ``uint8 [n, ch, h, w]``."""
     figure, axes = new_figure(len(panels), width=3.2 * len(panels), height=3.6)
     for ax, (title, pixels) in zip(axes[0], panels, strict=True):
-        ax.imshow(tile(pixels, columns), interpolation="nearest")
+        ax.imshow(tile(pixels, min(columns, len(pixels))), interpolation="nearest")
         ax.set_title(title)
         ax.axis("off")
     return figure

@@ -32,8 +32,7 @@ class Batches:
             UserError: fewer latents than a batch needs, or a coupler that needs labels where there are none.
         """
         check_labels(config, labels)
-        if config.batch_size > len(latents):
-            raise UserError(f"batch_size={config.batch_size} is larger than the {len(latents)} training images")
+        check_batch_size(config, len(latents))
         self.config, self.latents, self.labels = config, latents, labels
         self.objective = with_measured_gate(config.objective, latents)
         self.pairing = pairing_of(config.objective, latents)
@@ -98,6 +97,16 @@ def check_labels(config: TrainConfig, labels: Tensor | None) -> None:
             "objective.coupler=WithinClasses pairs noise within classes, and the images of "
             f"{type(config.data).__name__} have no labels: take exact, Entropic or independent"
         )
+
+
+def check_batch_size(config: TrainConfig, num_samples: int) -> None:
+    """Refuse batches larger than the data.
+
+    Raises:
+        UserError: just that.
+    """
+    if config.batch_size > num_samples:
+        raise UserError(f"batch_size={config.batch_size} is larger than the {num_samples} training images")
 
 
 def pairing_of(objective: Objective, latents: Tensor) -> Pairing | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +17,24 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.data.latents import LatentSpace, encode_once
 from reference_trainer.errors import UserError
-from reference_trainer.files import save_tensors
 from reference_trainer.model import TrainedModel
 from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import Batches, check_labels
+from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
+from reference_trainer.training.start import latents_of_run
 from reference_trainer.training.state import TrainState
+
+
+class Judge(Protocol):
+    """Says what the averaged weights are worth while training."""
+
+    def prepare(self, model: TrainedModel) -> None:
+        """Before the first step, and of weights that are worth nothing yet: try all that will be needed later."""
+        ...
+
+    def __call__(self, model: TrainedModel) -> None: ...
 
 
 def train(
@@ -32,25 +43,30 @@ def train(
     images: ImageSet,
     cache: Path,
     device: torch.device,
-    on_evaluate: Callable[[TrainedModel], None] | None = None,
+    judge: Judge | None = None,
+    new_data: bool = False,
 ) -> bool:
     """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
 
     Args:
-        on_evaluate: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
+        judge: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
+        new_data: go on although the images or the user's autoencoder are not what the run was made from.
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
         UserError: see its message; checkpoints written before stay good.
     """
-    check_labels(config, images.train_labels)  # before the autoencoder is fitted
-    latents, space = training_latents(config, images, cache, device)
-    keep_space(space, latents, images, run)
+    check_labels(config, images.train_labels)
+    check_batch_size(config, len(images.train))  # both before the autoencoder is fitted
+    latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents, images.train_labels)
     ch, h, w = latents.shape[1:]
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():
         state.restore(*found)
+    averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device)
+    if judge:
+        judge.prepare(averaged)
     run.keep_rows_until(state.step)
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
@@ -78,9 +94,9 @@ def train(
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.meter, state.tails = meter.init(device), tail_meter.init(device)
-            if on_evaluate and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
+            if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
                 check_finite(state, run)
-                on_evaluate(TrainedModel(config, state.ema, space, (ch, h, w), state.step, device))
+                judge(replace(averaged, step=state.step))
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
@@ -88,32 +104,6 @@ def train(
             if last:
                 break
     return state.step == config.steps
-
-
-def training_latents(
-    config: TrainConfig, images: ImageSet, cache: Path, device: torch.device
-) -> tuple[Tensor, LatentSpace]:
-    """Normalised latents of the training images ``[n, ch, h, w]`` (CPU), and their space.
-
-    Raises:
-        UserError: latents that are not finite, constant, or not what the clip is made for.
-    """
-    codec = config.autoencoder.fit(images, device, cache)
-    raw = config.prepare_latents(encode_once(codec, images, device, cache))
-    space = LatentSpace.of(codec, raw)
-    return space.normalise(raw), space
-
-
-def keep_space(space: LatentSpace, latents: Tensor, images: ImageSet, run: RunFolder) -> None:
-    """Codec and normalisation into the run folder, so that it is complete by itself."""
-    tensors = {f"codec/{name}": tensor for name, tensor in space.codec.tensors().items()}
-    tensors |= {"mean": space.mean, "std": space.std}
-    about = {
-        "shape": list(latents.shape[1:]),
-        "image_channels": images.pixels.shape[1],
-        "recognised_at": space.recognised_at,
-    }
-    save_tensors(run.root / "autoencoder.safetensors", tensors, about)
 
 
 def mean_of(c: float | Tensor) -> float:
