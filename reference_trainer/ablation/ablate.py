@@ -163,7 +163,7 @@ class Children:
                 "-m",
                 "reference_trainer",
                 "train",
-                f"--run={job.run.root}",
+                f"--out={job.run.root}",
                 f"--device={device}",
                 *(["--brief"] if job.brief else []),
                 *([f"--features={job.features}"] if job.features else []),
@@ -243,54 +243,6 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
             encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """`ablate` among the commands of the trainer."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "ablate",
-        help="compare techniques: arms with paired seeds under one budget",
-        description="Train a ladder of arms with paired seeds under one budget and compare them. The same command "
-        "again goes on where the last one stopped. Writes ablation.md, .json and .png into OUT.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("options", nargs="*", metavar="path.to.field=value", help="change a field in every arm")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
-    parser.add_argument(
-        "--arm",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("PRESET", "path.to.field=value"),
-        help="one more arm, a preset and what differs; may be given several times, and alone leaves out the ladder",
-    )
-    parser.add_argument("--suites", nargs="+", metavar="SUITE", default=[SUITES[0].name], help="default: clean")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=int, default=5000, help="budget of every run in steps (default 5000)")
-    budget.add_argument("--seconds", type=float, help="... or in seconds of training: faster arms make more steps")
-    parser.add_argument(
-        "--stop-above",
-        type=float,
-        default=math.inf,
-        metavar="R",
-        help="give an arm no further seed once its first has R times the baseline's distance (default: never)",
-    )
-    parser.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
-    parser.add_argument("--workers", type=int, help="runs at a time (default: the cores, or the GPUs)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
-    parser.add_argument("--list", action="store_true", help="print arms and suites and stop")
-    return parser
-
-
-EPILOG = """
-examples:
-  python -m reference_trainer ablate --list
-  python -m reference_trainer ablate --steps 5000 network.width=128
-  python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
-  python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
-"""
-
-
 def run_ablate(options: argparse.Namespace) -> int:
     """Compare the arms."""
     if options.list:
@@ -298,12 +250,8 @@ def run_ablate(options: argparse.Namespace) -> int:
         return 0
     if not options.stop_above > 1:
         raise UserError(f"--stop-above must be larger than 1, got {options.stop_above}")
-    for name, value in (
-        ("--steps", options.steps),
-        ("--seconds", options.seconds or 1),
-        ("--workers", options.workers or 1),
-    ):
-        if not value > 0:
+    for name, value in (("--steps", options.steps), ("--seconds", options.seconds), ("--workers", options.workers)):
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} must be positive, got {value}")
     if options.features:
         Imported.of(options.features)  # a name that cannot be imported would stop every run behind its training
@@ -313,7 +261,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
     chosen += [arm_from_words(words) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
-    arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
+    arms = [(arm, with_options(arm.build(), options.words)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         latents, _ = training_latents(arms[0][1], arms[0][1].data.load(), cache_folder(), device)
@@ -322,7 +270,7 @@ def run_ablate(options: argparse.Namespace) -> int:
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
-    jobs = jobs_of(arms, suites, options.seeds, options.out, options.features)
+    jobs = jobs_of(arms, suites, list(dict.fromkeys(options.seeds)), options.out, options.features)
     fit_autoencoders(jobs, cache_folder(), device)
     workers = options.workers or len(gpus) or os.cpu_count() or 1
     run_jobs(jobs, options.out, workers, gpus or [str(device)], options.stop_above, about)
