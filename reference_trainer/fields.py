@@ -45,7 +45,7 @@ def docs_of(part: type) -> dict[str, str]:
         for statement, below in pairwise(definition.body):
             match statement, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = " ".join(text.split())
+                    found[name] = " ".join(text.replace("``", "`").split())
     return found
 
 
@@ -61,8 +61,9 @@ def _field(owner: type, name: str, value: Any, path: str) -> Iterator[str]:
     choices = CHOICES.get((owner, name))
     kind = describe(choices) if choices else typed(typing.get_type_hints(owner)[name])
     inside = is_dataclass(value) and fields(value)
-    yield f"{path}={type(value).__name__ + '(...)' if inside else '' if value is MISSING else literal(value)}"
-    yield _paragraph(f"{docs_of(owner)[name]} [{kind}]", 4)
+    shown = "needed" if value is MISSING else f"{type(value).__name__}(...)" if inside else literal(value)
+    yield f"{path}={shown}"
+    yield _paragraph(f"{docs_of(owner).get(name, '')} [{kind}]", 4)
     if inside:
         yield from _fields_of(value, path + ".")
     for choice in choices or ():
@@ -78,7 +79,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _first_line(part: Any) -> str:
-    return (inspect.getdoc(part) or "").partition("\n")[0]
+    return (inspect.getdoc(part) or "").partition("\n")[0].replace("``", "`")
 
 
 def _paragraph(text: str, indent: int) -> str:

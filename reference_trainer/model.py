@@ -12,7 +12,7 @@ from tqdm import tqdm
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors
+from reference_trainer.files import check_layout, load_tensors
 from reference_trainer.run import RunFolder
 from robustcm.consistency import Preconditioned, sample
 from robustcm.norms import convert_norms
@@ -84,7 +84,7 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     config = run.config()
     found = run.latest_checkpoint()
     if found is None:
-        raise UserError(f"no checkpoint in {run.root}: train it first, with the same --run")
+        raise UserError(f"no checkpoint in {run.root}: train it first, with the same --out")
     step, tensors = found
     stored, about = load_tensors(run.root / "autoencoder.safetensors")
     ch, h, w = about["shape"]
@@ -93,10 +93,12 @@ def load_model(run: RunFolder, device: torch.device) -> TrainedModel:
     if "recognised_at" not in about:
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
     network = build_network(config, (ch, h, w))
+    weights = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
     try:
-        network.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint in {run.root} does not fit its config.json: {error}") from error
+        check_layout(weights, network.state_dict())
+    except UserError as error:
+        raise UserError(f"the checkpoint of step {step} in {run.root} does not fit its config.json: {error}") from error
+    network.load_state_dict(weights)
     return TrainedModel(
         config=config,
         network=network.to(device).eval().requires_grad_(False),

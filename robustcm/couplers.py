@@ -68,6 +68,7 @@ class Entropic:
     reg: float = 0.01
     """Temperature as a share of the mean cost."""
     max_iterations: int = 1000
+    """Of Sinkhorn, at most."""
 
     def __post_init__(self) -> None:
         if not self.reg > 0:
@@ -110,6 +111,7 @@ class WithinClasses:
     """
 
     coupler: Coupler = exact
+    """What pairs the samples of one class."""
 
     def __call__(
         self, x: Tensor, z: Tensor, *, labels: Tensor | None = None, generator: torch.Generator | None = None

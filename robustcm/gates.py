@@ -30,6 +30,7 @@ class Above:
     """Coupled noise for samples at noise levels above ``sigma``, and for no other."""
 
     sigma: float = 1.0
+    """Noise level, 0 or more."""
 
     def __post_init__(self) -> None:
         _check(self, sigma=self.sigma >= 0)
@@ -43,7 +44,9 @@ class SoftAbove:
     """Coupled noise with probability ``t^k / (t^k + sigma^k)``: one half at ``sigma``, ``Above`` as k grows."""
 
     sigma: float = 1.0
+    """Noise level of probability one half, above 0."""
     k: float = 2.0
+    """Steepness, above 0."""
 
     def __post_init__(self) -> None:
         _check(self, sigma=self.sigma > 0, k=self.k > 0)
@@ -57,7 +60,9 @@ class AnnealedAbove:
     """``Above`` a threshold that moves from ``start`` to ``end`` in equal ratios over the run."""
 
     start: float
+    """Noise level at the start of the run, above 0."""
     end: float
+    """Noise level at its end, above 0."""
 
     def __post_init__(self) -> None:
         _check(self, start=self.start > 0, end=self.end > 0)
@@ -71,7 +76,9 @@ class ShareAbove:
     """Coupled noise for a random ``share`` of the samples above ``sigma``: a partial coupling."""
 
     share: float = 0.5
+    """Of the samples, 0 to 1."""
     sigma: float = 1.0
+    """Noise level, 0 or more."""
 
     def __post_init__(self) -> None:
         _check(self, share=0 <= self.share <= 1, sigma=self.sigma >= 0)
@@ -90,6 +97,7 @@ class AboveExplained:
     """
 
     share: float = 0.2
+    """Of the data's variance that a noisy sample explains at the level, in (0, 1)."""
 
     def __post_init__(self) -> None:
         _check(self, share=0 < self.share < 1)

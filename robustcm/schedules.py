@@ -80,7 +80,9 @@ class DoublingCurriculum:
     """
 
     s0: int = 10
+    """N - 1 at the start, 1 or more."""
     s1: int = 640
+    """N - 1 at the end, s0 or more."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.s0 <= self.s1:
@@ -102,7 +104,9 @@ class ProgressiveCurriculum:
     """
 
     s0: int = 2
+    """N at the start, 2 or more."""
     s1: int = 150
+    """N - 1 at the end, s0 or more."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.s0 <= self.s1:
@@ -118,6 +122,7 @@ class FixedCurriculum:
     """The same N at every step."""
 
     num_levels: int = 21
+    """N, 2 or more."""
 
     def __post_init__(self) -> None:
         if self.num_levels < 2:
@@ -141,7 +146,9 @@ class LognormalLaw:
     """
 
     p_mean: float = -1.1
+    """Mean of ln t."""
     p_std: float = 2.0
+    """Standard deviation of ln t, above 0."""
 
     def __post_init__(self) -> None:
         if not self.p_std > 0:
@@ -184,10 +191,15 @@ class LevelGrid:
     """Pairs of neighbours on a Karras grid that a curriculum refines (CM, iCT, sLCT)."""
 
     curriculum: Curriculum = DoublingCurriculum()
+    """How N grows over the run."""
     law: LevelLaw = LognormalLaw()
+    """How often each pair of neighbouring levels is drawn."""
     sigma_min: float = SIGMA_MIN
+    """Smallest noise level, above 0."""
     sigma_max: float = SIGMA_MAX
+    """Largest noise level, above sigma_min."""
     rho: float = RHO
+    """Bends the grid: the larger, the more levels at small noise; above 0."""
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         num_levels = self.curriculum(step, total_steps)
@@ -215,14 +227,23 @@ class RatioLevels:
     """
 
     q: float = 2.0
+    """By which the relative gap shrinks a stage, above 1."""
     stages: int = 8
+    """Equal parts of the run, 1 or more."""
     k: float = 8.0
+    """How much wider the gap is at small noise."""
     b: float = 1.0
+    """How fast that fades with t."""
     p_mean: float = -1.1
+    """Mean of ln t."""
     p_std: float = 2.0
+    """Standard deviation of ln t, above 0."""
     sigma_min: float = SIGMA_MIN
+    """Smallest noise level, above 0."""
     sigma_max: float = SIGMA_MAX
+    """Largest noise level, above sigma_min."""
     rho: float = RHO
+    """Of the Karras grid that depths are told on; above 0."""
 
     def __post_init__(self) -> None:
         if not (self.q > 1 and self.stages >= 1 and self.p_std > 0):
@@ -277,6 +298,7 @@ class SnrPlusWeight:
     """``1 / t_hi^2 + 1 / sigma_data^2``: ECT's weight, of the student level alone (arXiv 2406.14548; checked)."""
 
     sigma_data: float = 0.5
+    """Standard deviation of the data, above 0."""
 
     def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
         return 1 / t_hi**2 + 1 / self.sigma_data**2
@@ -291,6 +313,7 @@ class BoundedInverseGap:
     """
 
     floor: float = 0.05
+    """The gap below which the weight no longer grows."""
 
     def __call__(self, t_hi: Tensor, t_lo: Tensor) -> Tensor:
         return 1 / (t_hi - t_lo + self.floor)

