@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
 from analysis.values import Space, autoencoder_of, baseline_space, data_in, load_images, normalised, run_space
+from reference_trainer.command import Parser
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import RECOGNISED, comparing, some_of
@@ -55,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, metavar="RUN", help="look at this trained run (default: brief baselines)")
     p.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits, or the run's)")
     p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +20,9 @@ class Parser(argparse.ArgumentParser):
     Of a value given twice the last one counts, and that is said.
     """
 
-    def __init__(self, *args: Any, fields: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *, fields: Sequence[str] = (), **kwargs: Any) -> None:
         """``fields``: names that ``words`` give a value, as NAME=VALUE, to suggest where --NAME was written."""
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
         self.fields = fields
         self.register("action", None, _StoreLast)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -34,9 +34,10 @@ class Parser(argparse.ArgumentParser):
         for word in rest:
             if word.startswith("-"):
                 self.error(f"unknown option {word.partition('=')[0]}{self._instead_of(word)}")
-        if rest and not hasattr(options, "words"):
+        takes_words = any(action.dest == "words" for action in self._actions)
+        if rest and not takes_words:
             self.error(f"no place for the word {rest[0]!r}")
-        if hasattr(options, "words"):
+        if takes_words:
             options.words = [*options.words, *rest]
             paths = [word.partition("=")[0] for word in options.words if "=" in word]
             for twice in dict.fromkeys(name for name in paths if paths.count(name) > 1):
@@ -65,10 +66,11 @@ def say_the_last_counts(name: str) -> None:
     print(f"{name} is given more than once: the last one counts", file=sys.stderr)
 
 
-def did_you_mean(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    """``", did you mean X?"`` with what stands behind the nearest of ``known``, or nothing."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f", did you mean {known[near[0]] if isinstance(known, dict) else near[0]}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str] | dict[str, str]) -> str:
+    """``", did you mean X?"`` with the nearest of ``known`` (of a dictionary what stands there), or nothing."""
+    shown = {key.lower(): known[key] if isinstance(known, dict) else key for key in known}
+    near = difflib.get_close_matches(name.lower(), shown, 1)
+    return f", did you mean {shown[near[0]]}?" if near else ""
 
 
 def path(text: str) -> Path:

@@ -23,7 +23,6 @@ from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 
-
 MOST_THREADS = 1024
 
 
@@ -173,7 +172,7 @@ class TrainConfig:
     seed: int = 0
     """Of the weights, the noise and the order of the samples."""
     threads: int = 1
-    """Of torch on the CPU, 1 or more. Part of the run, since another number changes the last bits. For networks as small as the
+    """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
     digits' a second thread pays while nothing else runs (``benchmarks/step_time.py --threads 2`` times it); but torch's
     threads wait for each other by spinning, and beside other busy processes a step then takes many times as long."""
     second_sigma: float | None = None

@@ -112,10 +112,7 @@ def _read(owner: type, field: str, text: str, path: str) -> Any:
     if hint is str:
         return text
     try:
-        if exchangeable:
-            value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-        else:
-            value = ast.literal_eval(text)
+        value = _evaluate(ast.parse(text.strip(), mode="eval").body) if exchangeable else ast.literal_eval(text)
     except UserError as error:
         raise UserError(f"{where}={_shown(text)}: {error}") from error
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # all that ast may raise
@@ -193,7 +190,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         if len(inner) == len(value):
             return tuple(_fit(v, i, where) for v, i in zip(value, inner, strict=True))
     elif hint is float and type(value) in (int, float):
-        if abs(value) < 2**63 or isinstance(value, float) and not math.isnan(value):
+        if abs(value) < 2**63 or (isinstance(value, float) and not math.isnan(value)):
             return float(value)
     elif hint is int and type(value) is int:
         if abs(value) < 2**63:  # as wide as torch's
@@ -302,7 +299,7 @@ def _shown(value: Any) -> str:
         text = " ".join((value if isinstance(value, str) else repr(value)).split())
     except (ValueError, RecursionError):  # an int of thousands of digits, lists in lists in lists
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:38]}...{text[-38:]}"
 
 
 def _name(part: Any) -> str:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from reference_trainer.ablation.budget import steps_within
 from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
+from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
@@ -253,6 +254,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     for name, value in (("--steps", options.steps), ("--seconds", options.seconds), ("--workers", options.workers)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} must be positive, got {value}")
+    for word in (*options.words, *(word for words in options.arm for word in words)):
+        if word.partition("=")[0] in ("steps", "seed"):
+            raise UserError(f"{word}: every arm gets the same steps and seeds; give them with --steps and --seeds")
     if options.features:
         Imported.of(options.features)  # a name that cannot be imported would stop every run behind its training
     device = device_of(options.device)
@@ -282,8 +286,8 @@ def run_ablate(options: argparse.Namespace) -> int:
 def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str]:
     """``names``, checked, or all."""
     known = [part.name for part in there]
-    if unknown := set(names or ()) - set(known):
-        raise UserError(f"unknown {', '.join(sorted(unknown))}: there are {'; '.join(known)}")
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise UserError(f"unknown {unknown[0]}{did_you_mean(unknown[0], known)}: there are {'; '.join(known)}")
     return set(known if names is None else names)
 
 

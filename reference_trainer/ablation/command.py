@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", default=[], metavar="path.to.field=value", help="change a field in every arm")
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="path.to.field=value", help="change a field in every arm"
+    )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
     parser.add_argument(
         "--arm",
