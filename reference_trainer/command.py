@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             options.words = [*options.words, *rest]
             paths = [word.partition("=")[0] for word in options.words if "=" in word]
             for twice in dict.fromkeys(name for name in paths if paths.count(name) > 1):
-                say_the_last_counts(twice)
+                _say_the_last_counts(twice)
         return options, []
 
     def error(self, message: str) -> NoReturn:
@@ -58,12 +58,12 @@ class Parser(argparse.ArgumentParser):
 class _StoreLast(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string and getattr(namespace, self.dest) is not self.default:
-            say_the_last_counts(option_string)
+            _say_the_last_counts(option_string)
         setattr(namespace, self.dest, values)
 
 
-def say_the_last_counts(name: str) -> None:
-    print(f"{name} is given more than once: the last one counts", file=sys.stderr)
+def _say_the_last_counts(name: str) -> None:
+    print(one_line(f"{name} is given more than once: the last one counts"), file=sys.stderr)
 
 
 def did_you_mean(name: str, known: Iterable[str] | dict[str, str]) -> str:

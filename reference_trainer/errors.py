@@ -32,16 +32,16 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
         if debug:
             traceback.print_exception(error)
         if isinstance(error, UserError):
-            print(f"error: {in_a_line(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
         print(
-            f"error: unexpected {type(error).__name__}: {in_a_line(error) or 'no message'} (a fault of ours, or of a "
+            f"error: unexpected {type(error).__name__}: {one_line(error) or 'no message'} (a fault of ours, or of a "
             "module of yours" + ("" if debug else "; the same command with --debug shows where") + ")",
             file=sys.stderr,
         )
         return 1
 
 
-def in_a_line(error: BaseException) -> str:
-    """The message of ``error`` without its line breaks."""
-    return " ".join(str(error).split())
+def one_line(message: object) -> str:
+    """``message`` without its line breaks."""
+    return " ".join(str(message).split())

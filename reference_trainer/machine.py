@@ -47,7 +47,7 @@ def device_of(name: str | None) -> torch.device:
 def cache_folder() -> Path:
     """Where fitted autoencoders and classifiers are kept: $ROBUSTCM_CACHE, or robustcm in the user's cache folder."""
     if chosen := os.environ.get("ROBUSTCM_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustcm"
 
 

@@ -19,9 +19,11 @@ from torch.distributed.run import get_args_parser
 
 from analysis import c_schedules, loss_shapes, td_outliers
 from reference_trainer.__main__ import COMMANDS, configuration, main, parser
-from reference_trainer.ablation.ladder import SUITES
+from reference_trainer.ablation.ablate import jobs_of
+from reference_trainer.ablation.ladder import ARMS, SUITES
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.machine import cache_folder
 from reference_trainer.options import override, to_json
 from reference_trainer.presets import PRESETS, digits
 from reference_trainer.run import RunFolder
@@ -77,6 +79,8 @@ def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch: pytest.Monkey
     options = parser().parse_args(["train", "--out=~/x", "--data=~/y"])
     assert options.run == tmp_path / "x"
     assert configuration(options)[1].data.path == str(tmp_path / "y")
+    monkeypatch.setenv("ROBUSTCM_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
     assert parser().parse_args(["sample", "~nobody-of-that-name/x"]).run == Path("~nobody-of-that-name/x")
 
 
@@ -113,6 +117,7 @@ def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch: pytest.Monkey
         (["ablate", "--seconds=inf"], "--seconds must be positive"),
         (["ablate", "--seconds=nan"], "--seconds must be positive"),
         (["ablate", "--workers=0"], "--workers must be positive"),
+        (["ablate", "--arm", "digits", "--arm", "digits"], "2 arms of one name"),
     ],
 )
 def test_a_slip_gets_one_line_that_helps(
@@ -250,8 +255,10 @@ print(sorted({{"torch", "numpy", "matplotlib", "diffusers", "torchmetrics"}} & s
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-def test_ablation_begins_with_the_first_suite():
+def test_ablation_begins_with_the_first_suite_and_runs_no_seed_twice(tmp_path: Path):
     assert parser().parse_args(["ablate"]).suites == [SUITES[0].name]
+    jobs = jobs_of([(ARMS[0], digits())], SUITES[:1], [3, 1, 3], tmp_path)
+    assert [job.seed for job in jobs] == [3, 1]
 
 
 # --- Files that are not what they should be ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -62,15 +63,22 @@ def jobs_of(
     out: Path,
     features: str | None = None,
 ) -> list[Job]:
-    """All runs, seed by seed, so that every arm has its first seed before any has its second."""
+    """All runs, seed by seed, so that every arm has its first seed before any has its second.
+
+    Raises:
+        UserError: two arms of one name, which would train in one folder.
+    """
     jobs = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for suite in suites:
             for arm, config in arms:
                 ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
                 root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
                 brief = (arm.name, seed) != (arms[0][0].name, seeds[0])
                 jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief, features))
+    for folder, count in Counter(job.run.root for job in jobs).items():
+        if count > 1:
+            raise UserError(f"{count} arms of one name, kept in {folder.parent}: give one of them, or change a value")
     return jobs
 
 
@@ -274,7 +282,7 @@ def run_ablate(options: argparse.Namespace) -> int:
         arms = [(arm, replace(config, steps=steps[arm.name])) for arm, config in arms]
     else:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
-    jobs = jobs_of(arms, suites, list(dict.fromkeys(options.seeds)), options.out, options.features)
+    jobs = jobs_of(arms, suites, options.seeds, options.out, options.features)
     fit_autoencoders(jobs, cache_folder(), device)
     workers = options.workers or len(gpus) or os.cpu_count() or 1
     run_jobs(jobs, options.out, workers, gpus or [str(device)], options.stop_above, about)
