@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
     def _instead_of(self, word: str) -> str:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         known = {option.lstrip("-").replace("-", "_"): option for option in self._option_string_actions}
-        known |= {field: f"{field}=VALUE" for field in self.fields}
+        for field in reversed(self.fields):  # of two of one last name the first is suggested
+            known |= {field.rpartition(".")[2]: f"{field}=VALUE", field: f"{field}=VALUE"}
         return did_you_mean(name, known)
 
 
