@@ -156,10 +156,7 @@ class RunFolder:
 
     @staticmethod
     def _json(file: Path) -> Any:
-        def refuse(name: str) -> None:
-            raise ValueError(f"{name} is no JSON")
-
         try:
-            return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+            return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {file}: {error}") from error

@@ -324,6 +324,13 @@ def test_a_config_that_is_none_gets_one_line(
     assert str(tmp_path) in said(capsys)
 
 
+@pytest.mark.parametrize("content", ["list", "string", "number", "null"])
+def test_what_is_no_configuration_is_not_compared_with_one(content: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(NO_CONFIGURATIONS[content])
+    with pytest.raises(UserError, match="is no configuration of a run"):
+        RunFolder(tmp_path).claim(digits())
+
+
 def test_a_config_may_be_a_folder_and_a_run_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run" / "config.json").mkdir(parents=True)
     (tmp_path / "file").write_text("no run")
