@@ -88,7 +88,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the averages of gradient and squared gradient, each in [0, 1)."""
     eps: float = 1e-5
-    """Added to the root of the averaged squared gradient, above 0."""
+    """Added to the root of the averaged squared gradient, above 0, at most 1."""
     weight_decay: float = 0.0
     """Share by which weights shrink a step, times the learning rate; 0 or more."""
     max_norm: float = 1.0
@@ -99,8 +99,8 @@ class Adam:
 
     def __post_init__(self) -> None:
         _require(
-            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf,
-            f"need betas in [0, 1), eps > 0, weight_decay >= 0, got {self}",
+            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay < math.inf,
+            f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
         )
         _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
         _require(self.on_nonfinite in ("stop", "zero"), f"on_nonfinite is 'stop' or 'zero', got {self.on_nonfinite!r}")

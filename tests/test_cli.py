@@ -310,7 +310,7 @@ NO_CONFIGURATIONS = {
     "Infinity": stored(ema_decay=float("inf")),
     "UTF-16": stored().decode().encode("utf-16"),
     "deep": b"[" * 100_000,
-    "deep dictionaries": b'{"part":' * 400 + b"1" + b"}" * 400,
+    "parts in parts": b'{"part": "DiT", "width": ' * 480 + b"1" + b"}" * 480,
 }
 
 

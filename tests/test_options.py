@@ -165,10 +165,12 @@ def test_a_number_works_or_is_refused_by_its_owner(owner, field: str, value: flo
     else:
         weight = torch.nn.Parameter(torch.ones(2))
         optimizer = part.build([weight])
+        optimizer.param_groups[0]["lr"] = 0.1
         weight.grad = torch.tensor([1.0, -1.0])
         torch.nn.utils.clip_grad_norm_([weight], part.max_norm)
         optimizer.step()
         assert not weight.isnan().any()
+        assert field != "eps" or (weight != 1).all()  # one without bound would hold every weight
 
 
 @pytest.mark.parametrize("betas", [(math.nan, 0.9), (0.9, 1), (-0.1, 0.9), (0.9, math.inf)])
