@@ -17,6 +17,7 @@ from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
 from analysis.inputs import load_images, some_of_images
 from analysis.values import Trained, trained_run
+from reference_trainer.command import Parser
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import brief
 from reference_trainer.files import write_atomically
@@ -50,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="trained runs (default: the digits baseline)")
     p.add_argument("--levels", type=int, metavar="N", help="number of noise levels of the baseline (default 21)")
     p.add_argument("--steps", type=int, default=300, help="training steps of the baseline (default 300)")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from reference_trainer.command import path, whole
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.machine import keep_freed_memory
 
 
 def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
     """``--images``, ``--samples``, ``--out`` and ``--device``."""
-    parser.add_argument("--images", type=int, default=5000, help="look at no more training images (default 5000)")
+    parser.add_argument("--images", type=whole, default=5000, help="look at no more training images (default 5000)")
     parser.add_argument(
-        "--samples", type=int, default=samples, help=f"temporal differences to measure (default {samples})"
+        "--samples", type=whole, default=samples, help=f"temporal differences to measure (default {samples})"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("runs/analysis"),
         metavar="DIR",
         help="folder to write to (default %(default)s)",
@@ -39,7 +41,12 @@ def run_command(
     parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None
 ) -> int:
     """Parse, work, and turn errors into an exit status."""
-    options = parser.parse_args(arguments)
-    keep_freed_memory()
-    torch.set_num_threads(1)  # as the trainer does: the networks here are small, and threads would wait for each other
-    return exit_status(lambda: work(options))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        options = parser.parse_args(given)
+        keep_freed_memory()
+        torch.set_num_threads(1)  # as the trainer: the networks here are small, and threads would wait for each other
+        return work(options)
+
+    return exit_status(run, debug="--debug" in given)

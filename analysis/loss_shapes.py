@@ -16,6 +16,7 @@ from analysis.baselines import residuals_for
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import Curve, draw_loss_shapes
 from analysis.values import Residuals
+from reference_trainer.command import Parser
 from reference_trainer.files import write_atomically
 from reference_trainer.plotting import save_figure
 from robustcm.losses import Rho, squared_l2_of_r2
@@ -43,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--run",
         type=Path,

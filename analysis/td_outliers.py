@@ -16,6 +16,7 @@ from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
 from analysis.inputs import at_resolution, configuration, load_images, some_of_images
 from analysis.values import NoiseLevels, Residuals, Space, normalised, run_space
+from reference_trainer.command import Parser
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import RECOGNISED
@@ -59,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, metavar="RUN", help="look at this trained run (default: brief baselines)")
     p.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits, or the run's)")
     p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")

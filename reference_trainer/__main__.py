@@ -1,39 +1,30 @@
 """The command line. `python -m reference_trainer` trains, reports, and continues what was interrupted."""
 
+# What a command needs it imports itself: help and mistakes should not wait for torch.
+
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from reference_trainer.ablation import ablate
-from reference_trainer.config import TrainConfig
-from reference_trainer.data.images import ImageSet
+from reference_trainer.ablation.command import add_parser as add_ablate
+from reference_trainer.command import Parser, did_you_mean, path, whole
 from reference_trainer.errors import UserError, exit_status
-from reference_trainer.evaluation.evaluate import (
-    Evaluator,
-    as_table,
-    choose_features,
-    evaluate,
-    record,
-    write_evaluation,
-    write_report,
-)
-from reference_trainer.evaluation.features import Features, Imported, tried
-from reference_trainer.machine import cache_folder, device_of, keep_freed_memory
-from reference_trainer.model import load_model
-from reference_trainer.options import CHOICES, describe, override
-from reference_trainer.plotting import OWN_PICTURE, tile
-from reference_trainer.presets import PRESETS, on_data
-from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import check_labels
-from reference_trainer.training.loop import elapsed, train
+from reference_trainer.manual import OFTEN, page
+from robustcm import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference_trainer.config import TrainConfig
+    from reference_trainer.data.images import ImageSet
+    from reference_trainer.evaluation.features import Features
 
 COMMANDS = ("train", "sample", "evaluate", "ablate")
 
@@ -41,41 +32,59 @@ COMMANDS = ("train", "sample", "evaluate", "ablate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in (*COMMANDS, "-h", "--help"):
-        given.insert(0, "train")
-    options = parser().parse_args(given)
-    return exit_status(lambda: int(options.run_command(options)))
+    words = [word for word in given if word != "--debug"]
+    return exit_status(lambda: run(words), debug=words != given)
 
 
-def parser() -> argparse.ArgumentParser:
+def run(words: list[str]) -> int:
+    """Do what the words say; without a command: train."""
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    elif not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        words = ["train", *words]
+    options = parser().parse_args(words)
+    from reference_trainer.machine import keep_freed_memory
+
+    keep_freed_memory()
+    return int(options.run_command(options))
+
+
+def parser() -> Parser:
     """The parser, with a help that teaches."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m reference_trainer",
         description=__doc__,
         epilog="Without a command: train. `python -m reference_trainer train --help` shows presets and options.",
     )
-    commands = top.add_subparsers(required=True, metavar="{train,sample,evaluate,ablate}")
+    top.add_argument("--version", action="version", version=f"robustcm {__version__}")
+    commands = top.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
     training = commands.add_parser(
         "train",
         help="train, or continue, a run; then evaluate it and draw its pictures",
         description="Train a latent consistency model. The same command again continues where the last one stopped.",
-        epilog=training_help(),
+        epilog=page(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fields=[often.path for often in OFTEN],
     )
-    training.add_argument("preset", nargs="?", default=None, metavar="PRESET", help=f"default: {PRESETS[0].__name__}")
-    training.add_argument("options", nargs="*", metavar="path.to.field=value", help="change one field; see below")
-    training.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits)")
     training.add_argument(
-        "--run",
+        "words", nargs="*", default=[], metavar="WORD", help="a preset, and path.to.field=value for what differs"
+    )
+    training.add_argument("--data", type=path, metavar="PATH", help="a folder of images (default: the embedded digits)")
+    training.add_argument(
+        "--out",
+        dest="run",
+        type=path,
         metavar="DIR",
-        type=Path,
-        help="run folder (default: runs/PRESET or runs/PRESET-DATA); alone, with a folder that is a run: continue that "
-        "run as it is configured",
+        help="run folder (default: runs/PRESET or runs/PRESET-DATA); alone, with a run's folder: continue that run",
     )
+    # Its first name. torchrun takes it for one of its own options, shortened, and stops.
+    training.add_argument("--run", type=path, help=argparse.SUPPRESS)
     training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    training.add_argument("--brief", action="store_true", help="at the end measure the samples alone, no pictures")
+    training.add_argument("--show", action="store_true", help="print the configuration, as one can type it, and stop")
     training.add_argument(
-        "--brief", action="store_true", help="at the end measure the samples alone, without floor, ceiling and pictures"
+        "--fields", nargs="?", const="", metavar="PATH", help="print what every field (below PATH) does, and stop"
     )
     training.add_argument(
         "--new-data",
@@ -83,26 +92,25 @@ def parser() -> argparse.ArgumentParser:
         help="go on though the images or the pretrained autoencoder have changed: weights, fitted autoencoder and "
         "normalisation stay those of the run, the images are encoded anew",
     )
-    training.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     training.set_defaults(run_command=run_train)
 
     sampling = commands.add_parser("sample", help="draw images from a run")
-    sampling.add_argument("run", type=Path, metavar="RUN")
-    sampling.add_argument("--n", type=int, default=64, help="number of images (default 64)")
-    sampling.add_argument("--evaluations", type=int, default=1, help="network evaluations an image (default 1)")
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--out", type=Path, help="PNG to write (default: RUN/samples-N-NFE-SEED.png)")
+    sampling.add_argument("run", type=path, metavar="RUN")
+    sampling.add_argument("--n", type=whole, default=64, help="number of images (default 64)")
+    sampling.add_argument("--evaluations", type=whole, default=1, help="network evaluations an image (default 1)")
+    sampling.add_argument("--seed", type=whole, default=0)
+    sampling.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED.png)")
     sampling.set_defaults(run_command=run_sample)
 
     evaluating = commands.add_parser("evaluate", help="measure a run: Frechet and kernel distance, precision, recall")
-    evaluating.add_argument("run", type=Path, metavar="RUN")
+    evaluating.add_argument("run", type=path, metavar="RUN")
     evaluating.add_argument(
         "--features",
         metavar="MODULE:FUNCTION",
         help="an importable function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
     )
-    evaluating.add_argument("--seed", type=int, default=0)
+    evaluating.add_argument("--seed", type=whole, default=0)
     evaluating.add_argument(
         "--new-data",
         action="store_true",
@@ -110,72 +118,76 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
-    ablating = ablate.add_parser(commands)
-    ablating.set_defaults(run_command=ablate.run_ablate)
+    ablating = add_ablate(commands)
+    ablating.set_defaults(run_command=run_ablate)
 
     for command in (training, sampling, evaluating, ablating):
         command.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     return top
 
 
-def training_help() -> str:
-    """Presets, fields with their defaults, and what each exchangeable field takes."""
-    lines = ["presets:"]
-    for preset in PRESETS:
-        lines.append(f"  {preset.__name__:10} {(preset.__doc__ or '').strip().splitlines()[0]}")
-    lines += ["", f"fields, with the defaults of the preset {PRESETS[0].__name__}:"]
-    lines += [f"  {path}={value}" for path, value in leaves(PRESETS[0]())]
-    lines += ["", "fields that take a part, written as in Python:"]
-    lines += [f"  {owner.__name__}.{field}: {describe(choices)}" for (owner, field), choices in CHOICES.items()]
-    lines += [
-        "",
-        "examples:",
-        "  python -m reference_trainer ilct",
-        "  python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'",
-        "  python -m reference_trainer --data photos autoencoder.latent_channels=8 steps=20000 --run runs/photos",
-        "  python -m reference_trainer --data photos \"autoencoder=PretrainedAutoencoder(load='my_vae:load')\"",
-    ]
-    return "\n".join(lines)
-
-
-def leaves(part: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Every field below ``part`` that holds a plain value or a function, as (dotted path, value to show)."""
-    out: list[tuple[str, Any]] = []
-    for field in fields(part):
-        value, name = getattr(part, field.name), f"{path}.{field.name}" if path else field.name
-        if is_dataclass(value):
-            out += [(name, f"{type(value).__name__}(...)"), *leaves(value, name)]
-        else:
-            out.append((name, getattr(value, "__name__", value)))
-    return out
-
-
 def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
     """Preset, data and options of the command line, resolved; with the name of the preset."""
-    changes = list(options.options)
-    if options.preset is not None and "=" in options.preset:  # no preset was given
-        changes.insert(0, options.preset)
-        options.preset = None
+    from reference_trainer.config import TrainConfig
+    from reference_trainer.options import override
+    from reference_trainer.presets import PRESETS, on_data
+
     presets = {preset.__name__: preset for preset in PRESETS}
-    name = options.preset or PRESETS[0].__name__
-    if name not in presets:
-        raise UserError(f"unknown preset {name}: there are {', '.join(presets)}")
-    config = on_data(presets[name](), options.data)
-    for change in changes:
-        config = override(config, change)
+    named = [word for word in options.words if "=" not in word]
+    if unknown := [word for word in named if word not in presets]:
+        raise UserError(what_is(unknown[0], list(presets), [field.name for field in dataclasses.fields(TrainConfig)]))
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are {len(named)} presets: give one, and path.to.field=value for more")
+    name = named[0] if named else PRESETS[0].__name__
+    config = on_data(presets[name](), None if options.data is None else str(options.data))
+    for word in options.words:
+        if "=" in word:
+            config = override(config, word)
     return name, config
+
+
+def what_is(word: str, presets: Sequence[str], fields: Sequence[str]) -> str:
+    """What to say about a word that is neither a preset nor an assignment."""
+    if word in COMMANDS:
+        return f"{word} is a command: it comes first"
+    if word.partition(".")[0] in fields:
+        return f"{word} needs a value, as in steps=1000; train --fields {word} says which it takes"
+    there = ", ".join(presets)
+    return f"unknown preset {word}{did_you_mean(word, (*presets, *COMMANDS, *fields)) or f': there are {there}'}"
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
+    import torch
+
+    from reference_trainer.evaluation.evaluate import (
+        Evaluator,
+        as_table,
+        choose_features,
+        evaluate,
+        record,
+        write_evaluation,
+        write_report,
+    )
+    from reference_trainer.fields import describe_fields
+    from reference_trainer.machine import cache_folder, device_of
+    from reference_trainer.model import load_model
+    from reference_trainer.options import as_options
+    from reference_trainer.run import RunFolder
+    from reference_trainer.training.batches import check_labels
+    from reference_trainer.training.loop import elapsed, train
+
     started = time.monotonic()
-    bare = options.preset is None and not options.options and options.data is None
+    bare = not options.words and options.data is None
     if bare and options.run is not None and (options.run / "config.json").exists():
         name, config = options.run.name, RunFolder(options.run).config()
     else:
         name, config = configuration(options)
+    if options.fields is not None:
+        print(describe_fields(config, options.fields))
+        return 0
     if options.show:
-        print("\n".join(f"{path}={value}" for path, value in leaves(config)))
+        print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
@@ -208,11 +220,19 @@ def named_features(name: str | None, images: ImageSet) -> Features | None:
     Raises:
         UserError: there is none, or it cannot be used.
     """
+    from reference_trainer.evaluation.features import Imported, tried
+
     return None if name is None else tried(Imported.of(name), images.pixels)
 
 
 def run_sample(options: argparse.Namespace) -> int:
     """One PNG of samples."""
+    import torch
+
+    from reference_trainer.machine import device_of
+    from reference_trainer.model import load_model
+    from reference_trainer.run import RunFolder
+
     if options.n < 1:
         raise UserError(f"--n must be at least 1, got {options.n}")
     model = load_model(RunFolder(options.run), device_of(options.device))
@@ -227,6 +247,13 @@ def run_sample(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
+    import torch
+
+    from reference_trainer.evaluation.evaluate import as_table, choose_features, evaluate, write_report
+    from reference_trainer.machine import device_of
+    from reference_trainer.model import load_model
+    from reference_trainer.run import RunFolder
+
     run, device = RunFolder(options.run), device_of(options.device)
     config = run.config()
     torch.set_num_threads(config.threads)
@@ -246,15 +273,27 @@ def require_writable(file: Path) -> None:
     Raises:
         UserError: its folder cannot be written, or its ending is that of no picture.
     """
+    import torch
+
     trial = file.with_name(f".trial-{file.name}")
     save_picture(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), trial)
     trial.unlink()
 
 
-def save_picture(pixels: torch.Tensor, file: Path) -> None:
+def run_ablate(options: argparse.Namespace) -> int:
+    """Compare the arms."""
+    from reference_trainer.ablation import ablate
+
+    return ablate.run_ablate(options)
+
+
+def save_picture(pixels: Tensor, file: Path) -> None:
     """uint8 ``[n, ch, h, w]`` as one PNG of square rows."""
+    import torch
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+
+    from reference_trainer.plotting import OWN_PICTURE, tile
 
     columns = max(1, round(len(pixels) ** 0.5))
     padding = -len(pixels) % columns
@@ -270,5 +309,4 @@ def save_picture(pixels: torch.Tensor, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -24,6 +24,8 @@ from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 
+MOST_THREADS = 1024
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -41,10 +43,12 @@ class ConstantLR:
     """Linear warm-up, then constant: the paper's choice, with lr 1e-4."""
 
     lr: float = 1e-4
+    """Learning rate behind the warm-up, above 0."""
     warmup_steps: int = 0
+    """Steps in which it rises linearly to ``lr``."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and self.warmup_steps >= 0, f"need lr > 0 and warmup_steps >= 0, got {self}")
+        _require(0 < self.lr < math.inf and self.warmup_steps >= 0, f"need lr > 0, warmup_steps >= 0, got {self}")
 
     def __call__(self, step: int, total_steps: int) -> float:
         return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -55,12 +59,15 @@ class CosineLR:
     """Linear warm-up, then half a cosine down to ``final`` times the peak."""
 
     lr: float = 3e-3
+    """Learning rate at the peak, above 0."""
     warmup_steps: int = 100
+    """Steps in which it rises linearly."""
     final: float = 0.005
+    """Learning rate of the last step as a share of the peak, 0 to 1."""
 
     def __post_init__(self) -> None:
         _require(
-            self.lr > 0 and self.warmup_steps >= 0 and 0 <= self.final <= 1,
+            0 < self.lr < math.inf and self.warmup_steps >= 0 and 0 <= self.final <= 1,
             f"need lr > 0, warmup_steps >= 0 and 0 <= final <= 1, got {self}",
         )
 
@@ -80,17 +87,21 @@ class Adam:
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the averages of gradient and squared gradient, each in [0, 1)."""
     eps: float = 1e-5
+    """Added to the root of the averaged squared gradient, above 0, at most 1."""
     weight_decay: float = 0.0
+    """Share by which weights shrink a step, times the learning rate; 0 or more."""
     max_norm: float = 1.0
+    """Norm at which the gradient is clipped, above 0; inf: not at all."""
     on_nonfinite: Literal["stop", "zero"] = "stop"
     """A NaN or infinite gradient stops the run with its step; ``zero`` is what the authors do: such elements count
     as 0 before clipping, and the log says how many steps had any."""
 
     def __post_init__(self) -> None:
         _require(
-            all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.weight_decay >= 0,
-            f"need betas in [0, 1), eps > 0, weight_decay >= 0, got {self}",
+            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay < math.inf,
+            f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
         )
         _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
         _require(self.on_nonfinite in ("stop", "zero"), f"on_nonfinite is 'stop' or 'zero', got {self.on_nonfinite!r}")
@@ -127,12 +138,15 @@ class TrainConfig:
     """One run. The same config and seed give the same weights, bit for bit, on the same machine."""
 
     data: Digits | ImageFolder = Digits()
+    """Where the images come from; ``--data PATH`` is ImageFolder and what goes with it."""
     autoencoder: Autoencoder = KLAutoencoder()
+    """What makes latents of images, and images of latents."""
     outliers: ImpulsiveOutliers | None = None
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
     clip: ConditionalClip | TukeyClip | None = ConditionalClip()
     """Take impulsive outliers out of the latents before they are normalised."""
     network: DiT | UNet = DiT()
+    """The backbone."""
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective = Objective(
@@ -142,16 +156,22 @@ class TrainConfig:
         coupler=exact,
         gate=AboveExplained(),
     )
+    """The loss: what is compared, at which noise levels, how robustly."""
     coupling_pool: int = 1
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
     time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam = Adam()
+    """How gradients become steps."""
     learning_rate: ConstantLR | CosineLR = CosineLR()
+    """Its size over the run."""
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
     batch_size: int = 256
+    """Samples a step, 1 or more."""
     steps: int = 4000
+    """Training steps, 1 or more; schedules and curricula stretch over them."""
     seed: int = 0
+    """Of the weights, the noise and the order of the samples."""
     threads: int = 1
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
     digits' a second thread pays while nothing else runs (``benchmarks/step_time.py --threads 2`` times it); but torch's
@@ -161,15 +181,19 @@ class TrainConfig:
     which the training latents show with weight 0.9 which sample they were (measured; 0.22 for the digits). iCT:
     0.821."""
     log_every: int = 50
+    """Steps between two rows of metrics.jsonl, 1 or more."""
     save_every: int = 500
+    """Steps between two checkpoints, 1 or more."""
     evaluate_every: int = 0
     """Steps between two looks at the samples of the averaged weights, a row of evaluations.jsonl each; 0: only at the
     end. Takes time (a few thousand samples each), changes no weight."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, 1 or more."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max

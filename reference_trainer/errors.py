@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -24,16 +26,42 @@ def printable(text: str, encoding: str | None = None) -> str:
     return visible.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def exit_status(work: Callable[[], int]) -> int:
-    """What ``work`` returns; 2, and a line, for what the user can mend; 130 for Ctrl-C."""
+def exit_status(work: Callable[[], int], debug: bool = False) -> int:
+    """What ``work`` returns; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C.
+
+    Args:
+        debug: print the traceback, too, with the exceptions behind it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path in a message must not end the run that it tells of
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work()
-    except UserError as error:
-        print(printable(f"error: {error}", getattr(sys.stderr, "encoding", None)), file=sys.stderr)
-        return 2
+        status = work()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has seen enough, as in `... --fields | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        if isinstance(error, UserError):
+            _complain(one_line(error))
+            return 2
+        _complain(
+            f"unexpected {type(error).__name__}: {one_line(error) or 'no message'} (a fault of ours, or of a module of "
+            "yours" + ("" if debug else "; the same command with --debug shows where") + ")"
+        )
+        return 1
+
+
+def _complain(line: str) -> None:
+    print(printable(f"error: {line}", getattr(sys.stderr, "encoding", None)), file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    """``message`` without its line breaks."""
+    return " ".join(str(message).split())

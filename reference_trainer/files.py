@@ -43,7 +43,9 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    if metadata.get("crc32") != f"{_checksum(tensors):08x}":
+    if "crc32" not in metadata:
+        raise UserError(f"cannot read {file}: it has no checksum, so this trainer did not write it")
+    if metadata["crc32"] != f"{_checksum(tensors):08x}":
         raise UserError(f"cannot read {file}: its checksum does not fit, the file is damaged")
     return tensors, json.loads(metadata["about"])
 
@@ -62,6 +64,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """See that ``found`` has the names, shapes and dtypes of ``expected``.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    for name in (*expected, *found):
+        if name not in found or name not in expected:
+            raise UserError(f"{'no' if name in expected else 'an unknown'} tensor {name}")
+        there, here = ((t.dtype, list(t.shape)) for t in (found[name], expected[name]))
+        if there != here:
+            raise UserError(f"{name} is {there[0]} {there[1]}, expected {here[0]} {here[1]}")
 
 
 def write_atomically(file: Path, content: bytes) -> None:

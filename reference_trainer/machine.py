@@ -38,7 +38,7 @@ def device_of(name: str | None) -> torch.device:
     """The device asked for, or the best there is."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))  # one without memory, such as meta, is none to train on
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
@@ -47,7 +47,7 @@ def device_of(name: str | None) -> torch.device:
 def cache_folder() -> Path:
     """Where fitted autoencoders and classifiers are kept: $ROBUSTCM_CACHE, or robustcm in the user's cache folder."""
     if chosen := os.environ.get("ROBUSTCM_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustcm"
 
 

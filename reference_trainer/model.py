@@ -15,6 +15,7 @@ from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
+from reference_trainer.files import check_layout
 from reference_trainer.run import RunFolder
 from robustcm.consistency import sample
 from robustcm.norms import convert_norms
@@ -92,16 +93,18 @@ def load_model(
     config = run.config()
     found = run.latest_checkpoint()
     if found is None:
-        raise UserError(f"no checkpoint in {run.root}: train it first, with the same --run")
+        raise UserError(f"no checkpoint in {run.root}: train it first, with the same --out")
     step, tensors = found
     kept, changes = reopen(run.space_file, config.autoencoder, images, device, new_data)
     if math.isnan(kept.space.recognised_at):
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
     network = build_network(config, kept.shape)
+    weights = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
     try:
-        network.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint in {run.root} does not fit its config.json: {error}") from error
+        check_layout(weights, network.state_dict())
+    except UserError as error:
+        raise UserError(f"the checkpoint of step {step} in {run.root} does not fit its config.json: {error}") from error
+    network.load_state_dict(weights)
     return TrainedModel(
         config=config,
         network=network.to(device).eval().requires_grad_(False),

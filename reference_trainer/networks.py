@@ -34,12 +34,17 @@ class UNet:
     """diffusers' UNet2DModel, on latents whose ``patch`` x ``patch`` squares are laid into channels."""
 
     block_out_channels: tuple[int, ...] = (32, 64)
+    """Channels at each resolution, the finest first; each further entry halves height and width."""
     layers_per_block: int = 1
+    """Residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, False)
     """Self-attention at each resolution."""
     norm_num_groups: int = 8
+    """Groups of the group norms; a divisor of every entry of block_out_channels."""
     dropout: float = 0.0
+    """Share of activations dropped while training, 0 to 1."""
     patch: int = 1
+    """Side of the squares that are laid into channels."""
 
     def __post_init__(self) -> None:
         need_convolutions(self)
@@ -95,10 +100,15 @@ class DiT:
     """
 
     width: int = 128
+    """Elements a token has inside; a multiple of heads."""
     layers: int = 4
+    """Transformer blocks."""
     heads: int = 4
+    """Attention heads."""
     patch: int = 4
+    """Side of the square of latents that makes a token."""
     dropout: float = 0.0
+    """Share of activations dropped while training, 0 to 1."""
     time_scale: float = 0.2
     """c_noise is multiplied by this before its Fourier features: at 1, neighbouring levels look unrelated."""
 

@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
@@ -100,45 +100,44 @@ def override(config: TrainConfig, option: str) -> TrainConfig:
     return typing.cast(TrainConfig, _replace(config, path, path.split("."), text))
 
 
-def _replace(owner: Any, path: str, names: list[str], text: str) -> Any:
-    head, *rest = names
-    fields = {field.name: field for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-    if head not in fields:
-        near = difflib.get_close_matches(head, fields, 1)
+def field_of(owner: Any, name: str, path: str) -> Any:
+    """What ``owner``, a part of a configuration, has in its field ``name``.
+
+    Raises:
+        UserError: it has no such field; ``path`` is what was asked for.
+    """
+    fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"{_name(owner)} has {', '.join(fields) or 'no fields'}"
         raise UserError(f"unknown option {path}: {hint}")
-    value = _replace(getattr(owner, head), path, rest, text) if rest else _read(type(owner), head, text, path)
+    return getattr(owner, name)
+
+
+def _replace(owner: Any, path: str, names: list[str], text: str) -> Any:
+    head, *rest = names
+    value = field_of(owner, head, path)
+    value = _replace(value, path, rest, text) if rest else _read(type(owner), head, text, path)
     try:
         return dataclasses.replace(owner, **{head: value})
     except ValueError as error:
-        raise UserError(f"option {path}={text}: {error}") from error
+        raise UserError(f"option {path}={_shown(text)}: {error}") from error
 
 
 def _read(owner: type, field: str, text: str, path: str) -> Any:
-    hint = typing.get_type_hints(owner)[field]
-    choices = CHOICES.get((owner, field))
-    if choices is None:
-        if hint is str:
-            return text
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = {"true": True, "false": False, "none": None, "inf": float("inf")}.get(text.lower(), text)
-        return _fit(value, hint, f"option {path}")
+    where = f"option {path}"
+    exchangeable, hint = (owner, field) in CHOICES, typing.get_type_hints(owner)[field]
+    if hint is str:
+        return text
     try:
-        value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
-        raise UserError(f"option {path}: cannot read {text!r} as a value") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"option {path}={text}: {error}") from error
-    if isinstance(value, type):  # PowerLawC for PowerLawC()
-        try:
-            value = value()
-        except TypeError as error:
-            raise UserError(f"option {path}={text}: {error}") from error
-    if not any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices):
-        raise UserError(f"option {path} takes {describe(choices)}; got {text}")
-    return value
+        value = _evaluate(ast.parse(text.strip(), mode="eval").body) if exchangeable else ast.literal_eval(text)
+    except UserError as error:
+        raise UserError(f"{where}={_shown(text)}: {error}") from error
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # all that ast may raise
+        if exchangeable:
+            raise UserError(f"{where}: cannot read {_shown(text)} as a value") from error
+        value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
+    return _fitted(owner, field, value, where)
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -147,39 +146,55 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         if node.id not in VOCABULARY:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
-            raise ValueError(f"unknown name {node.id}" + (f", did you mean {near[0]}?" if near else ""))
+            raise UserError(f"unknown name {node.id}" + (f", did you mean {near[0]}?" if near else ""))
         return VOCABULARY[node.id]
     if isinstance(node, ast.Call):
-        return _build(
-            _evaluate(node.func),
-            [_evaluate(argument) for argument in node.args],
-            {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords},
-        )
+        part = _evaluate(node.func)
+        positional = [_evaluate(argument) for argument in node.args]
+        keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
+        if not _is_part(part):
+            raise UserError(f"{_shown(_name(part))} takes no arguments here")
+        names = [field.name for field in dataclasses.fields(part)]
+        if len(positional) > len(names):
+            raise UserError(f"{_name(part)} has {len(names)} fields, got {len(positional)} values")
+        return _build(part, dict(zip(names, positional, strict=False)) | keywords)
     return ast.literal_eval(node)
 
 
-def _build(part: Callable[..., Any], positional: list[Any], keywords: dict[str, Any]) -> Any:
-    if not dataclasses.is_dataclass(part):
-        raise ValueError(f"{_name(part)} takes no arguments here")
+def _is_part(value: Any) -> bool:
+    return isinstance(value, type) and dataclasses.is_dataclass(value)
+
+
+def _build(part: type, given: dict[str, Any]) -> Any:
+    """``part`` with the fields ``given``, their types checked.
+
+    Raises:
+        UserError: an unknown field, one that is missing, or a value of the wrong type or refused by the part.
+    """
     names = [field.name for field in dataclasses.fields(part)]
-    given = dict(zip(names, positional, strict=False)) | keywords
-    unknown = set(given) - set(names)
-    if unknown or len(positional) > len(names):
-        raise ValueError(
-            f"{_name(part)} has no {', '.join(sorted(unknown)) or 'such argument'}; it has {', '.join(names)}"
-        )
-    hints = typing.get_type_hints(part)
-    fitted = {}
-    for name, value in given.items():
-        if (part, name) in CHOICES:
-            fitted[name] = value() if isinstance(value, type) else value
-        else:
-            fitted[name] = _fit(value, hints[name], f"{_name(part)}({name}=...)")
-    return part(**fitted)
+    if unknown := sorted(given.keys() - set(names)):
+        raise UserError(f"{_name(part)} has no {', '.join(map(_shown, unknown))}; it has {', '.join(names) or 'none'}")
+    fitted = {name: _fitted(part, name, value, f"{_name(part)}({name}=...)") for name, value in given.items()}
+    try:
+        return part(**fitted)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error).replace("__init__() ", " ")) from error
+
+
+def _fitted(owner: type, field: str, value: Any, where: str) -> Any:
+    """``value`` as ``owner.field`` takes it: one of its choices, or of its type."""
+    choices = CHOICES.get((owner, field))
+    if choices is None:
+        return _fit(value, typing.get_type_hints(owner)[field], where)
+    if _is_part(value):  # PowerLawC for PowerLawC()
+        value = _build(value, {})
+    if not any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices):
+        raise UserError(f"{where} takes {describe(choices)}; got {_shown(literal(value))}")
+    return value
 
 
 def _fit(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the type ``hint`` says; ints count as floats, lists as tuples."""
+    """``value`` as the type ``hint`` says; ints count as floats, lists as tuples. NaN is no number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for argument in arguments:
@@ -194,14 +209,24 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) == len(value):
             return tuple(_fit(v, i, where) for v, i in zip(value, inner, strict=True))
-    elif (hint is float and type(value) in (int, float)) or (hint is int and type(value) is int):
-        return hint(value)
+    elif hint is float and type(value) in (int, float):
+        if abs(value) < 2**63 or (isinstance(value, float) and not math.isnan(value)):
+            return float(value)
+    elif hint is int and type(value) is int:
+        if abs(value) < 2**63:  # as wide as torch's
+            return value
     elif hint in (bool, str) and type(value) is hint:
         return value
     elif hint is type(None) and value is None:
         return None
-    expected = str(hint).replace("typing.", "") if origin else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{where} must be {expected}, got {value!r}")
+    raise UserError(f"{where} must be {typed(hint)}, got {_shown(value)}")
+
+
+def typed(hint: Any) -> str:
+    """A type as a person reads it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
 def describe(choices: tuple[Any, ...]) -> str:
@@ -209,6 +234,24 @@ def describe(choices: tuple[Any, ...]) -> str:
     return ", ".join(
         "None" if c is None else f"{c.__name__}(...)" if isinstance(c, type) else c.__name__ for c in choices
     )
+
+
+def literal(value: Any) -> str:
+    """``value``, a part or a plain value, as an option takes it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inside = (f"{field.name}={literal(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{_name(value)}({', '.join(inside)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(literal, value))}{',' * (len(value) == 1)})"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else _name(value)
+
+
+def as_options(config: TrainConfig) -> list[str]:
+    """``config`` as options that give it whatever the preset, one for each field, the objective's each by itself."""
+    whole = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    parts = whole.pop("objective")
+    whole |= {f"objective.{field.name}": getattr(parts, field.name) for field in dataclasses.fields(parts)}
+    return [f"{path}={literal(value)}" for path, value in whole.items()]
 
 
 def to_json(value: Any) -> Any:
@@ -225,29 +268,36 @@ def to_json(value: Any) -> Any:
     return {"part": _name(value)}
 
 
-def from_json(data: Any) -> Any:
+def from_json(data: Any) -> TrainConfig:
     """The inverse of ``to_json`` for configurations made of known parts.
 
     Raises:
-        UserError: a part that only Python knew, or a field this version does not have.
+        UserError: no configuration, a part that only Python knew, a field this version does not have, or a value that
+            does not fit its field.
     """
+    try:
+        config = _part_from_json(data)
+    except RecursionError:
+        config = None
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"no configuration of a run: {_shown(data)}")
+    return config
+
+
+def _part_from_json(data: Any) -> Any:
     if isinstance(data, list):
-        return tuple(from_json(item) for item in data)
+        return tuple(_part_from_json(item) for item in data)
     if not isinstance(data, dict):
         return data
     name = data.get("part")
     part = TrainConfig if name == "TrainConfig" else VOCABULARY.get(str(name))
     if part is None:
         raise UserError(
-            f"the configuration names {name!r}, which is no part of this version: use the run from Python if the part "
-            "is yours, else with the version that made it"
+            f"the configuration names {_shown(name)}, which is no part of this version: use the run from Python if the "
+            "part is yours, else with the version that made it"
         )
-    if not dataclasses.is_dataclass(part):
-        return part
-    try:
-        return part(**{key: from_json(item) for key, item in data.items() if key != "part"})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the configuration does not fit this version: {error}") from error
+    given = {key: _part_from_json(item) for key, item in data.items() if key != "part"}
+    return _build(part, given) if _is_part(part) else part
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -260,7 +310,16 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    return str(value["part"]) if isinstance(value, dict) and "part" in value else str(value)
+    return _shown(value["part"] if isinstance(value, dict) and "part" in value else value)
+
+
+def _shown(value: Any) -> str:
+    """``value`` in an error message: on one line, and not a long one."""
+    try:
+        text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    except (ValueError, RecursionError):  # an int of thousands of digits, lists in lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:38]}...{text[-38:]}"
 
 
 def _name(part: Any) -> str:

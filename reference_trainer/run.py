@@ -38,7 +38,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out of this folder.
+        """Keep a second process out of this folder, where the file system can lock; where not, say so.
 
         Raises:
             UserError: another process trains here, or the folder cannot be made.
@@ -47,28 +47,32 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"cannot write to {self.root}: {error.strerror}; give another folder with --run") from error
+            raise UserError(f"cannot write to {self.root}: {error.strerror}; give another folder with --out") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is training in {self.root}: wait for it, or give --run") from error
+                raise UserError(f"another process is training in {self.root}: wait for it, or give --out") from error
+            except OSError as error:  # some network file systems
+                tqdm.write(f"{self.root} is not locked ({error.strerror}): start no second process in it")
             yield
 
     def claim(self, config: TrainConfig) -> None:
         """Make this the folder of ``config``: write config.json, or check the one that is there.
 
         Raises:
-            UserError: it belongs to another configuration.
+            UserError: it belongs to another configuration, or its config.json is none.
         """
         file = self.root / "config.json"
         asked = json.loads(as_json(to_json(config)))
         if file.exists():
             there = self._json(file)
+            if not isinstance(there, dict):
+                raise UserError(f"{file} is no configuration of a run: give --out another folder")
             if changed := list(differences(there, asked)):
                 shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
                 raise UserError(
-                    f"{self.root} holds a run of another configuration ({shown}): give --run another folder"
+                    f"{self.root} holds a run of another configuration ({shown}): give --out another folder"
                 )
             return
         write_atomically(file, (as_json(asked, indent=2) + "\n").encode())
@@ -77,13 +81,16 @@ class RunFolder:
         """The configuration of the run.
 
         Raises:
-            UserError: no run here.
+            UserError: no run here, or no configuration in its config.json.
         """
         file = self.root / "config.json"
         if not file.exists():
             raise UserError(f"no run at {self.root}: it has no config.json; train one there first")
-        config: TrainConfig = from_json(self._json(file))
-        return config
+        data = self._json(file)
+        try:
+            return from_json(data)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
 
     @property
     def space_file(self) -> Path:
@@ -110,7 +117,9 @@ class RunFolder:
         for file in files:
             try:
                 tensors, about = load_tensors(file)
-                return int(about["step"]), tensors
+                if type(about.get("step")) is not int:
+                    raise UserError(f"{file} is no checkpoint of a run")
+                return about["step"], tensors
             except UserError as error:
                 tqdm.write(f"falling back to the checkpoint before: {error}")
         if files:
@@ -154,6 +163,6 @@ class RunFolder:
     @staticmethod
     def _json(file: Path) -> Any:
         try:
-            return json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {file}: {error}") from error

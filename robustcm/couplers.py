@@ -180,6 +180,7 @@ class WithinClasses:
     """
 
     coupler: Coupler = exact
+    """What pairs the samples of one class."""
 
     def __call__(
         self, x: Tensor, z: Tensor, *, labels: Tensor | None = None, generator: torch.Generator | None = None

@@ -24,9 +24,11 @@ class EarlyDiffusion:
     """
 
     weight: float = 5.0
+    """Of the term, 0 or more."""
     start: float = 0.75
     """First depth of the levels that get the term: 0.75 is the last quarter of the grid."""
     reduction: Literal["mean", "sum"] = "mean"
+    """Over the elements of a sample."""
 
     def __post_init__(self) -> None:
         need_real(self, "weight", least=0, most=LARGEST)

@@ -72,10 +72,13 @@ class ConditionalClip:
     """
 
     k: float = 4.0
+    """Standard deviations, given the rest of the sample, beyond which an element is moved; above 0."""
     rounds: int = 3
+    """Of each kind, 1 or more."""
     groups: int = 20
     """At most; fewer where a group would have less than ``SAMPLES_AN_ELEMENT`` samples for each latent element."""
     shared: float = 0.3
+    """Part of a group's covariance that all groups have in common, 0 to 1."""
 
     MOST_ELEMENTS: ClassVar[int] = 4096
     SAMPLES_AN_ELEMENT: ClassVar[int] = 5

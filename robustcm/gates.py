@@ -42,6 +42,7 @@ class Above:
     """Coupled noise for samples at noise levels above ``sigma``, and for no other."""
 
     sigma: float = 1.0
+    """Noise level, 0 or more."""
 
     def __post_init__(self) -> None:
         need_real(self, "sigma", least=0, or_inf=True)
@@ -55,7 +56,9 @@ class SoftAbove:
     """Coupled noise with probability ``t^k / (t^k + sigma^k)``: one half at ``sigma``, ``Above`` as k grows."""
 
     sigma: float = 1.0
+    """Noise level of probability one half, above 0."""
     k: float = 2.0
+    """Steepness, above 0."""
 
     def __post_init__(self) -> None:
         need_real(self, "sigma", least=SMALLEST, most=LARGEST)
@@ -70,7 +73,9 @@ class AnnealedAbove:
     """``Above`` a threshold that moves from ``start`` to ``end`` in equal ratios over the run."""
 
     start: float
+    """Noise level at the start of the run, above 0."""
     end: float
+    """Noise level at its end, above 0."""
 
     def __post_init__(self) -> None:
         need_real(self, "start", "end", least=SMALLEST, most=LARGEST)
@@ -84,7 +89,9 @@ class ShareAbove:
     """Coupled noise for a random ``share`` of the samples above ``sigma``: a partial coupling."""
 
     share: float = 0.5
+    """Of the samples, 0 to 1."""
     sigma: float = 1.0
+    """Noise level, 0 or more."""
 
     def __post_init__(self) -> None:
         need_real(self, "share", least=0, most=1)
@@ -104,6 +111,7 @@ class AboveExplained:
     """
 
     share: float = 0.2
+    """Of the data's variance that a noisy sample explains at the level, in (0, 1)."""
 
     def __post_init__(self) -> None:
         need_real(self, "share", above=0, below=1)

@@ -199,6 +199,7 @@ class PerToken:
     """
 
     rho: Rho
+    """The distance as a function of a token's squared residual norm and c."""
 
     def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
         """``[b, ch, h, w], [b, ch, h, w] -> [b]``."""
@@ -214,6 +215,7 @@ class PerElement:
     """The distance that sums ``rho`` over the elements of a sample; ``c`` is in units of one element."""
 
     rho: Rho
+    """The distance as a function of an element's squared residual and c."""
 
     def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
         """``[b, ...], [b, ...] -> [b]``."""

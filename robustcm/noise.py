@@ -26,8 +26,11 @@ class NoiseRange:
     """
 
     sigma_min: float = 0.002
+    """Smallest noise level, above 0: there f is the identity."""
     sigma_max: float = 80.0
+    """Largest noise level, at which sampling starts."""
     rho: float = 7.0
+    """Bends the ramp: the larger, the more levels at small noise; 1 or more."""
 
     def __post_init__(self) -> None:
         need_real(self, "sigma_min", "sigma_max", least=SMALLEST, most=LARGEST)

@@ -119,13 +119,19 @@ class Objective:
     """
 
     distance: Distance = cauchy
+    """How far student and teacher are apart (technique 1)."""
     c: CSchedule = MeasuredC()
+    """The scale of the distance (technique 4)."""
     levels: PairLaw = LevelGrid()
+    """Which pairs of noise levels are trained on, and how often."""
     weight: PairWeight = inverse_gap
+    """Of a pair of noise levels in the loss."""
     coupler: Coupler = independent
+    """Which noise goes with which sample (technique 3)."""
     gate: Gate = everywhere
     """Which samples take the coupled noise; the others keep their own."""
     extra: ExtraTerm | None = None
+    """A term beside the distance (technique 2: EarlyDiffusion)."""
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         """The state before the first step."""

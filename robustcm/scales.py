@@ -78,6 +78,7 @@ class ConstantC(_NothingLearnt):
     """
 
     per_sqrt_d: float = 0.00054
+    """c of a sample of one element, above 0."""
 
     def __post_init__(self) -> None:
         need_real(self, "per_sqrt_d", least=1e-12, most=1e12)
@@ -96,9 +97,13 @@ class PowerLawC(_NothingLearnt):
     """
 
     slope: float = -1.15
+    """Of ln c over ln(N - 1)."""
     offset: float = -0.85
+    """ln c at N = 2 and d = 4096."""
     constant_until: int = 11
+    """Largest N that still takes ``constant``."""
     constant: ConstantC = ConstantC()
+    """c while there are few noise levels."""
 
     def __post_init__(self) -> None:
         need_real(self, "slope", least=-3, most=3)  # beyond, c leaves what float32 can square
@@ -128,14 +133,19 @@ class MeasuredC:
     """
 
     multiple: float = 1.0
+    """c over the quantile of the residuals, above 0."""
     q: float = 0.5
+    """Which quantile, between 0 and 1; 0.5 is the median."""
     bins: int = 1
+    """Ranges of the noise levels that get a c of their own; 1: one c for all."""
     at_least_pooled: bool = False
     """No level's c below the one of all levels together. One c for all leaves a level behind whose residuals are far
     above it, where Geman-McClure has no gradient; a c for each weighs the levels of small residuals up. This does
     neither."""
     halflife_steps: float = 100.0
+    """Steps after which a residual counts half, above 0."""
     histogram: LogHistogram = LogHistogram(smallest=1e-8, largest=1e8, relative_error=0.02)
+    """What the residuals are counted in."""
 
     def __post_init__(self) -> None:
         need_real(self, "multiple", least=SMALLEST, most=LARGEST)

@@ -56,7 +56,9 @@ class DoublingCurriculum:
     """
 
     s0: int = 10
+    """N - 1 at the start, 1 or more."""
     s1: int = 640
+    """N - 1 at the end, s0 or more."""
 
     def __post_init__(self) -> None:
         need_whole(self, "s0", "s1", least=1, most=MOST_LEVELS - 1)
@@ -78,7 +80,9 @@ class ProgressiveCurriculum:
     """
 
     s0: int = 2
+    """N at the start, 2 or more."""
     s1: int = 150
+    """N - 1 at the end, s0 or more."""
 
     def __post_init__(self) -> None:
         need_whole(self, "s0", "s1", least=2, most=MOST_LEVELS - 1)
@@ -94,6 +98,7 @@ class FixedCurriculum:
     """The same N at every step."""
 
     num_levels: int = 21
+    """N, 2 or more."""
 
     def __post_init__(self) -> None:
         need_whole(self, "num_levels", least=2, most=MOST_LEVELS)
@@ -116,7 +121,9 @@ class LognormalLaw:
     """
 
     p_mean: float = -1.1
+    """Mean of ln t."""
     p_std: float = 2.0
+    """Standard deviation of ln t, above 0."""
 
     def __post_init__(self) -> None:
         _need_lognormal(self)
@@ -166,8 +173,11 @@ class LevelGrid:
     """Pairs of neighbours on a Karras grid that a curriculum refines (CM, iCT, sLCT)."""
 
     curriculum: Curriculum = DoublingCurriculum()
+    """How N grows over the run."""
     law: LevelLaw = LognormalLaw()
+    """How often each pair of neighbouring levels is drawn."""
     noise: NoiseRange = NoiseRange()
+    """The range of the levels."""
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         num_levels = self.curriculum(step, total_steps)
@@ -195,12 +205,19 @@ class RatioLevels:
     """
 
     q: float = 2.0
+    """By which the relative gap shrinks a stage, above 1."""
     stages: int = 8
+    """Equal parts of the run, 1 or more."""
     k: float = 8.0
+    """How much wider the gap is at small noise."""
     b: float = 1.0
+    """How fast that fades with t."""
     p_mean: float = -1.1
+    """Mean of ln t."""
     p_std: float = 2.0
+    """Standard deviation of ln t, above 0."""
     noise: NoiseRange = NoiseRange()
+    """The range of the levels."""
 
     def __post_init__(self) -> None:
         need_real(self, "q", above=1, most=LARGEST)
@@ -262,6 +279,7 @@ class SnrPlusWeight:
     """``1 / t_hi^2 + 1 / sigma_data^2``: ECT's weight, of the student level alone (arXiv 2406.14548; checked)."""
 
     sigma_data: float = 0.5
+    """Standard deviation of the data, above 0."""
 
     def __post_init__(self) -> None:
         need_real(self, "sigma_data", least=SMALLEST, most=LARGEST)
@@ -279,6 +297,7 @@ class BoundedInverseGap:
     """
 
     floor: float = 0.05
+    """The gap below which the weight no longer grows."""
 
     def __post_init__(self) -> None:
         need_real(self, "floor", least=0, most=LARGEST)

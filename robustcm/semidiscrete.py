@@ -58,10 +58,13 @@ class Semidiscrete:
     """
 
     steps: int = 100
+    """Of the fit, 2 or more."""
     draws_a_sample: float = 2.0
     """Noises a step, as a multiple of n."""
     first_rate: float = 0.5
+    """Size of the first step, in units of the scores' spread."""
     last_rate: float = 0.005
+    """Of the last; between them it falls in equal ratios."""
 
     def __post_init__(self) -> None:
         need_whole(self, "steps", least=2)

@@ -30,8 +30,11 @@ class LogHistogram:
     """
 
     smallest: float = 1e-9
+    """Values below count as this one, above 0."""
     largest: float = 1e9
+    """Values above count as this one."""
     relative_error: float = 0.01
+    """Of a quantile, in (0, 1)."""
 
     def __post_init__(self) -> None:
         need_real(self, "smallest", "largest", least=1e-300, most=1e300)

@@ -16,11 +16,11 @@ MAY_BE_IMPORTED_BY_THE_CORE = {"robustcm", "torch", "numpy", "einops", "ot", "sc
 ABOVE_THE_TRAINER = {"analysis", "benchmarks", "tests", "conftest"}
 FLOORS = (
     {"errors"},
-    {"files", "machine", "plotting", "networks"},
+    {"command", "files", "machine", "manual", "plotting", "networks"},
     {"data"},
     {"config"},
     {"options", "presets"},
-    {"run"},
+    {"fields", "run"},
     {"model"},
     {"training", "evaluation"},
     {"ablation"},

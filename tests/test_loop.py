@@ -333,15 +333,6 @@ def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, caps
     assert "pooled" in capsys.readouterr().out
 
 
-def test_help_teaches_presets_and_parts(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "--help"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    for word in ("ilct", "paper", "pixels", "objective.distance=", "MeasuredC(...)", "geman_mcclure", "--run"):
-        assert word in printed
-
-
 def test_every_preset_takes_a_step(image_folder: Path, tmp_path: Path):
     from reference_trainer.presets import PRESETS
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from reference_trainer.ablation.budget import steps_within
 from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
+from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
@@ -63,15 +65,22 @@ def jobs_of(
     out: Path,
     features: str | None = None,
 ) -> list[Job]:
-    """All runs, seed by seed, so that every arm has its first seed before any has its second."""
+    """All runs, seed by seed, so that every arm has its first seed before any has its second.
+
+    Raises:
+        UserError: two arms of one name, which would train in one folder.
+    """
     jobs = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for suite in suites:
             for arm, config in arms:
                 ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
                 root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
                 brief = (arm.name, seed) != (arms[0][0].name, seeds[0])
                 jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief, features))
+    for folder, count in Counter(job.run.root for job in jobs).items():
+        if count > 1:
+            raise UserError(f"{count} arms of one name, kept in {folder.parent}: give one of them, or change a value")
     return jobs
 
 
@@ -165,7 +174,7 @@ class Children:
                 "-m",
                 "reference_trainer",
                 "train",
-                f"--run={job.run.root}",
+                f"--out={job.run.root}",
                 f"--device={device}",
                 *(["--brief"] if job.brief else []),
                 *([f"--features={job.features}"] if job.features else []),
@@ -252,54 +261,6 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
             encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """`ablate` among the commands of the trainer."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "ablate",
-        help="compare techniques: arms with paired seeds under one budget",
-        description="Train a ladder of arms with paired seeds under one budget and compare them. The same command "
-        "again goes on where the last one stopped. Writes ablation.md, .json and .png into OUT.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("options", nargs="*", metavar="path.to.field=value", help="change a field in every arm")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
-    parser.add_argument(
-        "--arm",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("PRESET", "path.to.field=value"),
-        help="one more arm, a preset and what differs; may be given several times, and alone leaves out the ladder",
-    )
-    parser.add_argument("--suites", nargs="+", metavar="SUITE", default=[SUITES[0].name], help="default: clean")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=int, default=5000, help="budget of every run in steps (default 5000)")
-    budget.add_argument("--seconds", type=float, help="... or in seconds of training: faster arms make more steps")
-    parser.add_argument(
-        "--stop-above",
-        type=float,
-        default=math.inf,
-        metavar="R",
-        help="give an arm no further seed once its first has R times the baseline's distance (default: never)",
-    )
-    parser.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
-    parser.add_argument("--workers", type=int, help="runs at a time (default: the cores, or the GPUs)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
-    parser.add_argument("--list", action="store_true", help="print arms and suites and stop")
-    return parser
-
-
-EPILOG = """
-examples:
-  python -m reference_trainer ablate --list
-  python -m reference_trainer ablate --steps 5000 network.width=128
-  python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
-  python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
-"""
-
-
 def run_ablate(options: argparse.Namespace) -> int:
     """Compare the arms."""
     if options.list:
@@ -307,13 +268,12 @@ def run_ablate(options: argparse.Namespace) -> int:
         return 0
     if not options.stop_above > 1:
         raise UserError(f"--stop-above must be larger than 1, got {options.stop_above}")
-    for name, value in (
-        ("--steps", options.steps),
-        ("--seconds", options.seconds or 1),
-        ("--workers", options.workers or 1),
-    ):
-        if not value > 0:
+    for name, value in (("--steps", options.steps), ("--seconds", options.seconds), ("--workers", options.workers)):
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} must be positive, got {value}")
+    for word in (*options.words, *(word for words in options.arm for word in words)):
+        if word.partition("=")[0] in ("steps", "seed"):
+            raise UserError(f"{word}: every arm gets the same steps and seeds; give them with --steps and --seeds")
     if options.features:
         Imported.of(options.features)  # a name that cannot be imported would stop every run behind its training
     device = device_of(options.device)
@@ -322,7 +282,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
     chosen += [arm_from_words(words) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
-    arms = [(arm, with_options(arm.build(), options.options)) for arm in chosen]
+    arms = [(arm, with_options(arm.build(), options.words)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         images = arms[0][1].data.load()
@@ -345,8 +305,8 @@ def run_ablate(options: argparse.Namespace) -> int:
 def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str]:
     """``names``, checked, or all."""
     known = [part.name for part in there]
-    if unknown := set(names or ()) - set(known):
-        raise UserError(f"unknown {', '.join(sorted(unknown))}: there are {'; '.join(known)}")
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise UserError(f"unknown {unknown[0]}{did_you_mean(unknown[0], known)}: there are {'; '.join(known)}")
     return set(known if names is None else names)
 
 

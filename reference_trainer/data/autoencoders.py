@@ -56,6 +56,7 @@ class PretrainedAutoencoder:
     """
 
     load: str
+    """``module:function``; the function takes nothing and returns the autoencoder."""
 
     def __post_init__(self) -> None:
         module, colon, function = self.load.partition(":") if isinstance(self.load, str) else ("", "", "")
@@ -103,22 +104,31 @@ class KLAutoencoder:
     """
 
     latent_channels: int = 2
+    """Channels of the latents."""
     block_out_channels: tuple[int, ...] = (16, 32, 32)
     """One entry a resolution: three entries shrink the patched image four times in each direction."""
     patch: int = 2
+    """Side of the squares of pixels that are laid into channels."""
     layers_per_block: int = 1
+    """Residual blocks at each resolution."""
     attention: bool = False
     """Self-attention at the smallest resolution; without it the convolutions still see all of a small image."""
     norm_num_groups: int = 8
+    """Groups of the group norms; a divisor of every entry of block_out_channels."""
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """``bernoulli``: the decoder gives logits of a pixel's brightness, the error is their cross entropy, which suits
     nearly black-and-white images;
     ``gaussian``: it gives the pixel, the error is squared."""
     kl_weight: float = 0.01
+    """Of the Kullback-Leibler term beside the reconstruction error."""
     steps: int = 1100
+    """Of the fit."""
     batch_size: int = 32
+    """Images a step of the fit."""
     lr: float = 4e-3
+    """Peak of the fit's learning rate."""
     seed: int = 0
+    """Of the fit."""
 
     def __post_init__(self) -> None:
         need_convolutions(self)

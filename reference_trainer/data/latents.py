@@ -34,8 +34,11 @@ class ImpulsiveOutliers:
     """
 
     share: float = 0.01
+    """Of the elements, 0 to 1."""
     factor: float = 10.0
+    """By which their deviation is multiplied."""
     seed: int = 0
+    """Of which elements."""
 
     def __post_init__(self) -> None:
         need_real(self, "share", least=0, most=1)

@@ -118,7 +118,7 @@ def check_finite(state: TrainState, run: RunFolder) -> None:
         raise UserError(
             f"the gradient became NaN or infinite at step {bad}; nothing was saved since, "
             f"{kept[0].name if kept else 'no checkpoint'} is intact. Lower learning_rate.lr or optimizer.max_norm, "
-            "or set optimizer.on_nonfinite=zero (in a new --run)"
+            "or set optimizer.on_nonfinite=zero (in a new --out)"
         )
 
 

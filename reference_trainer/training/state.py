@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reference_trainer.config import Adam, TrainConfig
 from reference_trainer.errors import UserError
+from reference_trainer.files import check_layout
 from reference_trainer.model import build_network
 from reference_trainer.training.meters import LevelMeter, TailMeter
 
@@ -99,28 +100,32 @@ class TrainState:
         """The inverse of ``tensors``.
 
         Raises:
-            UserError: the tensors belong to another network.
+            UserError: the tensors belong to another network, or are those of no run.
         """
+        names = dict(self.network.named_parameters())
+        moments = {name: _below(f"optimizer/{name}/", tensors) for name in names}
         try:
-            self.network.load_state_dict(_below("network/", tensors))
-            self.ema.load_state_dict(_below("ema/", tensors))
-            state = {}
-            for index, (name, _) in enumerate(self.network.named_parameters()):
-                if moments := _below(f"optimizer/{name}/", tensors):
-                    state[index] = moments
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-            for name in self._LOOSE:
-                expected = getattr(self, name)
-                if tensors[name].shape != expected.shape:
-                    raise RuntimeError(
-                        f"{name} has the shape {tuple(tensors[name].shape)}, this version's is {tuple(expected.shape)}"
-                    )
-                setattr(self, name, tensors[name].to(expected.device))
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"the checkpoint of step {step} does not fit this network: {error}") from error
+            check_layout(_others(tensors), _others(self.tensors()))
+            for name, found in moments.items():
+                like = {"step": torch.tensor(0.0), "exp_avg": names[name], "exp_avg_sq": names[name]}
+                check_layout(found, like if found else {})  # a weight without a gradient has none
+        except UserError as error:
+            raise UserError(
+                f"the checkpoint of step {step} does not fit this run ({error}): move it away to go on without it"
+            ) from error
+        self.network.load_state_dict(_below("network/", tensors))
+        self.ema.load_state_dict(_below("ema/", tensors))
+        state = {index: found for index, found in enumerate(moments.values()) if found}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for name in self._LOOSE:
+            setattr(self, name, tensors[name].to(getattr(self, name).device))
         self.step = step
 
     _LOOSE = ("c", "meter", "tails", "first_bad_step", "num_bad_steps")
+
+
+def _others(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""The page that `train --help` shows. Made of text alone: importing the trainer takes longer than reading it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Often(NamedTuple):
+    """A field people change."""
+
+    path: str
+    default: str
+    """As typed; tests check it against the configuration."""
+    what: str
+
+
+OFTEN = (
+    Often("steps", "4000", "training steps; a finished run stays as it is"),
+    Often("batch_size", "256", "samples a step (64 with --data)"),
+    Often("seed", "0", "of weights, noise and order"),
+    Often("learning_rate.lr", "0.003", "peak of the learning rate; learning_rate=ConstantLR(lr=1e-4) is the paper's"),
+    Often("network.width", "128", "of the transformer; network=UNet(...) for a U-Net"),
+    Often("network.patch", "4", "side of a token (2 with --data)"),
+    Often("autoencoder.latent_channels", "2", "of the autoencoder fitted here (4 with --data)"),
+    Often("autoencoder.steps", "1100", "of its fit; autoencoder=PretrainedAutoencoder(load='my_vae:load') for yours"),
+    Often("objective.distance", "geman_mcclure", "cauchy, pseudo_huber, squared_l2, PerToken(...), PerElement(...)"),
+    Often("objective.c.multiple", "0.7", "scale of the distance over the median residual; objective.c=ConstantC"),
+    Often("objective.coupler", "exact", "pairing of noise and data; independent, Entropic(reg=...)"),
+    Often("objective.gate", "AboveExplained(0.2)", "where the pairing is used; Above(3), everywhere"),
+    Often("clip.k", "4.0", "where outliers of the latents are cut; clip=None leaves them in"),
+    Often("non_scaling_norm", "False", "norms without a learned scale"),
+    Often("evaluate_every", "0", "steps between two looks at the samples; 0: only at the end"),
+    Often("threads", "1", "of the CPU"),
+)
+"""With the defaults of the first preset."""
+
+EXAMPLES = """\
+  python -m reference_trainer ilct steps=1000 --out runs/brief
+  python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'
+  python -m reference_trainer --data photos data.resolution=128 autoencoder.latent_channels=8
+  python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')"
+  python -m reference_trainer train --fields objective.c     what there is to choose, with every number
+  python -m reference_trainer --out runs/photos              go on with a run as it is configured"""
+
+
+def presets() -> list[tuple[str, str]]:
+    """Name and first line of each preset, read from the source: of presets.py the functions without an argument."""
+    tree = ast.parse(Path(__file__).with_name("presets.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.args.args]
+    return [(function.name, (ast.get_docstring(function) or "").partition("\n")[0]) for function in functions]
+
+
+def page() -> str:
+    """What stands below the options of `train --help`."""
+    lines = ["presets (the first is the default):"]
+    lines += [f"  {name:8} {line}" for name, line in presets()]
+    lines += ["", "fields people change, with their defaults (train --fields shows all of them):"]
+    for often in OFTEN:
+        lines.append(f"  {f'{often.path}={often.default}':36} {often.what}")
+    return "\n".join([*lines, "", "examples:", EXAMPLES])
