@@ -37,7 +37,8 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = work()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as in a GUI
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
@@ -49,7 +50,7 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
         if debug:
             traceback.print_exception(error)
         if isinstance(error, UserError):
-            _complain(one_line(error))
+            _complain(str(error))
             return 2
         _complain(
             f"unexpected {type(error).__name__}: {one_line(error) or 'no message'} (a fault of ours, or of a module of "

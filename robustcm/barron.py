@@ -46,6 +46,7 @@ class BarronOfR2:
     """
 
     alpha: float
+    """Shape of the tail, at most 2, where there is none; -inf is Welsch's."""
 
     def __post_init__(self) -> None:
         if not self.alpha <= 2:
@@ -69,6 +70,7 @@ class Barron:
     """``BarronOfR2`` of the whole sample's residual: a ``Distance``."""
 
     alpha: float
+    """Shape of the tail, at most 2, where there is none; -inf is Welsch's."""
 
     def __post_init__(self) -> None:
         BarronOfR2(self.alpha)  # raises

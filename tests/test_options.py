@@ -93,7 +93,7 @@ def test_an_option_sets_its_field(option: str, read):
         ("objective.distance=cauchy(1)", "no arguments"),
         ("objective.distance=Barron", "alpha"),
         ("objective.distance=Barron(alpha=3)", "at most 2"),
-        ("objective.distance=Barron(alpha=-cauchy)", "malformed"),
+        ("objective.distance=Barron(alpha=-cauchy)", "cannot read"),
         ("objective.distance=BarronOfR2(alpha=1)", "takes"),
         ("steps", "an option looks like"),
         ("optimizer.on_nonfinite=ignore", "must be"),
