@@ -83,7 +83,7 @@ class Adam:
 
     On a CPU the fused kernel is several times faster than RAdam's many passes over the weights; behind a warm-up the
     two update alike. ``eps`` and ``max_norm`` differ from torch's 1e-8 and the authors' 100; on the digits that
-    changes nothing measurable (docs/evidence.md).
+    changes nothing measurable (docs/log.md).
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

@@ -1,14 +1,11 @@
-"""The README's Python runs, its links lead somewhere, and its commands exist."""
+"""The README's Python runs, and its first screen is what it should be; what it shares with the guides: test_docs.py."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-
-from reference_trainer.__main__ import COMMANDS, configuration, parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,25 +16,12 @@ def test_python_blocks_run(block: str):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_links_lead_to_files():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(links) > 5
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_training_commands_resolve():
-    commands = re.findall(r"^python -m reference_trainer *(.*?) *(?:#.*)?$", README, re.MULTILINE)
-    assert len(commands) > 5
-    for command in commands:
-        words = shlex.split(command)
-        if not words or words[0] not in COMMANDS:
-            words.insert(0, "train")
-        options = parser().parse_args(words)
-        if words[0] == "train":
-            configuration(options)
-
-
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
+def test_the_first_screen_is_a_sentence_the_commands_and_the_pictures():
+    first = README[: README.index("\n## ")]
+    title, sentence, block, samples, boxes, *_ = first.split("\n\n")
+    assert title.startswith("# ")
+    assert sentence.count(". ") == 0
+    assert re.findall(r"^make (\w+)", block, re.MULTILINE) == ["run", "test"]
+    for picture in (samples, boxes):
+        (file,) = re.findall(r"^!\[.+\]\((.+)\)$", picture)
+        assert (ROOT / file).stat().st_size < 200 * 1024

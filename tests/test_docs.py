@@ -1,0 +1,235 @@
+"""The documents hold: links, anchors and scripts exist, commands parse, and the evidence says what its JSON says."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reference_trainer.__main__ import COMMANDS, configuration, parser
+from reference_trainer.ablation.ablate import picked
+from reference_trainer.ablation.comparison import ONE, TWO, Result, by_seed, paired_ratio
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, arm_from_words, with_options
+from reference_trainer.errors import UserError
+from reference_trainer.presets import digits
+
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+TODAY = ("README.md", "docs/guide.md", "docs/evidence.md")  # the log's commands are those of their commits
+EVIDENCE = DOCUMENTS["docs/evidence.md"]
+
+
+def prose(text: str) -> str:
+    """``text`` without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> list[str]:
+    """Of every heading, as GitHub names them: lower case, punctuation gone, a hyphen a space, a number if repeated."""
+    headings = re.findall(r"^#+ +(.*?) *$", prose(text), re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    repeats = [slugs[:i].count(slug) for i, slug in enumerate(slugs)]
+    return [f"{slug}-{n}" if n else slug for slug, n in zip(slugs, repeats, strict=True)]
+
+
+def links(text: str) -> list[str]:
+    """Targets within the repository."""
+    return re.findall(r"\]\((?!http)([^)]+)\)", prose(text))
+
+
+def commands(text: str) -> list[str]:
+    """Every line of the code blocks without a language; lines that end in a backslash go on in the next."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    joined = [block.replace("\\\n", " ") for language, block in blocks if not language]
+    return [line for block in joined for line in block.splitlines() if line.strip()]
+
+
+def test_anchors_are_those_of_github():
+    text = "# Gates at d = 32\n## `a_b`, 5 % (c)\n```\n# no heading\n```\n## A\n## A\n"
+    assert anchors(text) == ["gates-at-d--32", "a_b-5--c", "a", "a-1"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_and_headings(name: str):
+    found = links(DOCUMENTS[name])
+    assert len(found) > 10
+    dead = []
+    for link in found:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(link)
+    assert dead == []
+
+
+def test_every_file_in_docs_is_linked_by_a_document():
+    targets = [(ROOT / name).parent / link for name, text in DOCUMENTS.items() for link in links(text)]
+    linked = {Path(str(target).partition("#")[0]).resolve() for target in targets}
+    there = [path for path in ROOT.glob("docs/**/*") if path.is_file()]
+    assert len(there) > 40
+    assert [path.name for path in there if path.resolve() not in linked] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_scripts_that_are_named_exist(name: str):
+    scripts = re.findall(r"python\s+((?:analysis|benchmarks)/\w+\.py)", DOCUMENTS[name])
+    assert scripts
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+class ParsedError(Exception):
+    """Raised instead of the work behind a command line that parses."""
+
+
+@contextlib.contextmanager
+def parsing_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, every command line is parsed and nothing more."""
+    with monkeypatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            parse = getattr(argparse.ArgumentParser, name)
+
+            def parse_and_stop(self: argparse.ArgumentParser, *given: Any, parse: Any = parse) -> None:
+                parse(self, *given)
+                raise ParsedError
+
+            patch.setattr(argparse.ArgumentParser, name, parse_and_stop)
+        yield
+
+
+def resolve_trainer(words: list[str]) -> None:
+    """Parse, and look up what the trainer would look up before it starts."""
+    if not words or words[0] not in COMMANDS:
+        words = ["train", *words]
+    options = parser().parse_args(words)
+    if words[0] == "train":
+        configuration(options)
+    if words[0] == "ablate":
+        picked(options.arms, ARMS)
+        picked(options.suites, SUITES)
+        with_options(digits(), options.words)
+        for arm in options.arm:
+            arm_from_words(arm)
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, id=f"{n}: {c[:60]}") for n in TODAY for c in commands(DOCUMENTS[n])]
+)
+def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch):
+    match shlex.split(command, comments=True):
+        case ["make", target]:
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+        case ["python", "-m", "reference_trainer", *words]:
+            resolve_trainer(words)
+        case ["python", "-m", module]:
+            assert find_spec(module) is not None
+        case ["python", "-c", code]:
+            compile(code, command, "exec")
+        case ["python", script, *words]:
+            folder, _, name = script.removesuffix(".py").rpartition("/")
+            monkeypatch.syspath_prepend(str(ROOT / folder))
+            module = importlib.import_module(name if folder == "benchmarks" else f"{folder}.{name}")
+            monkeypatch.setattr(sys, "argv", [script, *words])
+            with parsing_only(monkeypatch), pytest.raises(ParsedError):
+                module.main()
+        case words:
+            pytest.fail(f"no command this test knows: {words}")
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("python benchmarks/coupling.py --epoch-count 3", SystemExit),
+        ("python analysis/td_outliers.py --nothing", (SystemExit, pytest.fail.Exception)),
+        ("python benchmarks/gone.py", ModuleNotFoundError),
+        ("python -m reference_trainer steps=0", UserError),
+        ("python -m reference_trainer ablate --arms nobody", UserError),
+        ("python -m reference_trainer ablate --arm digits objective.gate=Nowhere", UserError),
+        ("python -c 'print('", SyntaxError),
+        ("make coffee", AssertionError),
+        ("pip install everything", pytest.fail.Exception),
+    ],
+)
+def test_command_lines_that_do_not_exist_are_found(command: str, error: Any, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(error), contextlib.redirect_stderr(io.StringIO()):
+        test_command_lines_parse(command, monkeypatch)
+
+
+def ablations() -> dict[str, tuple[list[str], list[Result]]]:
+    """Of each JSON of the evidence its command, split, and its runs."""
+    found = {path.name: json.loads(path.read_text()) for path in (ROOT / "docs" / "evidence").glob("*.json")}
+    assert len(found) > 10
+    return {name: (shlex.split(f["command"]), [Result(**run) for run in f["runs"]]) for name, f in found.items()}
+
+
+def test_the_command_of_every_json_stands_in_the_evidence():
+    there = [shlex.split(command) for command in commands(EVIDENCE)]
+    assert [name for name, (command, _) in ablations().items() if command not in there] == []
+
+
+def figures(runs: list[Result], arm: str, suite: str, row: str) -> dict[str, set[str]]:
+    """What a table may say of an arm: distance (whole numbers or tenths) with each seed's, ratio to the baseline."""
+    found: dict[str, set[str]] = {"distance": set(), "ratio": set()}
+    for metric in ("frechet", "kernel_x1000"):
+        values = by_seed(runs, suite, arm, row, metric)
+        for decimals in (0, 1):
+            each = ", ".join(f"{values[seed]:.{decimals}f}" for seed in sorted(values))
+            found["distance"].add(f"{statistics.fmean(values.values()):.{decimals}f} ({each})")
+    found["ratio"].add(str(paired_ratio(by_seed(runs, suite, arm, row), by_seed(runs, suite, BASELINE, row))))
+    return found
+
+
+def measured() -> dict[tuple[str, str, str], dict[str, dict[str, set[str]]]]:
+    """(JSON, suite, arm) -> its figures at one evaluation and at two."""
+    return {
+        (name, suite, arm): {row: figures(runs, arm, suite, row) for row in (ONE, TWO)}
+        for name, (_, runs) in ablations().items()
+        for suite, arm in dict.fromkeys((run.suite, run.arm) for run in runs)
+    }
+
+
+def test_every_arm_of_every_json_stands_in_the_evidence():
+    missing = [arm for arm, rows in measured().items() if not any(x in EVIDENCE for x in rows[ONE]["distance"])]
+    assert missing == []
+
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+DISTANCE, RATIO = rf"{NUMBER} \({NUMBER}(?:, {NUMBER})+\)", rf"{NUMBER} \({NUMBER} \.\. {NUMBER}\)"
+
+
+def test_every_figure_with_its_seeds_comes_from_a_json():
+    known = {x for rows in measured().values() for row in rows.values() for x in row["distance"]}
+    said = re.findall(DISTANCE, prose(EVIDENCE))
+    assert len(said) > 100
+    assert [x for x in said if x not in known] == []
+
+
+def test_distance_and_ratio_in_one_line_are_of_one_arm():
+    arms = [[row["distance"] | row["ratio"] for row in rows.values()] for rows in measured().values()]
+    lines = [line for line in EVIDENCE.splitlines() if line.startswith("|") and re.search(RATIO, line)]
+    assert len(lines) > 15
+    for line in lines:
+        one, two = re.findall(rf"({DISTANCE}) \| ({RATIO})", line)
+        assert any(set(one) <= at_one and set(two) <= at_two for at_one, at_two in arms), line
+
+
+def test_what_5_percent_cost_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch):
+    (code,) = (words[2] for command in commands(EVIDENCE) if (words := shlex.split(command))[:2] == ["python", "-c"])
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(printed := io.StringIO()):
+        exec(compile(code, "docs/evidence.md", "exec"), {})
+    one, two = re.findall(r"(\S+ \(.*?\))", printed.getvalue().replace(" ..", " to"))
+    assert one.split()[0] + " times (" + one.split("(")[1] in EVIDENCE
+    assert two in EVIDENCE
