@@ -68,6 +68,15 @@ def flow_time(t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class FlowRange:
+    """The levels of flow time, ``x_t = (1 - t) x + t z``: all of [0, 1]; ``depth`` is ``1 - t``."""
+
+    def at(self, depth: Tensor) -> Tensor:
+        """The noise at ``depth`` in sigma, any shape."""
+        return sigma_of_flow_time(1 - depth)
+
+
+@dataclass(frozen=True)
 class TimestepIndex:
     """The ``Axis`` of an index 0 .. num_timesteps - 1 of a diffusion schedule, 0 the least noise (DDPM, diffusers)."""
 
