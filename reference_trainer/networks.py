@@ -1,4 +1,8 @@
-"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``."""
+"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``.
+
+Built for two times, as flow maps and trajectories are told, ``F(x, c_noise [b], c_noise_2 [b])``: the embedding of the
+second is added to that of the first.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,8 @@ class UNet:
                 f"{len(self.block_out_channels)}"
             )
 
-    def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
-        """For latents of ``shape`` (ch, h, w); the initial weights are a function of ``seed``.
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+        """For latents of ``shape`` (ch, h, w), told 1 or 2 ``times``; the initial weights are a function of ``seed``.
 
         Raises:
             ValueError: the shape cannot be patched or halved as often as asked.
@@ -59,6 +63,7 @@ class UNet:
                 norm_num_groups=self.norm_num_groups,
                 dropout=self.dropout,
                 add_attention=any(self.attention),
+                class_embed_type="timestep" if times == 2 else None,
             )
         return _Patched(network, self.patch)
 
@@ -83,8 +88,9 @@ class DiT:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
 
-    def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
-        """For latents of ``shape`` (ch, h, w), square; the initial weights are a function of ``seed``.
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+        """For latents of ``shape`` (ch, h, w), square, told 1 or 2 ``times``; the initial weights are a function of
+        ``seed``.
 
         Raises:
             ValueError: the shape is not square or not a multiple of the patch.
@@ -111,13 +117,16 @@ class DiT:
                 norm_num_groups=1,
                 activation_fn="gelu",  # the tanh approximation is slower on a CPU
             )
-        _embed_each_level_once(network)
+            if times == 2:
+                network.adaln_single = _two_times(network)
+        if times == 1:
+            network.adaln_single = _once_per_level(network)
         if h == self.patch:
             _leave_out_what_one_token_does_not_need(network)
         return _Timed(network, self.time_scale)
 
 
-def _embed_each_level_once(network: Any) -> None:
+def _once_per_level(network: Any) -> nn.Module:
     """Time modulation from a row for each noise level in the batch, not for each sample: N - 1 pairs share a batch."""
     from diffusers.models.normalization import AdaLayerNormSingle
 
@@ -137,7 +146,32 @@ def _embed_each_level_once(network: Any) -> None:
 
     once = OncePerLevel(network.inner_dim)
     once.load_state_dict(network.adaln_single.state_dict())
-    network.adaln_single = once
+    return once
+
+
+def _two_times(network: Any) -> nn.Module:
+    """Time modulation of a network told ``[b, 2]``; without the shortcut of ``_once_per_level``: two times hardly ever
+    come twice, and ``unique`` has no derivative."""
+    from diffusers.models.embeddings import TimestepEmbedding
+    from diffusers.models.normalization import AdaLayerNormSingle
+
+    class TwoTimes(AdaLayerNormSingle):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.second = TimestepEmbedding(in_channels=256, time_embed_dim=width)
+
+        def forward(
+            self,
+            timestep: Tensor,
+            added_cond_kwargs: Any = None,
+            batch_size: int | None = None,
+            hidden_dtype: torch.dtype | None = None,
+        ) -> Any:
+            features = self.emb.time_proj(timestep.flatten()).to(hidden_dtype).unflatten(0, (-1, 2))
+            embedded = self.emb.timestep_embedder(features[:, 0]) + self.second(features[:, 1])
+            return self.linear(self.silu(embedded)), embedded
+
+    return TwoTimes(network.inner_dim)
 
 
 def _leave_out_what_one_token_does_not_need(network: Any) -> None:
@@ -178,8 +212,9 @@ class _Timed(nn.Module):
         self.network = network
         self.time_scale = time_scale
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=self.time_scale * c_noise).sample
+    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
+        times = self.time_scale * (c_noise[0] if len(c_noise) == 1 else torch.stack(c_noise, 1))
+        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=times).sample
         return output
 
 
@@ -189,8 +224,8 @@ class _Patched(nn.Module):
         self.network = network
         self.patch = patch
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
         p = self.patch
         x = rearrange(x, "b ch (h p) (w q) -> b (ch p q) h w", p=p, q=p)
-        x = self.network(x, c_noise).sample
+        x = self.network(x, c_noise[0], class_labels=c_noise[1] if len(c_noise) == 2 else None).sample
         return rearrange(x, "b (ch p q) h w -> b ch (h p) (w q)", p=p, q=p)

@@ -21,7 +21,21 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm import couplers, early, fences, gates, losses, noise, objective, scales, schedules, sketch
+from robustcm import (
+    couplers,
+    early,
+    fences,
+    flow_maps,
+    flow_targets,
+    gates,
+    losses,
+    noise,
+    objective,
+    scales,
+    schedules,
+    sketch,
+    trajectories,
+)
 
 RHOS = (losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2, losses.squared_l2_of_r2)
 
@@ -31,24 +45,32 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
     (TrainConfig, "network"): (DiT, UNet),
-    (TrainConfig, "objective"): (objective.Objective,),
+    (TrainConfig, "objective"): (
+        *(objective.Objective, flow_maps.FlowMapObjective),
+        trajectories.TrajectoryObjective,
+    ),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
-    (objective.Objective, "distance"): (
+    (objective.FewStepObjective, "distance"): (
         *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.squared_l2),
         *(losses.PerToken, losses.PerElement),
     ),
-    (objective.Objective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
+    (objective.FewStepObjective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
     (objective.Objective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
-    (objective.Objective, "weight"): (
+    (trajectories.TrajectoryObjective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
+    (flow_maps.FlowMapObjective, "levels"): (flow_maps.LogitNormalTimes,),
+    (flow_maps.FlowMapObjective, "target"): (flow_targets.TwoPoint, flow_targets.Derivative),
+    (flow_targets.TwoPoint, "share"): (flow_targets.SigmoidShare, flow_targets.ConstantShare),
+    (trajectories.TrajectoryObjective, "ends"): (trajectories.UniformEnds,),
+    (objective.FewStepObjective, "weight"): (
         *(schedules.inverse_gap, schedules.equal_weight),
         *(schedules.BoundedInverseGap, schedules.SnrPlusWeight),
     ),
-    (objective.Objective, "coupler"): (
+    (objective.FewStepObjective, "coupler"): (
         *(couplers.independent, couplers.exact),
         *(couplers.Entropic, couplers.WithinClasses),
     ),
-    (objective.Objective, "gate"): (
+    (objective.FewStepObjective, "gate"): (
         *(gates.everywhere, gates.Above, gates.SoftAbove, gates.AnnealedAbove, gates.ShareAbove),
         gates.AboveExplained,
     ),
@@ -66,7 +88,10 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (schedules.LevelGrid, "law"): (schedules.LognormalLaw, schedules.UniformLaw),
 }
-"""For each exchangeable field, the parts the command line and config.json know. From Python any callable goes."""
+"""For each exchangeable field, the parts the command line and config.json know. From Python any callable goes.
+
+What a field of a class takes, its subclasses' take, where they say nothing else.
+"""
 
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
 VOCABULARY["inf"] = math.inf  # JSON has no literal for it
@@ -100,7 +125,7 @@ def _replace(owner: Any, path: str, names: list[str], text: str) -> Any:
 
 def _read(owner: type, field: str, text: str, path: str) -> Any:
     hint = typing.get_type_hints(owner)[field]
-    choices = CHOICES.get((owner, field))
+    choices = choices_of(owner, field)
     if choices is None:
         if hint is str:
             return text
@@ -123,6 +148,11 @@ def _read(owner: type, field: str, text: str, path: str) -> Any:
     if not any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices):
         raise UserError(f"option {path} takes {describe(choices)}; got {text}")
     return value
+
+
+def choices_of(owner: Any, field: str) -> tuple[Any, ...] | None:
+    """The parts that ``field`` of the class ``owner`` takes; None: it takes a plain value."""
+    return next((CHOICES[base, field] for base in owner.__mro__ if (base, field) in CHOICES), None)
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -153,7 +183,7 @@ def _build(part: Callable[..., Any], positional: list[Any], keywords: dict[str, 
     hints = typing.get_type_hints(part)
     fitted = {}
     for name, value in given.items():
-        if (part, name) in CHOICES:
+        if choices_of(part, name) is not None:
             fitted[name] = value() if isinstance(value, type) else value
         else:
             fitted[name] = _fit(value, hints[name], f"{_name(part)}({name}=...)")

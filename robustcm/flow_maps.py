@@ -11,25 +11,22 @@ z_r = z_t - (t - r) u(z_t, t, r). So one evaluation jumps any distance, u(z_1, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustcm.consistency import Network, shared_mask
+from robustcm.flow_targets import FlowMap, FlowPoint, FlowTarget, TwoPoint
 from robustcm.gates import OfFlowTime, of_flow_time
-from robustcm.noise import FlowRange, flow_time, sigma_of_flow_time
+from robustcm.noise import FlowRange, flow_time
 from robustcm.objective import Batch, FewStepObjective
 from robustcm.randomness import two_of
 from robustcm.schedules import LevelPairs, PairLaw, PairWeight, equal_weight
 from robustcm.shapes import one_a_sample, over_samples, same_shape
-
-FlowMap: TypeAlias = Callable[..., Tensor]
-"""``u(z_t [b, ...], t [b], r [b], **conditions) -> [b, ...]``: the average velocity from t down to r."""
 
 
 @dataclass(frozen=True)
@@ -104,136 +101,6 @@ class LogitNormalTimes:
         return sigma / (1 + sigma)
 
 
-# --- Targets: what u(z_t, t, r) is compared with ---------------------------------------------------------------------
-
-
-class FlowTarget(Protocol):
-    """Gives the target of u: at r = t the velocity itself, exactly; without gradient."""
-
-    def __call__(
-        self,
-        u: FlowMap,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        r: Tensor,
-        *,
-        student: Tensor,
-        progress: Tensor | float,
-        conditions: Mapping[str, Any],
-    ) -> Tensor:
-        """
-        Args:
-            u: the teacher.
-            z_t, v: ``[b, ...]``, point and velocity at t.
-            t, r: ``[b]``, r <= t.
-            student: ``u(z_t, t, r) [b, ...]`` of the student, detached.
-            progress: share of the training done, 0-dim.
-            conditions: keyword arguments of u.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Derivative:
-    """``v - (t - r) (v d_z u + d_t u)``: MeanFlow's target, the total derivative by ``torch.func.jvp``.
-
-    It costs a pass in forward mode, about two without, and every operation of u has to have one: fused attention has
-    none, so attention is computed by its formula there. u of the student is a pass of its own, with any attention.
-
-    Source: Geng et al. 2025, arXiv 2505.13447, Eq. (10) and (11) from memory; the formula checked in public code.
-    """
-
-    def __call__(
-        self,
-        u: FlowMap,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        r: Tensor,
-        *,
-        student: Tensor,
-        progress: Tensor | float,
-        conditions: Mapping[str, Any],
-    ) -> Tensor:
-        """See ``FlowTarget``."""
-
-        def along(z_t: Tensor, t: Tensor) -> Tensor:
-            return u(z_t, t, r, **conditions)
-
-        with sdpa_kernel(SDPBackend.MATH):
-            _, slope = torch.func.jvp(along, (z_t, t), (v, torch.ones_like(t)))
-        return (v - over_samples(t - r, z_t) * slope).detach()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SigmoidShare:
-    """1 at the start, ``smallest`` at the end, a sigmoid of the progress between: flow matching first.
-
-    Source: Zhang et al. 2025 (alpha-Flow), arXiv 2510.20771: steepness 25 and smallest 0.005 from memory; that values
-    nearer than that to 1 are 1 checked in the authors' code.
-    """
-
-    steepness: float = 25.0
-    middle: float = 0.5
-    smallest: float = 0.005
-
-    def __post_init__(self) -> None:
-        if not (0 < self.steepness < float("inf") and 0 <= self.middle <= 1 and 0 < self.smallest < 1):
-            raise ValueError(f"need steepness > 0, middle in [0, 1] and smallest in (0, 1), got {self}")
-
-    def __call__(self, progress: Tensor) -> Tensor:
-        share = torch.sigmoid(self.steepness * (self.middle - progress))
-        return torch.where(share > 1 - self.smallest, 1.0, share.clamp(min=self.smallest))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoPoint:
-    """alpha-Flow's target from two points of the path, ``share v + (1 - share) u(z_s, s, r)``: a temporal difference.
-
-    s = t - share (t - r), z_s = z_t - (t - s) v. No derivative, so any attention, compile, any device. ``share`` 1 is
-    flow matching; as it goes to 0 the target goes to u itself, the residual D / share to MeanFlow's.
-
-    That quotient is what is compared here: the target returned is ``u - D / share = v - (1 - share) / share
-    (u(z_t, t, r) - u(z_s, s, r))``. For the squared error that is the paper's weight 1 / share; and as residuals stay
-    in units of velocity for every share, so does c. (The adaptive weight of the authors' code, ``share / (D^2 + eps)``,
-    is Cauchy's in these units with eps / share^2 for eps.)
-
-    Source: Zhang et al. 2025, arXiv 2510.20771; target and weight checked in the authors' code.
-    """
-
-    share: float | SigmoidShare = SigmoidShare()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.share, (int, float)) and not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}; its limit 0 is Derivative()")
-
-    def __call__(
-        self,
-        u: FlowMap,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        r: Tensor,
-        *,
-        student: Tensor,
-        progress: Tensor | float,
-        conditions: Mapping[str, Any],
-    ) -> Tensor:
-        """See ``FlowTarget``."""
-        share = self.share
-        if not isinstance(share, (int, float)):
-            share = share(torch.as_tensor(progress, dtype=t.dtype, device=t.device))
-        step = share * (t - r)
-        with torch.no_grad():
-            there = u(z_t - over_samples(step, z_t) * v, t - step, r, **conditions)
-            target = v - (1 - share) / share * (student - there)
-            return torch.where(over_samples(t > r, z_t), target, v)
-
-
-# --- The objective ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class FlowMapObjective(FewStepObjective):
     """Training u on batches of data, with the parts of ``Objective``: ``distance(u, target)`` at a measured scale.
@@ -270,10 +137,8 @@ class FlowMapObjective(FewStepObjective):
         z_t, v = torch.lerp(x, z, over_samples(one_a_sample("t", t, len(x)), x)), z - x
         with shared_mask(f, x.device):
             student = f(z_t, t, r, **conditions)
-        target = self.target(
-            teacher or f, z_t, v, t, r, student=student.detach(), progress=progress, conditions=conditions
-        )
-        return student, target
+        with torch.no_grad():
+            return student, self.target(teacher or f, FlowPoint(z_t, v, t, r, student.detach(), progress, conditions))
 
     def _coupled_at(self, t: Tensor, progress: float) -> Tensor:
         return of_flow_time(self.gate)(t, progress)

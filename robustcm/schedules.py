@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from robustcm.noise import NoiseRange
+from robustcm.noise import FlowRange, NoiseRange
 
 
 class LevelPairs(NamedTuple):
@@ -135,7 +135,7 @@ class PairLaw(Protocol):
     """Gives every sample its pair of noise levels."""
 
     @property
-    def noise(self) -> NoiseRange:
+    def noise(self) -> NoiseRange | FlowRange:
         """The range the levels lie in."""
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from reference_trainer.data.latents import some_of
 from reference_trainer.errors import UserError
 from robustcm.couplers import independent
 from robustcm.gates import AboveExplained
-from robustcm.objective import Batch, Objective, draw
+from robustcm.objective import Batch, FewStepObjective, draw
 from robustcm.randomness import Stream, step_generator
+
+AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
 
 
 class Batches:
@@ -71,7 +74,7 @@ class Batches:
         return z[perm].split(config.batch_size)
 
 
-def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
+def with_measured_gate(objective: AnyObjective, latents: Tensor) -> AnyObjective:
     """``objective`` with its gate put where ``latents [n, ch, h, w]`` say, if it is one that asks them.
 
     Raises:
