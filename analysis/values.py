@@ -256,6 +256,9 @@ def trained_run(run: RunFolder, images: ImageSet, device: torch.device, name: st
         UserError: no run, or no checkpoint.
     """
     model = load_model(run, device)
+    if not isinstance(model.config.objective, Objective):
+        method = type(model.config.objective).__name__
+        raise UserError(f"{run.root} is a run of a {method}: temporal differences are of consistency functions")
     data = model.latents_of(images.train)
     origin = f"{name or 'run ' + run.root.resolve().name} ({model.step} steps)"
     return Trained(model.config, network_of(model.config, run, model.shape, device), data, origin, device)

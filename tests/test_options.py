@@ -11,6 +11,7 @@ import pytest
 from reference_trainer.errors import UserError
 from reference_trainer.options import differences, from_json, override, to_json
 from reference_trainer.presets import PRESETS, digits
+from robustcm.flow_targets import Derivative
 from robustcm.losses import PerToken, cauchy_of_r2
 from robustcm.scales import MeasuredC
 from robustcm.schedules import FixedCurriculum, LevelGrid
@@ -28,6 +29,8 @@ from robustcm.schedules import FixedCurriculum, LevelGrid
         ("objective.c=MeasuredC(multiple=0.5, bins=4)", lambda c: c.objective.c == MeasuredC(multiple=0.5, bins=4)),
         ("objective.c=MeasuredC", lambda c: c.objective.c == MeasuredC()),
         ("objective.distance=PerToken(cauchy_of_r2)", lambda c: c.objective.distance == PerToken(cauchy_of_r2)),
+        ("objective=FlowMapObjective(target=Derivative, gate=Above(2))", lambda c: c.objective.target == Derivative()),
+        ("objective=TrajectoryObjective(reach=0.5)", lambda c: c.objective.reach == 0.5),
         ("objective.extra=None", lambda c: c.objective.extra is None),
         (
             "objective.levels=LevelGrid(curriculum=FixedCurriculum(num_levels=5))",
