@@ -30,7 +30,7 @@ from reference_trainer.training.batches import batch_indices, with_measured_gate
 from reference_trainer.training.loop import train
 from robustcm.consistency import temporal_difference
 from robustcm.losses import sample_r2
-from robustcm.objective import draw
+from robustcm.objective import Objective, draw
 from robustcm.schedules import FixedCurriculum, LevelGrid
 
 MAX_ELEMENTS = 2**26  # of temporal differences held at once: 256 MB

@@ -146,7 +146,7 @@ class FewStepObjective:
 
     @property
     def noise(self) -> Any:
-        """The range of the noise levels; f and sampler have to have the same. ``noise.at(depth)`` is in sigma."""
+        """The range of the noise levels, ``NoiseRange`` or ``FlowRange``; f and sampler have to have the same."""
         return getattr(self.levels, "noise", None) or NoiseRange()
 
     def prepare(

@@ -25,7 +25,7 @@ class LevelPairs(NamedTuple):
     t_hi: Tensor
     """Student level ``[b]``, float32."""
     t_lo: Tensor
-    """Teacher level ``[b]``, float32, ``t_lo < t_hi``."""
+    """Teacher level ``[b]``, float32, ``t_lo < t_hi``. (Of a flow map the end of the span, which may be empty.)"""
     depth: Tensor
     """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N."""
     num_levels: int

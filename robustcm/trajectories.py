@@ -68,8 +68,8 @@ class PreconditionedTrajectory:
 class UniformEnds:
     """The level s a trajectory ends at: sigma_min for a ``share_to_data``, else uniform in depth below the teacher.
 
-    A share of 1 is consistency training. Source: CTM draws s uniformly; the share, which is what one evaluation asks
-    for, is ours.
+    A share of 1 is consistency training. CTM draws s uniformly (from memory); the share is ours: s = sigma_min is what
+    a single evaluation asks for.
     """
 
     share_to_data: float = 0.5
