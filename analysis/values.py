@@ -26,7 +26,7 @@ from robustcm.consistency import temporal_difference
 from robustcm.couplers import exact
 from robustcm.gates import Above, AboveExplained
 from robustcm.losses import sample_r2
-from robustcm.objective import draw
+from robustcm.objective import Objective, draw
 from robustcm.schedules import FixedCurriculum, LevelGrid
 from robustcm.tails.boxes import FEW
 
@@ -217,7 +217,11 @@ def trained_run(run: RunFolder, images: ImageSet, device: torch.device) -> Train
     Raises:
         UserError: no run, no checkpoint, or images it was not made for.
     """
-    return trained_of(load_model(run, device), run, images)
+    model = load_model(run, device)
+    if not isinstance(model.config.objective, Objective):
+        method = type(model.config.objective).__name__
+        raise UserError(f"{run.root} is a run of a {method}: temporal differences are of consistency functions")
+    return trained_of(model, run, images)
 
 
 def trained_of(model: TrainedModel, run: RunFolder, images: ImageSet) -> Trained:

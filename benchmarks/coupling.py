@@ -27,7 +27,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import some_of
 from reference_trainer.machine import cache_folder, describe_machine
 from reference_trainer.presets import digits
-from reference_trainer.training.loop import training_latents
+from reference_trainer.training.start import training_latents
 from robustcm.couplers import coupling_gain, exact
 from robustcm.gates import AboveExplained, explained_below
 from robustcm.randomness import step_generator

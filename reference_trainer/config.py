@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,14 +15,15 @@ from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm.consistency import Preconditioned, Preconditioning
 from robustcm.couplers import exact
 from robustcm.fences import ConditionalClip, TukeyClip
+from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
+from robustcm.trajectories import TrajectoryObjective
 
 MOST_THREADS = 1024
 
@@ -149,7 +150,7 @@ class TrainConfig:
     """The backbone."""
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
-    objective: Objective = Objective(
+    objective: Objective | FlowMapObjective | TrajectoryObjective = Objective(
         distance=geman_mcclure,
         c=MeasuredC(multiple=0.7, bins=8, at_least_pooled=True),
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
@@ -179,7 +180,7 @@ class TrainConfig:
     second_sigma: float | None = None
     """Noise level of the second evaluation when sampling with two; the nearest level of training is taken. None: up to
     which the training latents show with weight 0.9 which sample they were (measured; 0.22 for the digits). iCT:
-    0.821."""
+    0.821. Flow maps and trajectories go on in equal steps instead."""
     log_every: int = 50
     """Steps between two rows of metrics.jsonl, 1 or more."""
     save_every: int = 500
@@ -196,11 +197,13 @@ class TrainConfig:
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
-        _require(
-            self.second_sigma is None or low < self.second_sigma < high,
-            f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
-        )
+        if self.second_sigma is not None:
+            _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
+            low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
+            _require(
+                low < self.second_sigma < high,
+                f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
+            )
 
     def prepare_latents(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``: with outliers put in and clipped, as far as asked; not normalised.
@@ -215,9 +218,9 @@ class TrainConfig:
             raise UserError(str(error)) from error
         return raw_latents
 
-    def preconditioned(self, network: nn.Module) -> Preconditioned:
-        """The consistency function of ``network``, for the noise levels it is trained at."""
-        return Preconditioned(network, Preconditioning(noise=self.objective.noise))
+    def preconditioned(self, network: nn.Module) -> Callable[..., Tensor]:
+        """The function the objective trains, around ``network``: consistency function, flow map or trajectories."""
+        return self.objective.function_of(network)
 
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.options import CHOICES, describe, field_of, literal, typed
+from reference_trainer.options import choices_of, describe, field_of, literal, typed
 
 WIDTH = 110
 
@@ -58,7 +58,7 @@ def _fields_of(part: Any, path: str) -> Iterator[str]:
 
 
 def _field(owner: type, name: str, value: Any, path: str) -> Iterator[str]:
-    choices = CHOICES.get((owner, name))
+    choices = choices_of(owner, name)
     kind = describe(choices) if choices else typed(typing.get_type_hints(owner)[name])
     inside = is_dataclass(value) and fields(value)
     shown = "needed" if value is MISSING else f"{type(value).__name__}(...)" if inside else literal(value)

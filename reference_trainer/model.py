@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.run import RunFolder
-from robustcm.consistency import sample
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
 
@@ -37,22 +35,22 @@ class TrainedModel:
     """In what the images at hand and the autoencoder are not what the run was made from, in words."""
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
-        """Noise levels of the sampler: sigma_max, the run's second sigma, then halving it each time.
+        """Levels of the sampler, as the objective has them: noise levels, of a flow map flow times.
 
-        Each but the first is the level nearest to that which the run was training at.
+        Of a consistency function: sigma_max, the run's second sigma, then halving it each time. Each but the first
+        is the level nearest to that which the run was training at.
 
         Raises:
             UserError: fewer than 1, or more evaluations than there are levels to halve through.
         """
         if evaluations < 1:
             raise UserError(f"need at least 1 evaluation, got {evaluations}")
-        config, last, noise = self.config, max(0, self.step - 1), self.config.objective.noise
-        second = config.second_sigma or min(self.space.recognised_at, noise.sigma_max / 2)
-        wanted = (second / 2**i for i in range(evaluations - 1))
-        levels = (noise.sigma_max, *(config.objective.levels.nearest(t, last, config.steps) for t in wanted))
-        if any(a <= b for a, b in pairwise(levels)):
-            raise UserError(f"{evaluations} evaluations are more than there are trained noise levels to halve through")
-        return levels
+        config, last = self.config, max(0, self.step - 1)
+        second = config.second_sigma or min(self.space.recognised_at, config.objective.noise.sigma_max / 2)
+        try:
+            return config.objective.sampling_levels(evaluations, second, last, config.steps)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
         """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
@@ -62,7 +60,7 @@ class TrainedModel:
         for index, start in enumerate(range(0, n, batch_size)):
             generator = step_generator(seed, index, Stream.SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
-            parts.append(sample(f, z, sigmas=sigmas, generator=generator).cpu())
+            parts.append(self.config.objective.sample(f, z, sigmas, generator).cpu())
             bar.update(len(z))
         bar.close()
         return torch.cat(parts)
@@ -119,7 +117,7 @@ def load_model(
 def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
     """The backbone of ``config`` for latents of ``shape`` (ch, h, w), norms converted if asked."""
     try:
-        network = config.network.build(shape, config.seed)
+        network = config.network.build(shape, config.seed, config.objective.num_times)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
     if config.non_scaling_norm:

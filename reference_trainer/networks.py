@@ -1,4 +1,8 @@
-"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``."""
+"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``.
+
+Built for two times, as flow maps and trajectories are told, ``F(x, c_noise [b], c_noise_2 [b])``: the embedding of the
+second is added to that of the first.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +63,8 @@ class UNet:
         if few := [ch for ch, attends in zip(channels, attending, strict=True) if attends and ch < HEAD_CHANNELS]:
             raise ValueError(f"block_out_channels must be at least {HEAD_CHANNELS} for attention, got {few[0]}")
 
-    def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
-        """For latents of ``shape`` (ch, h, w); the initial weights are a function of ``seed``.
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+        """For latents of ``shape`` (ch, h, w), told 1 or 2 ``times``; the initial weights are a function of ``seed``.
 
         Raises:
             ValueError: the shape cannot be patched or halved as often as asked.
@@ -87,6 +91,7 @@ class UNet:
                 norm_num_groups=self.norm_num_groups,
                 dropout=self.dropout,
                 add_attention=any(self.attention),
+                class_embed_type="timestep" if times == 2 else None,
             )
         return _Patched(network, self.patch)
 
@@ -120,8 +125,9 @@ class DiT:
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width must be a multiple of heads = {self.heads} and of 4, got {self.width}")
 
-    def build(self, shape: tuple[int, int, int], seed: int) -> nn.Module:
-        """For latents of ``shape`` (ch, h, w), square; the initial weights are a function of ``seed``.
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+        """For latents of ``shape`` (ch, h, w), square, told 1 or 2 ``times``; the initial weights are a function of
+        ``seed``.
 
         Raises:
             ValueError: the shape is not square or not a multiple of the patch.
@@ -148,7 +154,10 @@ class DiT:
                 norm_num_groups=1,
                 activation_fn="gelu",  # the tanh approximation is slower on a CPU
             )
-        _embed_each_level_once(network)
+            if times == 2:
+                network.adaln_single = _two_times(network)
+        if times == 1:
+            network.adaln_single = _once_per_level(network)
         if h == self.patch:
             _leave_out_what_one_token_does_not_need(network)
         return _Timed(network, self.time_scale)
@@ -176,7 +185,7 @@ def halvings_fit(owner: Convolutions, h: int, w: int) -> bool:
     return h % divisor == 0 and w % divisor == 0
 
 
-def _embed_each_level_once(network: Any) -> None:
+def _once_per_level(network: Any) -> nn.Module:
     """Time modulation from a row for each noise level in the batch, not for each sample: N - 1 pairs share a batch."""
     from diffusers.models.normalization import AdaLayerNormSingle
 
@@ -196,7 +205,32 @@ def _embed_each_level_once(network: Any) -> None:
 
     once = OncePerLevel(network.inner_dim)
     once.load_state_dict(network.adaln_single.state_dict())
-    network.adaln_single = once
+    return once
+
+
+def _two_times(network: Any) -> nn.Module:
+    """Time modulation of a network told ``[b, 2]``; without the shortcut of ``_once_per_level``: two times hardly ever
+    come twice, and ``unique`` has no derivative."""
+    from diffusers.models.embeddings import TimestepEmbedding
+    from diffusers.models.normalization import AdaLayerNormSingle
+
+    class TwoTimes(AdaLayerNormSingle):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.second = TimestepEmbedding(in_channels=256, time_embed_dim=width)
+
+        def forward(
+            self,
+            timestep: Tensor,
+            added_cond_kwargs: Any = None,
+            batch_size: int | None = None,
+            hidden_dtype: torch.dtype | None = None,
+        ) -> Any:
+            features = self.emb.time_proj(timestep.flatten()).to(hidden_dtype).unflatten(0, (-1, 2))
+            embedded = self.emb.timestep_embedder(features[:, 0]) + self.second(features[:, 1])
+            return self.linear(self.silu(embedded)), embedded
+
+    return TwoTimes(network.inner_dim)
 
 
 def _leave_out_what_one_token_does_not_need(network: Any) -> None:
@@ -237,8 +271,9 @@ class _Timed(nn.Module):
         self.network = network
         self.time_scale = time_scale
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=self.time_scale * c_noise).sample
+    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
+        times = self.time_scale * (c_noise[0] if len(c_noise) == 1 else torch.stack(c_noise, 1))
+        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=times).sample
         return output
 
 
@@ -248,8 +283,8 @@ class _Patched(nn.Module):
         self.network = network
         self.patch = patch
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
         p = self.patch
         x = rearrange(x, "b ch (h p) (w q) -> b (ch p q) h w", p=p, q=p)
-        x = self.network(x, c_noise).sample
+        x = self.network(x, c_noise[0], class_labels=c_noise[1] if len(c_noise) == 2 else None).sample
         return rearrange(x, "b (ch p q) h w -> b ch (h p) (w q)", p=p, q=p)

@@ -26,6 +26,8 @@ from robustcm import (
     couplers,
     early,
     fences,
+    flow_maps,
+    flow_targets,
     gates,
     losses,
     noise,
@@ -34,6 +36,7 @@ from robustcm import (
     schedules,
     semidiscrete,
     sketch,
+    trajectories,
 )
 
 RHOS = (
@@ -47,24 +50,32 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
     (TrainConfig, "network"): (DiT, UNet),
-    (TrainConfig, "objective"): (objective.Objective,),
+    (TrainConfig, "objective"): (
+        *(objective.Objective, flow_maps.FlowMapObjective),
+        trajectories.TrajectoryObjective,
+    ),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
-    (objective.Objective, "distance"): (
+    (objective.FewStepObjective, "distance"): (
         *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.fair, losses.squared_l2, barron.Barron),
         *(losses.PerToken, losses.PerElement),
     ),
-    (objective.Objective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
+    (objective.FewStepObjective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
     (objective.Objective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
-    (objective.Objective, "weight"): (
+    (trajectories.TrajectoryObjective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
+    (flow_maps.FlowMapObjective, "levels"): (flow_maps.LogitNormalTimes,),
+    (flow_maps.FlowMapObjective, "target"): (flow_targets.TwoPoint, flow_targets.Derivative),
+    (flow_targets.TwoPoint, "share"): (flow_targets.SigmoidShare, flow_targets.ConstantShare),
+    (trajectories.TrajectoryObjective, "ends"): (trajectories.UniformEnds,),
+    (objective.FewStepObjective, "weight"): (
         *(schedules.inverse_gap, schedules.equal_weight),
         *(schedules.BoundedInverseGap, schedules.SnrPlusWeight),
     ),
-    (objective.Objective, "coupler"): (
+    (objective.FewStepObjective, "coupler"): (
         *(couplers.independent, couplers.exact),
         *(couplers.Entropic, couplers.WithinClasses, semidiscrete.Semidiscrete),
     ),
-    (objective.Objective, "gate"): (
+    (objective.FewStepObjective, "gate"): (
         *(gates.everywhere, gates.Above, gates.SoftAbove, gates.AnnealedAbove, gates.ShareAbove),
         gates.AboveExplained,
     ),
@@ -82,7 +93,10 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (schedules.LevelGrid, "law"): (schedules.LognormalLaw, schedules.UniformLaw),
 }
-"""For each exchangeable field, the parts the command line and config.json know. From Python any callable goes."""
+"""For each exchangeable field, the parts the command line and config.json know. From Python any callable goes.
+
+What a field of a class takes, its subclasses' take, where they say nothing else.
+"""
 
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
 VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
@@ -126,7 +140,7 @@ def _replace(owner: Any, path: str, names: list[str], text: str) -> Any:
 
 def _read(owner: type, field: str, text: str, path: str) -> Any:
     where = f"option {path}"
-    exchangeable, hint = (owner, field) in CHOICES, typing.get_type_hints(owner)[field]
+    exchangeable, hint = choices_of(owner, field) is not None, typing.get_type_hints(owner)[field]
     if hint is str:
         return text
     try:
@@ -138,6 +152,11 @@ def _read(owner: type, field: str, text: str, path: str) -> Any:
             raise UserError(f"{where}: cannot read {_shown(text)} as a value") from error
         value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
     return _fitted(owner, field, value, where)
+
+
+def choices_of(owner: Any, field: str) -> tuple[Any, ...] | None:
+    """The parts that ``field`` of the class ``owner`` takes; None: it takes a plain value."""
+    return next((CHOICES[base, field] for base in owner.__mro__ if (base, field) in CHOICES), None)
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -183,7 +202,7 @@ def _build(part: type, given: dict[str, Any]) -> Any:
 
 def _fitted(owner: type, field: str, value: Any, where: str) -> Any:
     """``value`` as ``owner.field`` takes it: one of its choices, or of its type."""
-    choices = CHOICES.get((owner, field))
+    choices = choices_of(owner, field)
     if choices is None:
         return _fit(value, typing.get_type_hints(owner)[field], where)
     if _is_part(value):  # PowerLawC for PowerLawC()

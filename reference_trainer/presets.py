@@ -16,9 +16,13 @@ from reference_trainer.networks import DiT
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import TukeyClip
+from robustcm.flow_maps import FlowMapObjective
+from robustcm.flow_targets import TwoPoint
 from robustcm.gates import everywhere
 from robustcm.losses import cauchy, pseudo_huber
-from robustcm.scales import ConstantC, PowerLawC
+from robustcm.objective import Objective
+from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+from robustcm.trajectories import TrajectoryObjective
 
 
 def digits() -> TrainConfig:
@@ -36,6 +40,7 @@ def ilct() -> TrainConfig:
 def paper() -> TrainConfig:
     """The five techniques as published."""
     config = ilct()
+    assert isinstance(config.objective, Objective)
     objective = replace(
         config.objective,
         distance=cauchy,  # 1
@@ -52,7 +57,29 @@ def pixels() -> TrainConfig:
     return replace(digits(), autoencoder=PixelSpace(), network=DiT(patch=8), clip=None)
 
 
-PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels)
+def flow_map() -> TrainConfig:
+    """A flow map (average velocity) by alpha-Flow's target, robust, with the coupling of `digits`."""
+    config = digits()
+    objective = FlowMapObjective(
+        distance=cauchy,
+        c=MeasuredC(),
+        target=TwoPoint(),  # Derivative(): MeanFlow's
+        coupler=config.objective.coupler,
+        gate=config.objective.gate,
+    )
+    return replace(config, objective=objective)
+
+
+def trajectory() -> TrainConfig:
+    """Consistency trajectories, from any noise level to any below, with the robust distance of `digits`."""
+    config = digits()
+    shared = {
+        name: getattr(config.objective, name) for name in ("distance", "c", "levels", "weight", "coupler", "gate")
+    }
+    return replace(config, objective=TrajectoryObjective(**shared))
+
+
+PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels, flow_map, trajectory)
 
 
 def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:

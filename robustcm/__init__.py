@@ -3,7 +3,8 @@
 losses and barron (robust distances), early (diffusion loss at small noise), couplers and semidiscrete (OT) with gates,
 scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
 consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
-composed); tails (outlier statistics) and sketch (streaming quantiles).
+composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); tails (outlier
+statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
     from robustcm.early import EarlyDiffusion
     from robustcm.fences import ConditionalClip, TukeyClip
+    from robustcm.flow_maps import FlowMapObjective, LogitNormalTimes, sample_flow_map
+    from robustcm.flow_targets import ConstantShare, Derivative, SigmoidShare, TwoPoint
     from robustcm.gates import (
         Above,
         AboveExplained,
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
     from robustcm.semidiscrete import Semidiscrete
     from robustcm.tails import TailStream, box_statistics
+    from robustcm.trajectories import TrajectoryObjective, UniformEnds, sample_trajectory
 
 _MODULE_OF = {
     name: module
@@ -66,6 +70,8 @@ _MODULE_OF = {
         "couplers": "Entropic WithinClasses coupling_gain exact independent",
         "early": "EarlyDiffusion",
         "fences": "ConditionalClip TukeyClip",
+        "flow_maps": "FlowMapObjective LogitNormalTimes sample_flow_map",
+        "flow_targets": "ConstantShare Derivative SigmoidShare TwoPoint",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
         "of_flow_time",
         "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
@@ -78,6 +84,7 @@ _MODULE_OF = {
         "schedules": "DoublingCurriculum LevelGrid RatioLevels",
         "semidiscrete": "Semidiscrete",
         "tails": "TailStream box_statistics",
+        "trajectories": "TrajectoryObjective UniformEnds sample_trajectory",
     }.items()
     for name in names.split()
 }

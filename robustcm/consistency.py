@@ -110,18 +110,24 @@ def temporal_difference(
     Source: Song and Dhariwal 2023, arXiv 2310.14189 (teacher without EMA); mask sharing checked in the sLCT code.
     """
     given = conditions or {}
-    if torch.compiler.is_compiling():  # where torch's generators cannot be put back
-        _refuse_dropout(f)
-        replay: AbstractContextManager[None] = nullcontext()
-    else:
-        replay = replayed_rng(x.device)
-    with replay, torch.no_grad():
+    with shared_mask(f, x.device), torch.no_grad():
         target = (teacher or f)(add_noise(x, z, t_lo), t_lo, **given)
     student = f(add_noise(x, z, t_hi), t_hi, **given)
     return student, target
 
 
-def _refuse_dropout(f: ConsistencyFunction) -> None:
+def shared_mask(f: Callable[..., Tensor], device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside is drawn again by what follows: ``replayed_rng``, also inside ``torch.compile``.
+
+    There torch's generators cannot be put back, so f must not have dropout.
+    """
+    if not torch.compiler.is_compiling():
+        return replayed_rng(device)
+    _refuse_dropout(f)
+    return nullcontext()
+
+
+def _refuse_dropout(f: Callable[..., Tensor]) -> None:
     network = getattr(f, "network", f)
     modules = network.modules() if isinstance(network, nn.Module) else ()
     if any(isinstance(m, _DROPOUT) and m.training and m.p > 0 for m in modules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -69,6 +69,18 @@ class NoiseRange:
 def flow_time(t: Tensor) -> Tensor:
     """The ``Axis`` of flow matching, ``x_t = (1 - t) x + t z``: 1 is pure noise, so depth is ``1 - t``."""
     return 1 - t
+
+
+@dataclass(frozen=True)
+class FlowRange:
+    """The levels of flow time, ``x_t = (1 - t) x + t z``: all of [0, 1]; ``depth`` is ``1 - t``."""
+
+    sigma_min: ClassVar[float] = 0.0
+    sigma_max: ClassVar[float] = float("inf")
+
+    def at(self, depth: Tensor) -> Tensor:
+        """The noise at ``depth`` in sigma, any shape."""
+        return sigma_of_flow_time(1 - depth)
 
 
 @dataclass(frozen=True)

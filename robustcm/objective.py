@@ -17,19 +17,28 @@ are added, and ``state = objective.c.observe(state, seen)`` closes the step (``O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from robustcm.consistency import ConsistencyFunction, replayed_rng, temporal_difference
+from robustcm.consistency import (
+    ConsistencyFunction,
+    Network,
+    Preconditioned,
+    Preconditioning,
+    replayed_rng,
+    sample,
+    temporal_difference,
+)
 from robustcm.couplers import Coupler, independent
 from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
-from robustcm.noise import NoiseRange
+from robustcm.noise import FlowRange, NoiseRange
 from robustcm.randomness import step_generator
 from robustcm.robust import robust_distance
 from robustcm.scales import CSchedule, MeasuredC
@@ -74,16 +83,18 @@ class Batch(NamedTuple):
     pairs: LevelPairs
     conditions: Mapping[str, Any] = MappingProxyType({})
     """Keyword arguments of f: labels, texts."""
+    progress: Tensor | float = 0.0
+    """Share of the training done, 0-dim, for parts that move with it."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
-        t_hi, t_lo, depth, num_levels = self.pairs
-        x, z, t_hi, t_lo, depth = (v.to(device, non_blocking=True) for v in (self.x, self.z, t_hi, t_lo, depth))
-        conditions = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in self.conditions.items()
-        }
-        return Batch(x, z, LevelPairs(t_hi, t_lo, depth, num_levels), conditions)
+        pairs = LevelPairs(*(_there(value, device) for value in self.pairs))
+        conditions = {name: _there(value, device) for name, value in self.conditions.items()}
+        return Batch(_there(self.x, device), _there(self.z, device), pairs, conditions, _there(self.progress, device))
+
+
+def _there(value: Any, device: torch.device | str) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 class Terms(NamedTuple):
@@ -110,36 +121,37 @@ class Terms(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Consistency training on batches of data; each field is one choice, none knows of the others.
+class FewStepObjective:
+    """What the objectives of one-step and few-step generators share; each says what student and teacher are.
 
-    Every field takes the library's parts or any callable of the same signature. The scale ``c`` is always that of a
-    whole sample's residual norm r; a distance with ``norms_per_sample`` (per token, per element) is given c divided by
-    the root of that number, the scale of one of its norms where the residual is spread evenly.
+    The scale ``c`` is always that of a whole sample's residual norm r; a distance with ``norms_per_sample`` (per
+    token, per element) is given c divided by the root of that number, the scale of one of its norms where the
+    residual is spread evenly.
     """
 
     distance: Distance = cauchy
     """How far student and teacher are apart (technique 1)."""
     c: CSchedule = MeasuredC()
     """The scale of the distance (technique 4)."""
-    levels: PairLaw = LevelGrid()
+    levels: PairLaw
     """Which pairs of noise levels are trained on, and how often."""
-    weight: PairWeight = inverse_gap
+    weight: PairWeight
     """Of a pair of noise levels in the loss."""
     coupler: Coupler = independent
     """Which noise goes with which sample (technique 3)."""
     gate: Gate = everywhere
     """Which samples take the coupled noise; the others keep their own."""
-    extra: ExtraTerm | None = None
-    """A term beside the distance (technique 2: EarlyDiffusion)."""
+
+    num_times: ClassVar[int] = 1
+    """How many times the network is told beside its input."""
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         """The state before the first step."""
         return self.c.init(device)
 
     @property
-    def noise(self) -> NoiseRange:
-        """The range of the noise levels; f and sampler have to have the same."""
+    def noise(self) -> Any:
+        """The range of the noise levels, ``NoiseRange`` or ``FlowRange``; f and sampler have to have the same."""
         return getattr(self.levels, "noise", None) or NoiseRange()
 
     def prepare(
@@ -161,12 +173,12 @@ class Objective:
                 then not asked.
             conditions: keyword arguments for f, such as ``{"class_labels": labels}``.
         """
-        pairs, z = self.levels(step, total_steps, draws.uniform), draws.z
+        pairs, z, progress = self.levels(step, total_steps, draws.uniform), draws.z, step / total_steps
         if self.coupler is not independent or coupled is not None:
             if coupled is None:
                 coupled = z[self.coupler(x, z, labels=labels, generator=draws.generator)]
-            z = gated_noise(z, coupled, self.gate(pairs.t_hi, step / total_steps), draws.gate)
-        return Batch(x, z, pairs, conditions or {})
+            z = gated_noise(z, coupled, self._coupled_at(pairs.t_hi, progress), draws.gate)
+        return Batch(x, z, pairs, conditions or {}, torch.tensor(progress))
 
     def __call__(
         self,
@@ -187,8 +199,8 @@ class Objective:
             ValueError: f is made for another range of noise levels.
         """
         self._check_range(f)
-        x, z, pairs, conditions = batch
-        student, target = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions)
+        student, target = self._compared(f, batch, teacher)
+        pairs = batch.pairs
         found = robust_distance(
             student,
             target,
@@ -200,7 +212,7 @@ class Objective:
             seen=seen,
         )
         consistency = self.weight(pairs.t_hi, pairs.t_lo) * found.distance
-        extra = torch.zeros_like(found.r) if self.extra is None else self.extra(student, x, pairs)
+        extra = self._added(student, batch, found.r)
         after = self.c.observe(state, found.seen)
         return Terms(
             (consistency + extra).mean(), consistency, extra, found.r, found.c, student, target, found.seen, after
@@ -209,17 +221,85 @@ class Objective:
     @torch.no_grad()
     def look(self, f: ConsistencyFunction, batch: Batch, *, teacher: ConsistencyFunction | None = None) -> Tensor:
         """What ``batch`` adds to the c schedule's state: for a first step in several micro-batches, a pass ahead."""
-        x, z, pairs, conditions = batch
-        with replayed_rng(x.device):
-            student, target = temporal_difference(
-                f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions
-            )
-        return self.c.count(sample_r2(student, target).sqrt(), pairs.depth, pairs.num_levels)
+        with replayed_rng(batch.x.device):
+            student, target = self._compared(f, batch, teacher)
+        return self.c.count(sample_r2(student, target).sqrt(), batch.pairs.depth, batch.pairs.num_levels)
+
+    def function_of(self, network: Network) -> Any:
+        """The function this objective trains, with ``network`` inside: the same object trains and samples."""
+        raise NotImplementedError
+
+    def sampling_levels(self, evaluations: int, second: float, step: int, total_steps: int) -> tuple[float, ...]:
+        """Where ``sample`` evaluates: ``evaluations`` falling levels, those trained at in ``step``.
+
+        Args:
+            second: where consistency functions are best evaluated a second time, in sigma.
+        Raises:
+            ValueError: more evaluations than there are levels.
+        """
+        raise NotImplementedError
+
+    def sample(self, f: Any, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+        """Samples of the data out of noise ``z [b, ...]``, with ``len(levels)`` evaluations of ``function_of``."""
+        raise NotImplementedError
+
+    def _compared(
+        self, f: ConsistencyFunction, batch: Batch, teacher: ConsistencyFunction | None
+    ) -> tuple[Tensor, Tensor]:
+        """Student, with a gradient, and teacher, without, each ``[b, ...]``."""
+        raise NotImplementedError
+
+    def _coupled_at(self, t: Tensor, progress: float) -> Tensor:
+        return self.gate(t, progress)
+
+    def _added(self, student: Tensor, batch: Batch, r: Tensor) -> Tensor:
+        return torch.zeros_like(r)
 
     def _check_range(self, f: ConsistencyFunction) -> None:
         made_for = getattr(f, "noise", None)
-        if isinstance(made_for, NoiseRange) and made_for != self.noise:
+        if isinstance(made_for, (NoiseRange, FlowRange)) and made_for != self.noise:
             raise ValueError(
                 f"f is made for {made_for}, the levels are drawn from {self.noise}: give both the same, as in "
-                "Preconditioned(network, Preconditioning(noise=objective.noise))"
+                "f = objective.function_of(network)"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(FewStepObjective):
+    """Consistency training on batches of data; each field is one choice, none knows of the others.
+
+    Every field takes the library's parts or any callable of the same signature.
+    """
+
+    levels: PairLaw = LevelGrid()
+    """Which pairs of noise levels are trained on, and how often."""
+    weight: PairWeight = inverse_gap
+    """Of a pair of noise levels in the loss."""
+    extra: ExtraTerm | None = None
+    """A term beside the distance (technique 2: EarlyDiffusion)."""
+
+    def function_of(self, network: Network) -> Preconditioned:
+        """The consistency function of ``network``, for the noise levels it is trained at."""
+        return Preconditioned(network, Preconditioning(noise=self.noise))
+
+    def sampling_levels(self, evaluations: int, second: float, step: int, total_steps: int) -> tuple[float, ...]:
+        """sigma_max, ``second``, then halving it each time; each but the first the level nearest to that."""
+        noise, nearest = self.noise, self.levels.nearest
+        wanted = (second / 2**i for i in range(evaluations - 1))
+        levels = (noise.sigma_max, *(nearest(t, step, total_steps) for t in wanted))
+        if any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(f"{evaluations} evaluations are more than there are trained noise levels to halve through")
+        return levels
+
+    def sample(self, f: ConsistencyFunction, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+        """See ``robustcm.consistency.sample``."""
+        return sample(f, z, sigmas=levels, noise=self.noise, generator=generator)
+
+    def _compared(
+        self, f: ConsistencyFunction, batch: Batch, teacher: ConsistencyFunction | None
+    ) -> tuple[Tensor, Tensor]:
+        x, z, pairs, conditions = batch[:4]
+        return temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions)
+
+    def _added(self, student: Tensor, batch: Batch, r: Tensor) -> Tensor:
+        return super()._added(student, batch, r) if self.extra is None else self.extra(student, batch.x, batch.pairs)

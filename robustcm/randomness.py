@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import torch
+from torch import Tensor
 
 
 class Stream(IntEnum):
@@ -30,3 +31,14 @@ def step_generator(seed: int, step: int, stream: int = Stream.DRAW) -> torch.Gen
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**64  # neighbours must not share the seed's high bits
     return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) % 2**63)
+
+
+def two_of(uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent uniform numbers out of the high and the low bits of each: ``[b]`` -> ``[b], [b]``, float64.
+
+    Never 0 or 1, whose quantiles may be infinite. A pure function, unlike a second draw: a rank that has its slice of
+    ``uniform`` has its slice of both.
+    """
+    scaled = uniform.double() * 2**26
+    high = scaled.floor()
+    return (high + 0.5) / 2**26, (scaled - high).clamp(2**-27, 1 - 2**-27)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustcm.checks import LARGEST, SMALLEST, need_order, need_real, need_whole
-from robustcm.noise import NoiseRange
+from robustcm.noise import FlowRange, NoiseRange
 
 SMALLEST_GAP = 2**-21  # of t_lo below t, relative: a few roundings of float32
 MOST_LEVELS = 100_000  # beyond, neighbours of a narrow grid are one number in float32
@@ -29,7 +29,7 @@ class LevelPairs(NamedTuple):
     t_hi: Tensor
     """Student level ``[b]``, float32."""
     t_lo: Tensor
-    """Teacher level ``[b]``, float32, ``t_lo < t_hi``."""
+    """Teacher level ``[b]``, float32, ``t_lo < t_hi``. (Of a flow map the end of the span, which may be empty.)"""
     depth: Tensor
     """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N."""
     num_levels: int
@@ -152,7 +152,7 @@ class PairLaw(Protocol):
     """Gives every sample its pair of noise levels."""
 
     @property
-    def noise(self) -> NoiseRange:
+    def noise(self) -> NoiseRange | FlowRange:
         """The range the levels lie in."""
         ...
 

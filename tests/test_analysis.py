@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from analysis import baselines, c_schedules, drawing, inputs, loss_shapes, td_ou
 from reference_trainer import __main__ as trainer
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder, to_unit
+from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
+from reference_trainer.presets import flow_map
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import with_measured_gate
-from reference_trainer.training.loop import training_latents
+from reference_trainer.training.start import training_latents
 from robustcm.couplers import WithinClasses
 from robustcm.gates import everywhere
 from robustcm.losses import cauchy, cauchy_of_r2, pseudo_huber, sample_r2
@@ -587,3 +590,10 @@ def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
     drawn = td_outliers.figure_of([space]).axes[2].lines[0].get_xdata()
     assert list(drawn) == pytest.approx(found.sigmas[:4][counts >= 20].tolist())
     assert len(td_outliers.measure(space)["td"]["by_level"]) == int((counts > 0).sum())
+
+
+def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = SimpleNamespace(config=flow_map())
+    monkeypatch.setattr(values, "load_model", lambda run, device: model)
+    with pytest.raises(UserError, match="is a run of a FlowMapObjective: temporal differences are of consistency"):
+        values.trained_run(RunFolder(tmp_path), None, torch.device("cpu"))

@@ -30,9 +30,12 @@ from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
 from robustcm.couplers import exact
 from robustcm.early import EarlyDiffusion
+from robustcm.flow_maps import FlowMapObjective
+from robustcm.flow_targets import Derivative
 from robustcm.gates import Above
-from robustcm.objective import Batch, Objective
+from robustcm.objective import Batch, FewStepObjective, Objective
 from robustcm.scales import MeasuredC
+from robustcm.trajectories import TrajectoryObjective
 
 CPU = torch.device("cpu")
 
@@ -120,6 +123,35 @@ def test_a_run_that_crashed_continues_bit_exactly(
     assert_same(final_tensors(whole), final_tensors(crashed))
     strip = [{k: v for k, v in row.items() if k != "seconds"} for row in whole.metrics()]
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in crashed.metrics()]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        FlowMapObjective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5)),
+        FlowMapObjective(target=Derivative()),
+        TrajectoryObjective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5)),
+    ],
+    ids=["two-point", "derivative", "trajectory"],
+)
+def test_every_method_continues_bit_exactly_and_samples(
+    objective: FewStepObjective, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(config, objective=objective, steps=4, save_every=1)
+    whole = run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        crash_at(2, patch)
+        with pytest.raises(CrashError):
+            run(config, tmp_path / "crashed")
+    assert_same(final_tensors(whole), final_tensors(run(config, tmp_path / "crashed")))
+    model = load_model(whole, CPU)
+    assert model.config == config
+    for evaluations in (1, 2, 3):
+        levels = model.sigmas(evaluations)
+        assert len(levels) == evaluations
+        latents = model.latents(3, levels, seed=0)
+        assert latents.isfinite().all()
+        assert torch.equal(latents, model.latents(3, levels, seed=0))
 
 
 def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_run(
@@ -310,6 +342,10 @@ def test_latents_are_normalised_and_back(rng: torch.Generator):
         (["sample", "/no/such/run"], "no run at"),
         (["evaluate", "/no/such/run"], "no run at"),
         (["--device", "nonsense"], "--device nonsense"),
+        (["flow_map", "second_sigma=0.3"], "second_sigma is of consistency functions"),
+        (["flow_map", "objective.extra=EarlyDiffusion"], "unknown option objective.extra"),
+        (["trajectory", "objective.levels=LogitNormalTimes"], "takes LevelGrid"),
+        (["flow_map", "objective.target.share=ConstantShare(share=0)"], "share must be in (0, 1]"),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(

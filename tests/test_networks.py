@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference_trainer.networks import DiT, UNet
 
@@ -42,6 +43,39 @@ def test_a_transformer_keeps_the_shape(patch: int):
     out.square().sum().backward()
     unused = [name for name, p in network.named_parameters() if p.grad is None]
     assert not unused
+
+
+@pytest.mark.parametrize("part", [TINY, DiT(width=16, layers=2, heads=2, patch=4), DiT(width=16, heads=2, patch=2)])
+def test_a_network_told_two_times_depends_on_both_and_has_a_derivative_in_each(part):
+    network, (x, one, two) = part.build((3, 4, 4), seed=0, times=2), inputs(6)
+    with torch.no_grad():
+        for parameter in network.parameters():  # some start at 0
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    out = network(x, one, two)
+    assert out.shape == x.shape
+    assert not torch.allclose(out, network(x, two, one))
+    # Forward mode against reverse mode: <w, J d> = <J^T w, d>.
+    generator = torch.Generator().manual_seed(2)
+    weight, directions = torch.randn(out.shape, generator=generator), inputs(6, seed=3)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, slope = torch.func.jvp(network, (x, one, two), directions)
+    given = [v.requires_grad_() for v in (x, one, two)]
+    gradients = torch.autograd.grad((weight * network(*given)).sum(), [*given, *network.parameters()])
+    backward = sum((g * d).sum() for g, d in zip(gradients[:3], directions, strict=True))
+    torch.testing.assert_close((weight * slope).sum(), backward, rtol=1e-4, atol=1e-4)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[:3])
+
+
+def inputs(b: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(b, 3, 4, 4, generator=generator), *(5 * torch.randn(2, b, generator=generator))
+
+
+def test_all_but_the_modulation_starts_the_same_whether_told_one_time_or_two():
+    part = DiT(width=16, layers=2, heads=2, patch=4)
+    one, two = (part.build((3, 4, 4), seed=0, times=times).state_dict() for times in (1, 2))
+    assert one.keys() < two.keys()
+    assert all("second" in name or "adaln" in name or torch.equal(one[name], two[name]) for name in two)
 
 
 def test_patches_that_do_not_fit_are_said():

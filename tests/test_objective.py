@@ -119,7 +119,7 @@ def test_labels_reach_the_coupler():
 def test_loss_is_the_mean_of_weight_times_distance_plus_extra():
     objective = Objective(distance=pseudo_huber, c=ConstantC(per_sqrt_d=0.1), extra=EarlyDiffusion(weight=3, start=0.5))
     f = Preconditioned(Net())
-    terms, (x, z, pairs, _) = terms_of(objective, f)
+    terms, (x, z, pairs, *_) = terms_of(objective, f)
     student = f(add_noise(x, z, pairs.t_hi), pairs.t_hi)
     teacher = f(add_noise(x, z, pairs.t_lo), pairs.t_lo)
     torch.testing.assert_close(terms.student, student)
@@ -155,7 +155,7 @@ def test_state_of_the_scale_is_handed_on_and_the_old_one_left_alone():
 def test_loss_never_waits_for_a_value_on_the_device(c):
     """Fake tensors have shapes and no values: whatever asks for one, as ``item`` and boolean masks do, raises."""
     objective = Objective(c=c, extra=EarlyDiffusion())
-    x, z, pairs, _ = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
+    x, z, pairs, *_ = objective.prepare(data(), draw(0, 5, SHAPE), 5, 100)
     with FakeTensorMode() as fake:
         x, z, state, *levels = (fake.from_tensor(v) for v in (x, z, objective.init(), *pairs[:3]))
         terms = objective(lambda x_t, t: x_t * t[:, None], Batch(x, z, LevelPairs(*levels, pairs.num_levels)), state)
@@ -167,7 +167,7 @@ def test_loss_never_waits_for_a_value_on_the_device(c):
 def test_slices_of_the_global_batch_give_each_sample_the_same_loss(ranks):
     objective = Objective(c=ConstantC(), coupler=exact, extra=EarlyDiffusion())
     f = Preconditioned(Net())
-    whole, (x, z, pairs, _) = terms_of(objective, f)
+    whole, (x, z, pairs, *_) = terms_of(objective, f)
     parts = []
     for rank in range(ranks):
         mine = slice(8 // ranks * rank, 8 // ranks * (rank + 1))

@@ -33,6 +33,7 @@ from reference_trainer.options import (
 )
 from reference_trainer.presets import PRESETS, digits
 from robustcm.barron import Barron, BarronOfR2
+from robustcm.flow_targets import Derivative
 from robustcm.losses import PerElement, PerToken, cauchy_of_r2, fair, fair_of_r2
 from robustcm.scales import MeasuredC
 from robustcm.schedules import FixedCurriculum, LevelGrid
@@ -59,6 +60,8 @@ from robustcm.schedules import FixedCurriculum, LevelGrid
             "objective.distance=PerToken(BarronOfR2(alpha=0.5))",
             lambda c: c.objective.distance == PerToken(BarronOfR2(alpha=0.5)),
         ),
+        ("objective=FlowMapObjective(target=Derivative, gate=Above(2))", lambda c: c.objective.target == Derivative()),
+        ("objective=TrajectoryObjective(reach=0.5)", lambda c: c.objective.reach == 0.5),
         ("objective.extra=None", lambda c: c.objective.extra is None),
         (
             "objective.levels=LevelGrid(curriculum=FixedCurriculum(num_levels=5))",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from reference_trainer.data.latents import some_of
 from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
-from robustcm.objective import Batch, Objective, draw
+from robustcm.objective import Batch, FewStepObjective, draw
 from robustcm.randomness import Stream, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
+
+AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
 
 
 class Batches:
@@ -109,7 +112,7 @@ def check_batch_size(config: TrainConfig, num_samples: int) -> None:
         raise UserError(f"batch_size={config.batch_size} is larger than the {num_samples} training images")
 
 
-def pairing_of(objective: Objective, latents: Tensor) -> Pairing | None:
+def pairing_of(objective: FewStepObjective, latents: Tensor) -> Pairing | None:
     """The pairing of noise with ``latents [n, ch, h, w]``, fitted with a progress bar, if the coupler is one that has.
 
     Raises:
@@ -124,7 +127,7 @@ def pairing_of(objective: Objective, latents: Tensor) -> Pairing | None:
             raise UserError(f"objective.coupler={objective.coupler}: {error}") from error
 
 
-def with_measured_gate(objective: Objective, latents: Tensor) -> Objective:
+def with_measured_gate(objective: AnyObjective, latents: Tensor) -> AnyObjective:
     """``objective`` with its gate put where ``latents [n, ch, h, w]`` say, if it is one that asks them.
 
     Raises:

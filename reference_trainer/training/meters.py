@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustcm.noise import NoiseRange
+from robustcm.noise import FlowRange, NoiseRange
 from robustcm.objective import Terms
 from robustcm.schedules import LevelPairs
 from robustcm.tails import TailStream
@@ -20,8 +20,8 @@ class LevelMeter:
     """Means per range of noise levels. The state is float64 ``[bins, quantities]``, to be passed in and out."""
 
     bins: int = 12
-    """Equal ranges of depth on the Karras ramp, from sigma_max to sigma_min."""
-    noise: NoiseRange = NoiseRange()
+    """Equal ranges of depth, from sigma_max to sigma_min on the Karras ramp, of flow time from 1 to 0."""
+    noise: NoiseRange | FlowRange = NoiseRange()
 
     QUANTITIES = ("samples", "consistency", "extra", "r")
 
@@ -55,7 +55,7 @@ class TailMeter:
     """
 
     bins: int = 12
-    noise: NoiseRange = NoiseRange()
+    noise: NoiseRange | FlowRange = NoiseRange()
 
     @cached_property
     def stream(self) -> TailStream:
@@ -81,7 +81,7 @@ def level_bin(pairs: LevelPairs, bins: int) -> Tensor:
     return (pairs.depth * bins).long().clamp(0, bins - 1)
 
 
-def level_centres(bins: int, noise: NoiseRange) -> list[float]:
-    """The noise level in the middle of each of ``bins`` equal ranges of depth."""
+def level_centres(bins: int, noise: NoiseRange | FlowRange) -> list[float]:
+    """The noise level, in sigma, in the middle of each of ``bins`` equal ranges of depth."""
     centres: list[float] = noise.at((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).tolist()
     return centres
