@@ -57,7 +57,7 @@ def main(steps: int = 40, seed: int = 0) -> list[float]:
                 lr_scheduler.step()
                 optimizer.zero_grad()
             errors.append(F.mse_loss(predicted.detach(), noise).item())
-            if len(errors) % 20 == 1:
+            if len(errors) % 16 == 0:
                 print(f"batch {len(errors):3d}  loss {loss.item():.3f}  mse {errors[-1]:.3f}")
             if len(errors) == 2 * steps:
                 break

@@ -16,10 +16,8 @@ class Epsilon(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.classes = nn.Embedding(NUM_CLASSES + 1, width)
-        self.into, self.out = (
-            nn.Linear(3, width),
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
-        )
+        self.into = nn.Linear(3, width)
+        self.out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         h = self.into(torch.cat([x_t, t[:, None] / 500 - 1], 1)) + self.classes(labels)

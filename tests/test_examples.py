@@ -22,8 +22,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 FILES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 OURS = "# robustcm"
 NEEDS = {"diffusers_accelerate": ("diffusers", "accelerate"), "lightning_module": ("lightning",)}
-COUPLED = {"bare_loop": lambda t: t, "flow_matching": lambda t: 1 - t}
-"""The noise level of the gate, from that of the trainer."""
+NOISIEST_OF_THE_GATE = {"bare_loop": 80.0, "flow_matching": 1.0}
 
 
 class Expected(NamedTuple):
@@ -33,10 +32,11 @@ class Expected(NamedTuple):
     noisiest: float | None
     """The t of pure noise, where depth is 0; None: no axis."""
     cleanest: float | None = None
+    num_levels: frozenset[int] = frozenset({2})
 
 
 EXPECTED = {
-    "bare_loop": Expected(250, 0.8, None),
+    "bare_loop": Expected(250, 0.8, None, num_levels=frozenset({11, 21})),
     "diffusers_accelerate": Expected(24, 0.7, 999, 0),
     "flow_matching": Expected(200, 0.85, 0, 1),
     "latent_consistency_distillation": Expected(100, 0.5, 999, 0),
@@ -158,6 +158,7 @@ def test_the_scale_is_that_of_the_residuals_counted_once_an_optimizer_step(run, 
     steps = [robust.asked[i : i + robust.accumulation] for i in range(0, len(robust.asked), robust.accumulation)]
     assert len(robust.asked) == len(run(name).errors)
     assert len(steps) == EXPECTED[name].steps
+    assert {num_levels for _, _, num_levels in robust.asked} == EXPECTED[name].num_levels
     values, weights = [], []
     for age, step in enumerate(reversed(steps)):
         for r, _, num_levels in step:
@@ -185,18 +186,20 @@ def test_depth_is_0_at_pure_noise_and_1_at_the_data(run, name):
     assert (robust.state[:, :-1].sum(1) > 0).sum() > 1
 
 
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("name", NOISIEST_OF_THE_GATE)
 def test_the_noise_is_coupled_at_every_step_above_the_gate(run, name):
-    found = run(name)
+    found, noisiest = run(name), NOISIEST_OF_THE_GATE[name]
     assert len(found.couplings) == EXPECTED[name].steps
-    noise_share = [t if name == "flow_matching" else t / (1 + t) for _, _, t, _ in found.couplings]
-    for (x, z, _, taken), share in zip(found.couplings[:20], noise_share, strict=False):
-        above = share > 0.5
+    for x, z, t, taken in found.couplings:
+        above = t > (0.5 if noisiest == 1 else 1)
         assert torch.equal(taken[~above], z[~above])
         assert ((taken - x)[above].square().sum() < (z - x)[above].square().sum()).item()
+        assert (x.norm(dim=1) - 0.7).abs().max() < 0.2  # the data: a ring of modes
+    levels = torch.cat([t for _, _, t, _ in found.couplings])  # the student's, so the largest is among them
+    torch.testing.assert_close(levels.max().item(), noisiest, rtol=1e-3, atol=0)
     if found.robust.axis is not None:  # one t for both, each on its own axis
         for (_, _, t, _), (_, asked, _) in zip(found.couplings, found.robust.asked, strict=True):
-            assert torch.equal(t, COUPLED[name](asked))
+            assert torch.equal(t, 1 - asked)
 
 
 @each
