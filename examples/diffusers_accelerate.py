@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 
-from robustcm import MeasuredC, RobustLoss, TimestepIndex  # robustcm
+from robustcm import MeasuredC, RobustLoss, TimestepIndex, all_ranks  # robustcm
 
 
 def latents(n: int) -> torch.Tensor:
@@ -33,11 +33,9 @@ def main(steps: int = 40, seed: int = 0) -> list[float]:
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     lr_scheduler = get_scheduler("constant_with_warmup", optimizer=optimizer, num_warmup_steps=5)
-    # An even number of batches: with an odd one Accelerate closes the epoch with a step of a single batch.
     dataloader = torch.utils.data.DataLoader(latents(640), batch_size=16, shuffle=True, drop_last=True)
     unet, optimizer, dataloader, lr_scheduler = accelerator.prepare(unet, optimizer, dataloader, lr_scheduler)
-    world = torch.distributed.group.WORLD  # robustcm
-    robust = RobustLoss(axis=TimestepIndex(1000), c=MeasuredC(bins=4), accumulation=2, group=world)  # robustcm
+    robust = RobustLoss(axis=TimestepIndex(1000), c=MeasuredC(bins=4), group=all_ranks)  # robustcm
     accelerator.register_for_checkpointing(robust.to(accelerator.device))  # robustcm
 
     errors: list[float] = []
@@ -49,7 +47,7 @@ def main(steps: int = 40, seed: int = 0) -> list[float]:
             with accelerator.accumulate(unet):
                 predicted = unet(noisy, timesteps).sample
                 # was: loss = F.mse_loss(predicted.float(), noise.float())
-                loss = robust(predicted, noise, timesteps).mean()  # robustcm
+                loss = robust(predicted, noise, timesteps, closes=accelerator.sync_gradients).mean()  # robustcm
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(unet.parameters(), 1.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from robustcm import Above, MeasuredC, RobustLoss, coupled_noise, of_flow_time  # robustcm
+from robustcm import Above, MeasuredC, RobustLoss, coupled_noise, data_time, of_data_time  # robustcm
 
 
 class Velocity(nn.Module):
@@ -36,14 +36,14 @@ def main(steps: int = 300, seed: int = 0) -> list[float]:
     model = Velocity()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     # The axis: depth is 0 at pure noise and 1 at the data, which is what t is here.
-    robust = RobustLoss(axis=lambda t: t, c=MeasuredC(bins=4))  # robustcm
+    robust = RobustLoss(axis=data_time, c=MeasuredC(bins=4))  # robustcm
     errors = []
     for step in range(steps):
         x1 = MODES[torch.randint(8, (256,))] + 0.03 * torch.randn(256, 2)
         x0 = torch.randn_like(x1)
         t = torch.rand(len(x1))
         # In the place of x0, x1 = ot_sampler.sample_plan(x0, x1); x1 stays as it is, and so do its labels.
-        x0 = coupled_noise(x1, x0, 1 - t, gate=of_flow_time(Above(1.0)))  # robustcm
+        x0 = coupled_noise(x1, x0, t, gate=of_data_time(Above(1.0)))  # robustcm
         xt = (1 - t[:, None]) * x0 + t[:, None] * x1
         ut = x1 - x0
         vt = model(t, xt)

@@ -7,7 +7,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from robustcm import MeasuredC, NoiseRange, RobustLoss  # robustcm
+from robustcm import LikeSquares, MeasuredC, NoiseRange, RobustLoss, all_ranks, cauchy_of_r2  # robustcm
 
 SIGMA_DATA = 0.5
 
@@ -18,7 +18,8 @@ class Denoising(lightning.LightningModule):
         self.network = nn.Sequential(
             nn.Conv2d(5, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 4, 1)
         )
-        self.robust = RobustLoss(axis=NoiseRange().depth, c=MeasuredC(bins=4))  # robustcm
+        depth, squares = NoiseRange().depth, LikeSquares(cauchy_of_r2)  # robustcm
+        self.robust = RobustLoss(squares, axis=depth, c=MeasuredC(bins=4), group=all_ranks)  # robustcm
         self.errors: list[float] = []
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -34,15 +35,11 @@ class Denoising(lightning.LightningModule):
         sigma = torch.exp(1.2 * torch.randn(len(x), device=x.device) - 1.2)
         denoised = self(x + sigma[:, None, None, None] * torch.randn_like(x), sigma)
         weight = 1 / sigma**2 + 1 / SIGMA_DATA**2
-        # One c for each range of sigma does what the weight did, so it stays out of the loss.
         # was: loss = (weight * (denoised - x).square().mean((1, 2, 3))).mean()
-        loss = self.robust(denoised, x, sigma).mean()  # robustcm
+        loss = self.robust(denoised, x, sigma, weight=weight).mean()  # robustcm
         self.errors.append((weight * (denoised - x).detach().square().mean((1, 2, 3))).mean().item())
         self.log("loss", loss)
         return loss
-
-    def setup(self, stage: str) -> None:  # robustcm
-        self.robust.group = torch.distributed.group.WORLD  # robustcm
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 5e-3)

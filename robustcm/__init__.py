@@ -34,9 +34,11 @@ if TYPE_CHECKING:
         coupled_noise,
         everywhere,
         explained_below,
+        of_data_time,
         of_flow_time,
     )
     from robustcm.losses import (
+        LikeSquares,
         PerElement,
         PerToken,
         cauchy,
@@ -52,10 +54,10 @@ if TYPE_CHECKING:
         squared_l2,
         token_r2,
     )
-    from robustcm.noise import NoiseRange, TimestepIndex, flow_time
+    from robustcm.noise import NoiseRange, TimestepIndex, data_time, flow_time
     from robustcm.norms import NonScalingLayerNorm, convert_norms
     from robustcm.objective import Objective, draw
-    from robustcm.robust import RobustLoss, robust_distance
+    from robustcm.robust import RobustLoss, all_ranks, robust_distance
     from robustcm.scales import ConstantC, MeasuredC, PowerLawC
     from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
     from robustcm.semidiscrete import Semidiscrete
@@ -73,13 +75,13 @@ _MODULE_OF = {
         "flow_maps": "FlowMapObjective LogitNormalTimes sample_flow_map",
         "flow_targets": "ConstantShare Derivative SigmoidShare TwoPoint",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
-        "of_flow_time",
-        "losses": "PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
+        "of_data_time of_flow_time",
+        "losses": "LikeSquares PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
         "geman_mcclure_of_r2 pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
-        "noise": "NoiseRange TimestepIndex flow_time",
+        "noise": "NoiseRange TimestepIndex data_time flow_time",
         "norms": "NonScalingLayerNorm convert_norms",
         "objective": "Objective draw",
-        "robust": "RobustLoss robust_distance",
+        "robust": "RobustLoss all_ranks robust_distance",
         "scales": "ConstantC MeasuredC PowerLawC",
         "schedules": "DoublingCurriculum LevelGrid RatioLevels",
         "semidiscrete": "Semidiscrete",
@@ -89,7 +91,78 @@ _MODULE_OF = {
     for name in names.split()
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = [
+    "Above",
+    "AboveExplained",
+    "AnnealedAbove",
+    "Barron",
+    "BarronOfR2",
+    "ConditionalClip",
+    "ConstantC",
+    "ConstantShare",
+    "Derivative",
+    "DoublingCurriculum",
+    "EarlyDiffusion",
+    "Entropic",
+    "FlowMapObjective",
+    "LevelGrid",
+    "LikeSquares",
+    "LogitNormalTimes",
+    "MeasuredC",
+    "NoiseRange",
+    "NonScalingLayerNorm",
+    "Objective",
+    "PerElement",
+    "PerToken",
+    "PowerLawC",
+    "Preconditioned",
+    "Preconditioning",
+    "RatioLevels",
+    "RobustLoss",
+    "Semidiscrete",
+    "ShareAbove",
+    "SigmoidShare",
+    "SoftAbove",
+    "TailStream",
+    "TimestepIndex",
+    "TrajectoryObjective",
+    "TukeyClip",
+    "TwoPoint",
+    "UniformEnds",
+    "WithinClasses",
+    "all_ranks",
+    "box_statistics",
+    "cauchy",
+    "cauchy_of_r2",
+    "convert_norms",
+    "coupled_noise",
+    "coupling_gain",
+    "data_time",
+    "draw",
+    "element_r2",
+    "everywhere",
+    "exact",
+    "explained_below",
+    "fair",
+    "fair_of_r2",
+    "flow_time",
+    "geman_mcclure",
+    "geman_mcclure_of_r2",
+    "independent",
+    "of_adaptive_weight",
+    "of_data_time",
+    "of_flow_time",
+    "pseudo_huber",
+    "pseudo_huber_of_r2",
+    "robust_distance",
+    "sample",
+    "sample_flow_map",
+    "sample_r2",
+    "sample_trajectory",
+    "squared_l2",
+    "temporal_difference",
+    "token_r2",
+]
 
 
 def __getattr__(name: str) -> Any:

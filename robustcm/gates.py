@@ -148,6 +148,21 @@ def of_flow_time(gate: Gate) -> Gate:
     return OfFlowTime(gate)
 
 
+@dataclass(frozen=True)
+class OfDataTime:
+    """``gate``, which knows sigma, for flow time the other way round: ``x_t = t x + (1 - t) z``."""
+
+    gate: Gate
+
+    def __call__(self, t: Tensor, progress: float) -> Tensor:
+        return self.gate(sigma_of_flow_time(1 - t), progress)
+
+
+def of_data_time(gate: Gate) -> Gate:
+    """``gate`` where t = 1 is the data, as in torchcfm."""
+    return OfDataTime(gate)
+
+
 def coupled_noise(
     x: Tensor,
     z: Tensor,

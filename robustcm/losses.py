@@ -211,6 +211,24 @@ class PerToken:
 
 
 @dataclass(frozen=True)
+class LikeSquares:
+    """``rho`` of the whole sample, at the height of the squared norm: r^2 for r << c, whatever c is.
+
+    In the place of a squared error the other distances change its size: their curvature is 1 / c^2 or 1 / c, and c
+    falls while training. This one leaves a trainer's weights, its clip and its learning rate what they were, and cuts
+    the influence of residuals above c as ``rho`` does.
+    """
+
+    rho: Rho
+
+    def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
+        """``[b, ...], [b, ...] -> [b]``, in units of r^2."""
+        r2 = sample_r2(student, teacher)
+        small = 1e-6 * torch.as_tensor(c, dtype=r2.dtype, device=r2.device) ** 2  # deep in the quadratic zone
+        return self.rho(r2, c) * (small / self.rho(small, c))
+
+
+@dataclass(frozen=True)
 class PerElement:
     """The distance that sums ``rho`` over the elements of a sample; ``c`` is in units of one element."""
 

@@ -83,6 +83,11 @@ class FlowRange:
         return sigma_of_flow_time(1 - depth)
 
 
+def data_time(t: Tensor) -> Tensor:
+    """The ``Axis`` of flow matching the other way round, ``x_t = t x + (1 - t) z``, t = 1 at the data (torchcfm)."""
+    return t
+
+
 @dataclass(frozen=True)
 class TimestepIndex:
     """The ``Axis`` of an index 0 .. num_timesteps - 1 of a diffusion schedule, 0 the least noise (DDPM, diffusers)."""

@@ -72,6 +72,11 @@ def norms_per_sample(distance: Distance, x: Tensor) -> int:
     return 1 if count is None else int(count(x.shape[1:]))
 
 
+def all_ranks() -> Any:
+    """The group of all ranks, None in a single process; ``RobustLoss(group=all_ranks)`` asks when it is called."""
+    return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+
+
 class RobustLoss(nn.Module):
     """A robust distance whose scale c follows the residuals; the state is in buffers, so it is saved and moved along.
 
@@ -80,18 +85,23 @@ class RobustLoss(nn.Module):
         robust = RobustLoss(cauchy)
         loss = robust(student, teacher).mean()
 
-    Every call in training mode counts its residuals; behind ``accumulation`` calls, one optimizer step, they are
-    observed together, once. So c of a step comes from the steps before it. (In the first step there are none: there
-    every call takes c from its own residuals and those of the calls before it; ``look`` at all micro-batches first
-    where even that step has to be the same for any number of them.) In eval mode nothing is observed.
+    Every call in training mode with a student that has a gradient counts its residuals; those of the calls of one
+    optimizer step are observed together, once. So c of a step comes from the steps before it. (In the first step there
+    are none: there every call takes c from its own residuals and those of the calls before it; ``look`` at all
+    micro-batches first where even that step has to be the same for any number of them.)
+
+    The value stays where it is while residuals and c fall together: watch ``scales``, or the error you always watched.
+    ``LikeSquares(cauchy_of_r2)`` is r^2 itself for r << c, so a trainer's weights, clip and learning rate go on meaning
+    what they meant.
 
     Args:
         distance: of ``robustcm.losses``, or any ``distance(student, teacher, c) -> [b]``.
         c: how c follows; ``MeasuredC(bins=8)`` with an ``axis`` has a c for each of 8 ranges of noise levels.
-        axis: what ``t`` is measured on: ``NoiseRange().depth`` for sigma, ``flow_time``, ``TimestepIndex(1000)``.
-        accumulation: micro-batches (calls) an optimizer step.
-        group: a process group (``torch.distributed.group.WORLD``): residuals of all its ranks are counted, so c is
-            the same on each. None: this process alone.
+        axis: what ``t`` is measured on: ``NoiseRange().depth`` for sigma, ``flow_time``, ``data_time``,
+            ``TimestepIndex(1000)``.
+        accumulation: calls (micro-batches) an optimizer step, unless a call says whether it ``closes`` one.
+        group: a process group, or a function that gives it: residuals of all its ranks are counted, so c is the same
+            on each. ``all_ranks`` for all there are; None: this process alone.
     """
 
     state: Tensor
@@ -101,7 +111,7 @@ class RobustLoss(nn.Module):
     first: Tensor
     """Counted by ``look``."""
     calls: Tensor
-    """int64, 0-dim: in training mode."""
+    """int64, 0-dim: counted in ``pending``."""
 
     def __init__(
         self,
@@ -115,12 +125,9 @@ class RobustLoss(nn.Module):
         super().__init__()
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1 call an optimizer step, got {accumulation}")
-        bins = getattr(c, "bins", 1)
-        if bins > 1 and axis is None:
-            raise ValueError(
-                f"{bins} ranges of noise levels need an axis: NoiseRange().depth for sigma, flow_time, or "
-                "TimestepIndex(num_timesteps)"
-            )
+        self.bins = getattr(c, "bins", 1)
+        if self.bins > 1 and axis is None:
+            raise ValueError(f"{self.bins} ranges of noise levels need an axis: {_AXES}")
         self.distance, self.c, self.axis, self.accumulation, self.group = distance, c, axis, accumulation, group
         nothing = c.count(torch.zeros(0), torch.zeros(0), 2)
         self.register_buffer("state", c.init())
@@ -135,6 +142,7 @@ class RobustLoss(nn.Module):
         t: Tensor | None = None,
         num_levels: int | None = None,
         weight: Tensor | None = None,
+        closes: bool | None = None,
     ) -> Tensor:
         """The (weighted) distance of each sample, ``[b]``; nothing here waits for the device.
 
@@ -143,6 +151,8 @@ class RobustLoss(nn.Module):
             t: ``[b]`` noise levels on ``axis``; needed if there is one.
             num_levels: N of the present stage, where residuals shrink as it grows (consistency training).
             weight: ``[b]``.
+            closes: whether this call is the last of its optimizer step (``accelerator.sync_gradients``); None: by
+                ``accumulation``.
         Raises:
             ValueError: shapes that do not fit, or ``t`` without ``axis``, or ``axis`` without ``t``.
         """
@@ -150,11 +160,10 @@ class RobustLoss(nn.Module):
         with torch.no_grad():
             seen = self.pending + own
             basis = torch.where(self.first.sum() > 0, self.first, seen)
-            depth = self._depth(student, t)
-            c = self.c(self.state, basis, depth, num_levels or 2, student[0].numel())
+            c = self.c(self.state, basis, self._depth(student, t), num_levels or 2, student[0].numel())
         distance = _at(c, self.distance, student, teacher)
-        if self.training:
-            self._observe(seen)
+        if self.training and student.requires_grad:
+            self._observe(seen, closes)
         return distance if weight is None else one_a_sample("weight", weight, len(student)) * distance
 
     def look(self, student: Tensor, teacher: Tensor, t: Tensor | None = None, num_levels: int | None = None) -> None:
@@ -164,35 +173,49 @@ class RobustLoss(nn.Module):
         """
         self.first.add_(self._count(student, teacher, t, num_levels))
 
+    def scales(self, d: int, num_levels: int = 2) -> Tensor:
+        """c of each range of noise levels in the next step, from the largest noise to the smallest, ``[bins]``.
+
+        For logs. NaN before the first step where c is measured.
+
+        Args:
+            d: elements of a sample.
+        """
+        depth = (torch.arange(self.bins, device=self.state.device) + 0.5) / self.bins
+        c = self.c(self.state, self.pending, depth, num_levels, d)
+        return torch.as_tensor(c, device=self.state.device).expand(self.bins)
+
     @torch.no_grad()
     def _count(self, student: Tensor, teacher: Tensor, t: Tensor | None, num_levels: int | None) -> Tensor:
         """Of all ranks; whole numbers, so their sum does not depend on the order."""
         r = sample_r2(student.detach(), teacher.detach()).sqrt()
         counts = self.c.count(r, self._depth(student, t), num_levels or 2)
-        if self.group is not None:
-            torch.distributed.all_reduce(counts, group=self.group)
+        group = self.group() if callable(self.group) else self.group
+        if group is not None:
+            torch.distributed.all_reduce(counts, group=group)
         return counts
 
     @torch.no_grad()
-    def _observe(self, seen: Tensor) -> None:
-        self.calls.add_(1)
-        closes = self.calls % self.accumulation == 0
-        self.state.copy_(torch.where(closes, self.c.observe(self.state, seen), self.state))
-        self.pending.copy_(torch.where(closes, 0.0, seen))
+    def _observe(self, seen: Tensor, closes: bool | None) -> None:
+        calls = self.calls + 1
+        closed = calls >= self.accumulation if closes is None else torch.full_like(calls, closes, dtype=torch.bool)
+        self.state.copy_(torch.where(closed, self.c.observe(self.state, seen), self.state))
+        self.pending.copy_(torch.where(closed, 0.0, seen))
+        self.calls.copy_(torch.where(closed, 0, calls))
 
     def _depth(self, student: Tensor, t: Tensor | None) -> Tensor:
-        if (t is None) != (self.axis is None):
-            raise ValueError(
-                "t needs an axis to be measured on: RobustLoss(axis=NoiseRange().depth) for sigma, flow_time, or "
-                "TimestepIndex(num_timesteps)"
-                if self.axis is None
-                else "this RobustLoss has an axis: pass the noise levels as t"
-            )
-        if t is None or self.axis is None:
+        if self.axis is None:
+            if t is not None:
+                raise ValueError(f"t needs an axis to be measured on, as in RobustLoss(axis=flow_time): {_AXES}")
             return student.new_zeros(len(student), dtype=torch.float32)
+        if t is None:
+            raise ValueError("this RobustLoss has an axis: pass the noise levels as t")
         return self.axis(one_a_sample("t", t, len(student)).float())
 
     def extra_repr(self) -> str:
         """The parts."""
         name = getattr(self.distance, "__name__", repr(self.distance))
         return f"{name}, {self.c}, axis={self.axis}, accumulation={self.accumulation}"
+
+
+_AXES = "NoiseRange().depth for sigma, flow_time, data_time, or TimestepIndex(num_timesteps)"

@@ -90,7 +90,7 @@ def test_scripts_that_are_named_exist(name: str):
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-class ParsedError(Exception):
+class ParsedError(BaseException):
     """Raised instead of the work behind a command line that parses."""
 
 

@@ -21,6 +21,7 @@ from robustcm.gates import (
     everywhere,
     explained_below,
     gated_noise,
+    of_data_time,
     of_flow_time,
     recognisable_below,
 )
@@ -221,6 +222,12 @@ def test_coupled_noise_is_the_coupled_above_the_gate_and_its_own_below():
 def test_a_gate_of_flow_time_is_that_of_its_sigma(gate: Gate):
     flow = torch.linspace(0.01, 0.98, 40, dtype=torch.float64)
     assert torch.equal(of_flow_time(gate)(flow, 0.3), gate(flow / (1 - flow), 0.3))
+
+
+@pytest.mark.parametrize("gate", [everywhere, Above(1.0), SoftAbove(1.0)])
+def test_a_gate_of_data_time_is_that_of_flow_time_reversed(gate: Gate):
+    flow = torch.linspace(0.01, 0.98, 40, dtype=torch.float64)
+    torch.testing.assert_close(of_data_time(gate)(1 - flow, 0.3), of_flow_time(gate)(flow, 0.3))
 
 
 def test_in_flow_time_the_same_samples_are_coupled_as_in_sigma():

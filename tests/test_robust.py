@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import robustcm
 from robustcm import losses
-from robustcm.losses import PerElement, PerToken, cauchy, cauchy_of_r2, geman_mcclure, sample_r2
+from robustcm.losses import LikeSquares, PerElement, PerToken, cauchy, cauchy_of_r2, geman_mcclure, sample_r2
 from robustcm.noise import NoiseRange, TimestepIndex, flow_time
 from robustcm.robust import RobustLoss, robust_distance
 from robustcm.scales import ConstantC, MeasuredC
@@ -27,7 +27,7 @@ def batch(step: int = 0, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher, sigma."""
     generator = torch.Generator().manual_seed(step)
     student, teacher = size * torch.randn(2, B, D, generator=generator)
-    return student, teacher, torch.rand(B, generator=generator) * 79 + 0.5
+    return student.requires_grad_(), teacher, torch.rand(B, generator=generator) * 79 + 0.5
 
 
 # --- What it computes ------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def batch(step: int = 0, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_the_first_step_measures_its_own_residuals_and_later_ones_those_before():
     robust, (s, t, _), (s2, t2, _) = RobustLoss(cauchy), batch(0), batch(1, size=100.0)
-    median = sample_r2(s, t).sqrt().quantile(0.5, interpolation="higher")
+    median = sample_r2(s, t).detach().sqrt().quantile(0.5, interpolation="higher")
     torch.testing.assert_close(robust(s, t), cauchy(s, t, float(median)), rtol=0.05, atol=0)
     torch.testing.assert_close(robust(s2, t2), cauchy(s2, t2, float(median)), rtol=0.05, atol=0)
 
@@ -82,6 +82,41 @@ def test_nothing_is_learnt_in_eval_mode():
     first, again = robust(s, t), robust(10 * s, 10 * t)
     assert all(torch.equal(before[k], v) for k, v in robust.state_dict().items())
     torch.testing.assert_close(first, again, rtol=0.05, atol=0)  # no state: each call measures itself
+
+
+def test_nothing_is_learnt_from_a_student_without_gradient():
+    robust, (s, t, _) = RobustLoss(), batch()
+    with torch.no_grad():
+        robust(1 * s, t)
+    robust(s.detach(), t)
+    assert robust.state[:, :-1].sum() == 0
+    robust(s, t)
+    assert robust.state[:, :-1].sum() == B
+
+
+def test_scales_are_the_c_of_the_next_step_for_each_range():
+    robust, (s, t, sigma) = RobustLoss(cauchy, MeasuredC(bins=4), axis=NoiseRange().depth), batch()
+    assert robust.scales(D).isnan().all()
+    robust(s, t, sigma)
+    depth = (torch.arange(4) + 0.5) / 4
+    assert torch.equal(robust.scales(D), robust.c(robust.state, robust.pending, depth, 2, D))
+    assert RobustLoss(c=ConstantC()).scales(4096).tolist() == [pytest.approx(0.00054 * 64)]
+
+
+def test_a_call_may_say_that_it_closes_the_step():
+    counted, told = RobustLoss(accumulation=2), RobustLoss()
+    for step in range(6):
+        s, t, _ = batch(step)
+        assert torch.equal(counted(s, t), told(s, t, closes=step % 2 == 1))
+        assert torch.equal(counted.state, told.state)
+
+
+def test_at_the_height_of_squares_small_residuals_have_their_squared_error():
+    s, t, _ = batch()
+    like = LikeSquares(cauchy_of_r2)
+    torch.testing.assert_close(like(s, t, 1e4), sample_r2(s, t), rtol=1e-5, atol=0)
+    for c in (0.01, torch.full((B,), 3.0)):
+        torch.testing.assert_close(like(s, t, c), 2 * c**2 * cauchy(s, t, c), rtol=1e-4, atol=0)
 
 
 def test_weight_is_multiplied_sample_by_sample():
@@ -228,7 +263,7 @@ def test_weights_and_levels_with_axes_to_spare_mean_what_they_say():
     [
         (lambda: RobustLoss(c=MeasuredC(bins=8)), "8 ranges of noise levels need an axis"),
         (lambda: RobustLoss(accumulation=0), "accumulation must be at least 1"),
-        (lambda: RobustLoss()(*batch()), "t needs an axis to be measured on"),
+        (lambda: RobustLoss()(*batch()), r"t needs an axis .*axis=flow_time.*NoiseRange\(\).depth"),
         (lambda: RobustLoss(axis=flow_time)(*batch()[:2]), "has an axis: pass the noise levels as t"),
         (lambda: RobustLoss()(*batch()[:2], weight=torch.ones(3)), r"weight must be one value a sample, \[16\], got"),
         (lambda: RobustLoss()(*batch()[:2], weight=torch.ones(1, B)), r"weight must be one value a sample, \[16\]"),
