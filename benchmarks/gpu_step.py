@@ -83,7 +83,7 @@ class Steps:
 
     def floor(self) -> None:
         self._precision()
-        x, z, pairs, _ = self.batch
+        x, z, pairs = self.batch[:3]
         with torch.no_grad():
             teacher = self.f(add_noise(x, z, pairs.t_lo), pairs.t_lo)
         (self.f(add_noise(x, z, pairs.t_hi), pairs.t_hi) - teacher).square().sum().backward()
