@@ -121,7 +121,7 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
         (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
         (["--features", "nowhere:features"], "expected an importable module:function"),
         (["nosuch=1"], "unknown option nosuch"),
-        (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels)"),
+        (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels, flow_map, trajectory)"),
         (["--arm", "digits", "nosuch=1"], "unknown option nosuch"),
     ],
 )

@@ -248,6 +248,8 @@ CHANGES = [
     *("objective.gate=AnnealedAbove(3, 0.5)", "objective.distance=PerToken(cauchy_of_r2)", "objective.c=PowerLawC"),
     *("objective.levels=RatioLevels", "objective.extra=EarlyDiffusion", "objective.coupler=WithinClasses(Entropic())"),
     *("objective.levels.curriculum=DoublingCurriculum(s0=700, s1=900)", "data=ImageFolder(path='it\\'s \"here\"')"),
+    *("objective=FlowMapObjective(target=Derivative)", "objective.target=TwoPoint(ConstantShare(0.5))"),
+    *("objective=TrajectoryObjective(reach=0.5)", "objective=Objective(c=PowerLawC)", "objective.reach=1"),
 ]
 
 
