@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
@@ -24,9 +25,11 @@ from reference_trainer.ablation import ablate
 from reference_trainer.ablation.ablate import jobs_of, stopped_arms, training_seconds
 from reference_trainer.ablation.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.presets import PRESETS
 from reference_trainer.run import RunFolder
 from robustcm.gates import Above
 
+THERE = ", ".join(preset.__name__ for preset in PRESETS)
 TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
     "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
@@ -71,7 +74,7 @@ class AtOnce(Executor):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablate.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=InThisProcess))  # and nobody else's
     monkeypatch.setattr(ablate, "ThreadPoolExecutor", AtOnce)
 
 
@@ -163,7 +166,7 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
         (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
         (["--features", "nowhere:features"], "expected an importable module:function"),
         (["nosuch=1"], "unknown option nosuch"),
-        (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels, flow_map, trajectory)"),
+        (["--arm", "nopreset", "ema_decay=0.9"], f"--arm begins with a preset ({THERE})"),
         (["--arm", "digits", "nosuch=1"], "unknown option nosuch"),
     ],
 )

@@ -83,10 +83,7 @@ def in_a_config(part: Any) -> TrainConfig:
     if isinstance(part, TrainConfig):
         return part
     (owner, field), *_ = (place for place, parts in CHOICES.items() if type(part) in parts)
-    if owner in (FewStepObjective, Objective):
-        kept = TrainConfig().objective
-    else:
-        kept = owner(**NEEDED.get(owner, {}))
+    kept = TrainConfig().objective if owner in (FewStepObjective, Objective) else owner(**NEEDED.get(owner, {}))
     return in_a_config(replace(kept, **{field: part}))
 
 
