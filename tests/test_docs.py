@@ -90,8 +90,8 @@ def test_scripts_that_are_named_exist(name: str):
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-class ParsedError(Exception):
-    """Raised instead of the work behind a command line that parses."""
+class ParsedError(BaseException):
+    """Raised instead of the work behind a command line that parses; no Exception, which a script would report."""
 
 
 @contextlib.contextmanager
