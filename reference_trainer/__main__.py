@@ -61,6 +61,7 @@ def parser() -> Parser:
 
     training = commands.add_parser(
         "train",
+        usage="%(prog)s [PRESET] [path.to.field=value ...] [options]",
         help="train, or continue, a run; then evaluate it and draw its pictures",
         description="Train a latent consistency model. The same command again continues where the last one stopped.",
         epilog=page(),

@@ -42,9 +42,12 @@ def docs_of(part: type) -> dict[str, str]:
             continue
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(definition, ast.ClassDef)
+        names = {field.name for field in fields(owner)}  # a ClassVar is none
         for statement, below in pairwise(definition.body):
             match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))) if (
+                    name in names
+                ):
                     found[name] = " ".join(text.replace("``", "`").split())
     return found
 

@@ -55,7 +55,7 @@ def presets() -> list[tuple[str, str]]:
 def page() -> str:
     """What stands below the options of `train --help`."""
     lines = ["presets (the first is the default):"]
-    lines += [f"  {name:8} {line}" for name, line in presets()]
+    lines += [f"  {name:10} {line}" for name, line in presets()]
     lines += ["", "fields people change, with their defaults (train --fields shows all of them):"]
     for often in OFTEN:
         lines.append(f"  {f'{often.path}={often.default}':36} {often.what}")

@@ -266,10 +266,15 @@ def literal(value: Any) -> str:
 
 
 def as_options(config: TrainConfig) -> list[str]:
-    """``config`` as options that give it whatever the preset, one for each field, the objective's each by itself."""
+    """``config`` as options that give it whatever the preset: one for each field, the objective's each by itself.
+
+    The objective's kind goes before its fields, and both before what is refused with another kind.
+    """
     whole = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    parts = whole.pop("objective")
+    parts, second_sigma = whole.pop("objective"), whole.pop("second_sigma")
+    whole["objective"] = type(parts)
     whole |= {f"objective.{field.name}": getattr(parts, field.name) for field in dataclasses.fields(parts)}
+    whole["second_sigma"] = second_sigma
     return [f"{path}={literal(value)}" for path, value in whole.items()]
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real
 from robustcm.consistency import Network, shared_mask
 from robustcm.flow_targets import FlowMap, FlowPoint, FlowTarget, TwoPoint
 from robustcm.gates import OfFlowTime, of_flow_time
@@ -48,8 +49,7 @@ class PreconditionedFlowMap:
     noise: ClassVar[FlowRange] = FlowRange()
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_data < float("inf"):
-            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
+        need_real(self, "sigma_data", least=SMALLEST, most=LARGEST)
 
     def __call__(self, z_t: Tensor, t: Tensor, r: Tensor, **conditions: Any) -> Tensor:
         """``z_t [b, ...]``, ``t [b]``, ``r [b]`` in [0, 1] -> ``[b, ...]``; ``conditions`` go to the network.
@@ -77,14 +77,18 @@ class LogitNormalTimes:
     """
 
     mean: float = -0.4
+    """Of the logits of the times, -20 to 20: 0 centres them on 1/2."""
     std: float = 1.0
+    """Of the logits, above 0, at most 100."""
     share_equal: float = 0.75
+    """Share of the samples with r = t, 0 to 1; 1 is flow matching."""
 
     noise: ClassVar[FlowRange] = FlowRange()
 
     def __post_init__(self) -> None:
-        if not (0 < self.std < float("inf") and abs(self.mean) < float("inf") and 0 <= self.share_equal <= 1):
-            raise ValueError(f"need finite mean, std > 0 and share_equal in [0, 1], got {self}")
+        need_real(self, "mean", least=-20, most=20)  # beyond, float32 has no other times than 0 and 1
+        need_real(self, "std", above=0, most=100)
+        need_real(self, "share_equal", least=0, most=1)
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         """``t_hi`` is t, ``t_lo`` is r; ``uniform [b]`` in [0, 1), the caller's randomness."""
@@ -112,6 +116,7 @@ class FlowMapObjective(FewStepObjective):
     levels: PairLaw = LogitNormalTimes()
     weight: PairWeight = equal_weight
     target: FlowTarget = TwoPoint()
+    """What u is compared with."""
 
     num_times: ClassVar[int] = 2
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from robustcm.checks import LARGEST, SMALLEST, need_real
 from robustcm.shapes import over_samples
 
 FlowMap: TypeAlias = Callable[..., Tensor]
@@ -66,10 +67,10 @@ class ConstantShare:
     """The same share at every step; 1 is flow matching."""
 
     share: float = 0.1
+    """1e-6 to 1; the limit 0 is ``Derivative()``."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}; its limit 0 is Derivative()")
+        need_real(self, "share", least=SMALLEST, most=1)
 
     def __call__(self, progress: Tensor) -> Tensor:
         return torch.full_like(progress, self.share)
@@ -84,14 +85,16 @@ class SigmoidShare:
     """
 
     steepness: float = 25.0
+    """Of the sigmoid at its middle, above 0: the larger, the shorter the passage."""
     middle: float = 0.5
-    """The progress at which the share is one half."""
+    """The progress at which the share is one half, 0 to 1."""
     smallest: float = 0.005
-    """Also how near to 1 the share may come before it is 1."""
+    """1e-6 to 0.49; also how near to 1 the share may come before it is 1."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.steepness < float("inf") and 0 <= self.middle <= 1 and 0 < self.smallest < 0.5):
-            raise ValueError(f"need steepness > 0, middle in [0, 1] and smallest in (0, 0.5), got {self}")
+        need_real(self, "steepness", above=0, most=LARGEST)
+        need_real(self, "middle", least=0, most=1)
+        need_real(self, "smallest", least=SMALLEST, most=0.49)
 
     def __call__(self, progress: Tensor) -> Tensor:
         share = torch.sigmoid(self.steepness * (self.middle - progress))

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import need_real
 from robustcm.consistency import Network, Preconditioned, Preconditioning, temporal_difference
 from robustcm.noise import NoiseRange
 from robustcm.objective import Batch, Draws, FewStepObjective
@@ -73,10 +74,10 @@ class UniformEnds:
     """
 
     share_to_data: float = 0.5
+    """Share of the samples that go all the way down, 0 to 1."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share_to_data <= 1:
-            raise ValueError(f"share_to_data must be in [0, 1], got {self.share_to_data}")
+        need_real(self, "share_to_data", least=0, most=1)
 
     def __call__(self, t: Tensor, noise: NoiseRange, uniform: Tensor) -> Tensor:
         """``t [b]``, ``uniform [b]`` in [0, 1) -> s ``[b]`` in sigma_min .. t, float32."""
@@ -105,13 +106,14 @@ class TrajectoryObjective(FewStepObjective):
     levels: PairLaw = LevelGrid()
     weight: PairWeight = inverse_gap
     ends: Callable[[Tensor, NoiseRange, Tensor], Tensor] = UniformEnds()
+    """Which level s each sample's trajectory ends at."""
     reach: float = 0.0
+    """How far down towards s the teacher's level lies, 0 (one level below t) to 1 (s itself)."""
 
     num_times: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.reach <= 1:
-            raise ValueError(f"reach must be in [0, 1], from one level below t to s, got {self.reach}")
+        need_real(self, "reach", least=0, most=1)
 
     def prepare(
         self,

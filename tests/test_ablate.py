@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -14,12 +21,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reference_trainer.__main__ import main
+from reference_trainer.ablation import ablate
 from reference_trainer.ablation.ablate import jobs_of, stopped_arms, training_seconds
 from reference_trainer.ablation.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.presets import PRESETS
 from reference_trainer.run import RunFolder
 from robustcm.gates import Above
 
+THERE = ", ".join(preset.__name__ for preset in PRESETS)
 TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
     "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
@@ -38,6 +48,37 @@ def command(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return ["ablate", "--device=cpu", f"--out={tmp_path / 'out'}", "--workers=2", *options]
 
 
+class InThisProcess:
+    """A training process that is none: starting Python and torch takes longer than these runs."""
+
+    def __init__(self, command: list[str], *, stdout: TextIO, **_: object) -> None:
+        assert command[:3] == [sys.executable, "-m", "reference_trainer"]
+        with redirect_stdout(stdout), redirect_stderr(stdout):
+            self.returncode = main(command[3:])
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+class AtOnce(Executor):
+    """Does everything as it is asked for, in the thread that asks: only the first may take Ctrl-C, as training does."""
+
+    def __init__(self, workers: int) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=InThisProcess))  # and nobody else's
+    monkeypatch.setattr(ablate, "ThreadPoolExecutor", AtOnce)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -61,6 +102,7 @@ def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], tmp_path: Path):
     command += ["--arm", "paper", "objective.gate=Above(3)", "ema_decay=0.9", "--steps", "2", "--seeds", "0"]
     assert main(command) == 0
@@ -75,16 +117,18 @@ def flat_pixels():
     return lambda pixels: pixels.float().flatten(1)[:, ::97]
 
 
-def test_the_runs_are_compared_in_features_of_the_users(
+def test_the_runs_are_processes_of_their_own_and_compared_in_features_of_the_users(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # each run is a process of its own
+    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", here)
     command += ["--arms", "ours", "--seeds", "0", "--steps", "2", "--features", "test_ablate:flat_pixels"]
     assert main(command) == 0
     evaluations = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/*/*/evaluation.json")]
     assert [evaluation["features"] for evaluation in evaluations] == ["test_ablate:flat_pixels"] * 2
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_arm_that_fails_is_named_and_the_others_go_on(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -101,6 +145,7 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(
     assert failed == [False, True]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command: list[str], tmp_path: Path):
     command += ["--arms", "ours", "--seeds", "0", "--seconds", "0.2"]
     assert main(command) == 0
@@ -121,7 +166,7 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
         (["--stop-above", "0.5"], "--stop-above must be larger than 1"),
         (["--features", "nowhere:features"], "expected an importable module:function"),
         (["nosuch=1"], "unknown option nosuch"),
-        (["--arm", "nopreset", "ema_decay=0.9"], "--arm begins with a preset (digits, ilct, paper, pixels)"),
+        (["--arm", "nopreset", "ema_decay=0.9"], f"--arm begins with a preset ({THERE})"),
         (["--arm", "digits", "nosuch=1"], "unknown option nosuch"),
     ],
 )
@@ -194,6 +239,7 @@ def test_training_seconds_add_up_over_sittings(tmp_path: Path):
     assert training_seconds(run) == 29.0
 
 
+@pytest.mark.usefixtures("in_process")
 def test_runs_made_from_other_images_are_not_compared_with_new_ones(
     command: list[str], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

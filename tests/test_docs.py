@@ -91,7 +91,7 @@ def test_scripts_that_are_named_exist(name: str):
 
 
 class ParsedError(BaseException):
-    """Raised instead of the work behind a command line that parses."""
+    """Raised instead of the work behind a command line that parses; no Exception, which a script would report."""
 
 
 @contextlib.contextmanager

@@ -151,6 +151,7 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
         def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> torch.Tensor:
             return digits.held_out
 
+    digits = ImageSet("digits", digits.pixels[::2], digits.labels[::2], digits.is_held_out[::2])
     space = LatentSpace.of(PixelSpace().build(1, {}), to_unit(digits.train))
     model = Copier(TrainConfig(clip=None), torch.nn.Identity(), space, (1, 32, 32), 0, torch.device("cpu"))
     rows = evaluate(model, digits, load_digit_classifier())["rows"]

@@ -242,11 +242,11 @@ def test_the_share_falls_from_flow_matching_to_its_smallest():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LogitNormalTimes(std=0.0), "std > 0"),
+        (lambda: LogitNormalTimes(std=0.0), "std must be a finite number > 0"),
         (lambda: LogitNormalTimes(share_equal=1.5), "share_equal"),
-        (lambda: LogitNormalTimes(mean=float("nan")), "finite mean"),
-        (lambda: ConstantShare(share=0.0), r"Derivative\(\)"),
-        (lambda: SigmoidShare(smallest=0.0), "smallest"),
+        (lambda: LogitNormalTimes(mean=float("nan")), "mean must be a finite number"),
+        (lambda: ConstantShare(share=0.0), "share must be a finite number >= 1e-06 and <= 1"),
+        (lambda: SigmoidShare(smallest=1e-9), "smallest must be a finite number >= 1e-06"),
         (lambda: PreconditionedFlowMap(Net(), sigma_data=0.0), "sigma_data"),
         (lambda: FlowMapObjective(gate=of_flow_time(Above(1.0))), "in sigma"),
     ],

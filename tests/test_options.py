@@ -31,7 +31,7 @@ from reference_trainer.options import (
     override,
     to_json,
 )
-from reference_trainer.presets import PRESETS, digits
+from reference_trainer.presets import PRESETS, digits, flow_map
 from robustcm.barron import Barron, BarronOfR2
 from robustcm.flow_targets import Derivative
 from robustcm.losses import PerElement, PerToken, cauchy_of_r2, fair, fair_of_r2
@@ -248,10 +248,13 @@ CHANGES = [
     *("objective.gate=AnnealedAbove(3, 0.5)", "objective.distance=PerToken(cauchy_of_r2)", "objective.c=PowerLawC"),
     *("objective.levels=RatioLevels", "objective.extra=EarlyDiffusion", "objective.coupler=WithinClasses(Entropic())"),
     *("objective.levels.curriculum=DoublingCurriculum(s0=700, s1=900)", "data=ImageFolder(path='it\\'s \"here\"')"),
+    *("objective=FlowMapObjective(target=Derivative)", "objective.target=TwoPoint(ConstantShare(0.5))"),
+    *("objective=TrajectoryObjective(reach=0.5)", "objective=Objective(c=PowerLawC)", "objective.reach=1"),
 ]
 
 
 @given(st.sampled_from(PRESETS), st.lists(st.sampled_from(CHANGES)), st.sampled_from(PRESETS))
+@example(digits, ["second_sigma=0.5"], flow_map)
 def test_what_is_shown_can_be_typed_again_whatever_the_preset(preset, changes: list[str], other):
     config = preset()
     for change in changes:

@@ -172,11 +172,11 @@ def test_a_share_of_trajectories_ends_at_the_data_and_the_others_evenly_in_depth
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: UniformEnds(share_to_data=1.1), lambda: TrajectoryObjective(reach=-0.1)], ids=["share", "reach"]
+    ("part", "field", "value"), [(UniformEnds, "share_to_data", 1.1), (TrajectoryObjective, "reach", -0.1)]
 )
-def test_a_part_out_of_range_is_said(make):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-        make()
+def test_a_part_out_of_range_is_said(part, field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a finite number >= 0 and <= 1, got {value}"):
+        part(**{field: value})
 
 
 # --- The objective ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustcm.checks import need_real, need_whole
 from robustcm.sketch import LogHistogram
 from robustcm.tails.boxes import Array, BoxStatistics, box, fences, moments, nothing, tail_shape
 
@@ -42,8 +43,8 @@ class TailStream:
     relative_error: float = 0.005
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise ValueError(f"need at least one group, got {self.groups}")
+        need_whole(self, "groups", least=1)
+        need_real(self, "centre")
         _ = self.histogram.num_bins  # raises on a bad range
 
     @cached_property
