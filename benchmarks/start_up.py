@@ -1,10 +1,10 @@
-"""How long does a person wait for help, in units of `import torch`?
+"""How long does a person wait for help, and for the library, in units of `import torch`?
 
     python benchmarks/start_up.py [--quick]
 
-Processes of their own, in turns: `python -c "import torch"`, `python -m reference_trainer --help`, `train --help`, and
-for comparison what has to import the trainer: `train --show`. Wall time; the ratio is that of a turn, its median and
-quartiles over the turns.
+Processes of their own, in turns: `python -c "import torch"`, the same with the library and with a name of it,
+`python -m reference_trainer --help`, `train --help`, and for comparison what has to import the trainer: `train --show`.
+Wall time; the ratio is that of a turn, its median and quartiles over the turns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ TORCH = "import torch"
 TRAINER = ["-m", "reference_trainer"]
 COMMANDS: dict[str, list[str]] = {
     TORCH: ["-c", TORCH],
+    "import robustcm": ["-c", "import torch, robustcm"],
+    "RobustLoss": ["-c", "from robustcm import RobustLoss, cauchy"],
     "--help": [*TRAINER, "--help"],
     "train --help": [*TRAINER, "train", "--help"],
     "train --show": [*TRAINER, "train", "--show"],
@@ -42,11 +44,11 @@ def main() -> None:
     least = {"min_seconds": 0.0, "min_rounds": 3} if quick else {"min_seconds": 60.0, "min_rounds": 10}
     timings, torch_over = measure_in_turns(calls, TORCH, **least)
     rows = [row_of(name, timings[name], torch_over[name]) for name in COMMANDS]
-    print(f"{'':14}{'wall':>9}{'IQR':>9}   times import torch (IQR)")
+    print(f"{'':17}{'wall':>9}{'IQR':>9}   times import torch (IQR)")
     for row in rows:
         q1, ratio, q3 = row["over_import_torch"]
         wall = row["seconds"]
-        print(f"{row['what']:14}{wall.median:7.2f} s{wall.q3 - wall.q1:7.2f} s   {ratio:.2f} ({q1:.2f} .. {q3:.2f})")
+        print(f"{row['what']:17}{wall.median:7.2f} s{wall.q3 - wall.q1:7.2f} s   {ratio:.2f} ({q1:.2f} .. {q3:.2f})")
     if not quick:
         print(write_json("start_up", rows, about))
 
