@@ -1,4 +1,4 @@
-"""What the numbers in a dataclass may be: the owner of a field refuses what cannot work, in a line that says so.
+"""What numbers may be: the owner of a field, or of an argument, refuses what cannot work, in a line that says so.
 
 Bounds are wide: they lie where float32 or the memory of a large machine ends, not where a value stops being sensible.
 """
@@ -10,6 +10,9 @@ import operator
 import sys
 from numbers import Integral, Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 MOST = 2**31 - 1
 """Of whole numbers that count something, unless the owner says less."""
@@ -81,6 +84,20 @@ def need_order(owner: object, low: str, high: str, *, ratio: float = 1) -> None:
     if small * ratio > large:
         times = "" if ratio == 1 else f"{ratio:g} times "
         raise ValueError(f"{high} must be at least {times}{low}, got {low} = {small} and {high} = {large}")
+
+
+def need_finite(**tensors: Tensor) -> None:
+    """Refuse tensors ``[b, ...]`` with a NaN or an infinity, by sample. Waits for the device.
+
+    Raises:
+        ValueError: names the tensor and its samples.
+    """
+    for name, values in tensors.items():
+        finite = values.detach().flatten(1).isfinite().all(1)
+        if not finite.all():
+            bad = torch.nonzero(~finite).flatten().tolist()
+            shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise ValueError(f"{name} is NaN or infinite in sample {shown} of {len(values)}: mend or leave these out")
 
 
 def need_seed(owner: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from robustcm.checks import need_real, need_whole
+from robustcm.checks import need_finite, need_real, need_whole
 from robustcm.shapes import same_shape
 
 
@@ -220,9 +220,4 @@ def _inner_products(x: Tensor, z: Tensor) -> np.ndarray[Any, np.dtype[np.float64
 
 def _check(x: Tensor, z: Tensor) -> None:
     same_shape(x=x, z=z)
-    for name, values in (("x", x), ("z", z)):
-        finite = values.detach().flatten(1).isfinite().all(1)
-        if not finite.all():
-            bad = torch.nonzero(~finite).flatten().tolist()
-            shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise ValueError(f"{name} is NaN or infinite in sample {shown} of {len(x)}: there is no pairing of that")
+    need_finite(x=x, z=z)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustcm.checks import need_order, need_real, need_whole
+from robustcm.checks import need_finite, need_order, need_real, need_whole
 
 SCORES = 2**24  # computed at once: 64 MB
 
@@ -35,10 +35,11 @@ class Pairing:
         """Which sample each of the noises ``z [b, ...]`` goes to: ``[b]`` int64.
 
         Raises:
-            ValueError: ``z`` has not the shape of samples.
+            ValueError: ``z`` has not the shape of samples, or is not finite.
         """
         if z.shape[1:] != self.x.shape[1:]:
             raise ValueError(f"z must be noise of the samples' shape {list(self.x.shape[1:])}, got {list(z.shape)}")
+        need_finite(z=z)
         flat = self.x.flatten(1)
         return torch.cat(
             [(part.flatten(1) @ flat.T + self.potential).argmax(1) for part in torch.split(z, _rows(len(flat)))]
@@ -83,8 +84,9 @@ class Semidiscrete:
         Raises:
             ValueError: fewer than two samples, or values that are not finite.
         """
-        if len(x) < 2 or not x.isfinite().all():
-            raise ValueError(f"need at least two samples, all finite, got {len(x)}")
+        if len(x) < 2:
+            raise ValueError(f"need at least two samples to pair with, got {len(x)}")
+        need_finite(x=x)
         n, unit = len(x), _unit(x)
         draws = max(1, round(self.draws_a_sample * n))
         potential, average = (torch.zeros(n, device=x.device) for _ in range(2))

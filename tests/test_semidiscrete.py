@@ -82,8 +82,9 @@ def test_a_fit_is_a_function_of_the_data_and_the_generator():
     [
         (lambda p: Semidiscrete(steps=1), "steps must be a whole number in 2"),
         (lambda p: Semidiscrete(first_rate=0.1, last_rate=0.2), "first_rate must be at least last_rate"),
-        (lambda p: Semidiscrete().fit(data(1), generator()), "need at least two samples, all finite, got 1"),
-        (lambda p: Semidiscrete().fit(data() * math.nan, generator()), "all finite"),
+        (lambda p: Semidiscrete().fit(data(1), generator()), "need at least two samples to pair with, got 1"),
+        (lambda p: Semidiscrete().fit(data() * math.nan, generator()), "x is NaN or infinite in sample 0, 1"),
+        (lambda p: p(torch.full((3, 8), math.inf)), "z is NaN or infinite in sample 0, 1, 2 of 3"),
         (lambda p: Semidiscrete()(data(), data()), r"pairs with the whole data set: pairing = Semidiscrete\(\).fit"),
         (lambda p: p(torch.zeros(3, 4)), r"z must be noise of the samples' shape \[8\], got \[3, 4\]"),
     ],
