@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -218,18 +219,54 @@ def test_every_figure_with_its_seeds_comes_from_a_json():
 
 def test_distance_and_ratio_in_one_line_are_of_one_arm():
     arms = [[row["distance"] | row["ratio"] for row in rows.values()] for rows in measured().values()]
-    lines = [line for line in EVIDENCE.splitlines() if line.startswith("|") and re.search(RATIO, line)]
+    lines = [
+        line for line in EVIDENCE.splitlines() if line.startswith("|") and re.search(rf"{DISTANCE} .*{RATIO}", line)
+    ]
     assert len(lines) > 15
     for line in lines:
         one, two = re.findall(rf"({DISTANCE}) \| ({RATIO})", line)
         assert any(set(one) <= at_one and set(two) <= at_two for at_one, at_two in arms), line
 
 
-def test_what_5_percent_cost_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch):
-    (code,) = (words[2] for command in commands(EVIDENCE) if (words := shlex.split(command))[:2] == ["python", "-c"])
+def what_prints(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the evidence's one-line program about the JSON ``name`` prints."""
+    (code,) = (
+        words[2] for command in commands(EVIDENCE) if (words := shlex.split(command))[1] == "-c" and name in command
+    )
     monkeypatch.chdir(ROOT)
     with contextlib.redirect_stdout(printed := io.StringIO()):
         exec(compile(code, "docs/evidence.md", "exec"), {})
-    one, two = re.findall(r"(\S+ \(.*?\))", printed.getvalue().replace(" ..", " to"))
+    return printed.getvalue()
+
+
+ONE_OVER_ANOTHER = re.compile(rf"^\| `([^`]+)` \| `([^`]+)` \| (\d) \| ({RATIO}) \| ({RATIO}) \|$", re.MULTILINE)
+
+
+def test_ratios_of_two_arms_are_those_of_a_json():
+    files = [runs for _, runs in ablations().values()]
+    there = set()
+    for runs in files:
+        for suite in {run.suite for run in runs}:
+            arms = dict.fromkeys(run.arm for run in runs if run.suite == suite)
+            for arm, over in permutations(arms, 2):
+                one, two = (paired_ratio(*(by_seed(runs, suite, a, row) for a in (arm, over))) for row in (ONE, TWO))
+                if one is not None:
+                    there.add((arm, over, str(one.pairs), str(one), str(two)))
+    said = ONE_OVER_ANOTHER.findall(EVIDENCE)
+    assert len(said) > 10
+    assert [row for row in said if row not in there] == []
+    tables = re.findall(r"^\| arm[^|]*\| over[^|]*\| seeds.*\n.*\n((?:\|.*\n)+)", EVIDENCE, re.MULTILINE)
+    assert sum(len(table.splitlines()) for table in tables) == len(said)  # no row is of another form
+
+
+def test_ratios_of_two_arms_are_what_their_command_prints(monkeypatch: pytest.MonkeyPatch):
+    printed = what_prints("methods.json", monkeypatch)
+    assert "['trajectory', 'over', 'digits', '0.91 (0.72 .. 1.13)', '0.96 (0.83 .. 1.13)']" in printed
+    assert "| `trajectory` | `digits` | 3 | 0.91 (0.72 .. 1.13) | 0.96 (0.83 .. 1.13) |" in EVIDENCE
+
+
+def test_what_5_percent_cost_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch):
+    printed = what_prints("outliers_five_seeds.json", monkeypatch)
+    one, two = re.findall(r"(\S+ \(.*?\))", printed.replace(" ..", " to"))
     assert one.split()[0] + " times (" + one.split("(")[1] in EVIDENCE
     assert two in EVIDENCE

@@ -16,6 +16,16 @@ def test_python_blocks_run(block: str):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_your_own_trainer_takes_four_lines_for_the_loss_and_three_for_the_coupling():
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# robustcm" in b)
+    assert [block.count(f"# robustcm, {part}") for part in ("loss", "coupling")] == [4, 3]
+    ours = [line for line in block.splitlines() if "# robustcm" in line]
+    names = re.findall(r"\w+", " ".join(line.partition("import ")[2].partition("#")[0] for line in ours))
+    theirs = "\n".join(line for line in block.splitlines() if line not in ours)
+    assert len(names) > 5
+    assert [name for name in names if re.search(rf"\b{name}\b", theirs)] == []  # no other line needs us
+
+
 def test_the_first_screen_is_a_sentence_the_commands_and_the_pictures():
     first = README[: README.index("\n## ")]
     title, sentence, block, samples, boxes, *_ = first.split("\n\n")
