@@ -240,8 +240,6 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         return None
     if type(value) is int and hint in (int, float):
         raise UserError(f"{where} must lie between -2**63 and 2**63, got {_shown(value)}")
-    if type(value) is float and hint is float:
-        raise UserError(f"{where} must be a number, got {value}")
     raise UserError(f"{where} must be {typed(hint)}, got {_shown(value)}")
 
 
