@@ -276,8 +276,10 @@ def require_writable(file: Path) -> None:
     """
     import torch
 
+    if file.is_dir():
+        raise UserError(f"cannot write {file}: it is a folder; give --out a file, as in {file / 'samples.png'}")
     trial = file.with_name(f".trial-{file.name}")
-    save_picture(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), trial)
+    save_picture(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), trial, called=file)
     trial.unlink()
 
 
@@ -288,8 +290,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     return ablate.run_ablate(options)
 
 
-def save_picture(pixels: Tensor, file: Path) -> None:
-    """uint8 ``[n, ch, h, w]`` as one PNG of square rows."""
+def save_picture(pixels: Tensor, file: Path, called: Path | None = None) -> None:
+    """uint8 ``[n, ch, h, w]`` as one PNG of square rows; an error calls it ``called``."""
     import torch
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -306,7 +308,8 @@ def save_picture(pixels: Tensor, file: Path) -> None:
             about.add_text(key, text)
         Image.fromarray(tile(pixels, columns)).save(file, pnginfo=about)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {file}: {error}") from error
+        why = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(": ")
+        raise UserError(f"cannot write {called or file}: {why}; give --out a place for a PNG") from error
 
 
 if __name__ == "__main__":

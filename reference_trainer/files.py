@@ -98,7 +98,7 @@ def write_atomically(file: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {file}: {error.strerror}; make room or give another folder, then run the same command again"
+            f"cannot write {file}: {error.strerror}; make room or make it writable, then run the same command again"
         ) from error
 
 

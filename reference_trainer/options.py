@@ -238,6 +238,8 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         return value
     elif hint is type(None) and value is None:
         return None
+    if type(value) is int and hint in (int, float):
+        raise UserError(f"{where} must lie between -2**63 and 2**63, got {_shown(value)}")
     raise UserError(f"{where} must be {typed(hint)}, got {_shown(value)}")
 
 
@@ -292,6 +294,29 @@ def to_json(value: Any) -> Any:
     return {"part": _name(value)}
 
 
+def filled(data: Any) -> Any:
+    """``to_json`` of an earlier version with the fields that have come since at their defaults."""
+    if isinstance(data, list):
+        return [filled(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    given = {key: filled(value) for key, value in data.items()}
+    part = _part_named(data.get("part"))
+    fields = dataclasses.fields(part) if _is_part(part) else ()
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return {name: to_json(value) for name, value in defaults.items()} | given
+
+
+def strange_fields(data: Any) -> Iterator[str]:
+    """``Part.field`` for each field in ``to_json`` of another version that its part does not have in this one."""
+    if isinstance(data, dict):
+        part = _part_named(data.get("part"))
+        names = {"part", *(field.name for field in dataclasses.fields(part))} if _is_part(part) else data.keys()
+        yield from (f"{_name(part)}.{key}" for key in data if key not in names)
+    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        yield from strange_fields(item)
+
+
 def from_json(data: Any) -> TrainConfig:
     """The inverse of ``to_json`` for configurations made of known parts.
 
@@ -314,7 +339,7 @@ def _part_from_json(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     name = data.get("part")
-    part = TrainConfig if name == "TrainConfig" else VOCABULARY.get(str(name))
+    part = _part_named(name)
     if part is None:
         raise UserError(
             f"the configuration names {_shown(name)}, which is no part of this version: use the run from Python if the "
@@ -322,6 +347,10 @@ def _part_from_json(data: Any) -> Any:
         )
     given = {key: _part_from_json(item) for key, item in data.items() if key != "part"}
     return _build(part, given) if _is_part(part) else part
+
+
+def _part_named(name: Any) -> Any:
+    return TrainConfig if name == "TrainConfig" else VOCABULARY.get(str(name))
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

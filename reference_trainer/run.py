@@ -16,7 +16,8 @@ from tqdm import tqdm
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
-from reference_trainer.options import differences, from_json, to_json
+from reference_trainer.options import differences, filled, from_json, strange_fields, to_json
+from robustcm import __version__
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
@@ -60,16 +61,23 @@ class RunFolder:
     def claim(self, config: TrainConfig) -> None:
         """Make this the folder of ``config``: write config.json, or check the one that is there.
 
+        A field that an earlier version did not have counts there as its default now.
+
         Raises:
-            UserError: it belongs to another configuration, or its config.json is none.
+            UserError: it belongs to another configuration or to another version, or its config.json is none.
         """
         file = self.root / "config.json"
         asked = json.loads(as_json(to_json(config)))
         if file.exists():
             there = self._json(file)
-            if not isinstance(there, dict):
+            if not isinstance(there, dict) or there.get("part") != asked["part"]:
                 raise UserError(f"{file} is no configuration of a run: give --out another folder")
-            if changed := list(differences(there, asked)):
+            if strange := list(strange_fields(there)):
+                raise UserError(
+                    f"{self.root} holds a run of another version of the trainer: {', '.join(strange[:4])} is no field "
+                    f"in version {__version__}; continue it with the version that made it, or give --out another folder"
+                )
+            if changed := list(differences(json.loads(as_json(filled(there))), asked)):
                 shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
                 raise UserError(
                     f"{self.root} holds a run of another configuration ({shown}): give --out another folder"

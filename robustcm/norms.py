@@ -263,6 +263,8 @@ _GROUP_NORM = "torch.nn.modules.normalization.GroupNorm"
 _LAYER_NORMS = {"torch.nn.modules.normalization.LayerNorm", "diffusers.models.normalization.FP32LayerNorm"}
 _RMS_NORMS = {"torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm"}
 _KNOWN = {_GROUP_NORM} | _LAYER_NORMS | _RMS_NORMS
+# A subclass may be called anything.
+_STOCK = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 def _counterpart(
@@ -275,7 +277,7 @@ def _counterpart(
     elif _computed_by(module) in _KNOWN:
         new = _what_would_be_lost(module) or _what_is_more(module) or _without_scale(module, new_biases)
     else:
-        return _why_unknown(module) if "Norm" in type(module).__name__ else None
+        return _why_unknown(module) if "Norm" in type(module).__name__ or isinstance(module, _STOCK) else None
     return new.train(module.training) if isinstance(new, nn.Module) else new
 
 
@@ -352,7 +354,7 @@ def _why_unknown(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LocalResponseNorm):
         return "normalises over the batch, or each channel by itself: no non-scaling LayerNorm counterpart"
-    if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+    if isinstance(module, _STOCK):
         return f"overrides forward; if it has a counterpart, name it: also={{{name}: ...}}"
     if any(_computed_by(inner) in _KNOWN or isinstance(inner, NonScalingLayerNorm) for inner in module.modules()):
         return "its inner norm has a line of its own, what is around that stays"

@@ -12,7 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from analysis import c_schedules, loss_shapes, td_outliers
-from reference_trainer.__main__ import COMMANDS, configuration, main, parser
+from reference_trainer.__main__ import COMMANDS, configuration, main, parser, require_writable
 from reference_trainer.ablation.ablate import jobs_of
 from reference_trainer.ablation.ladder import ARMS, SUITES
 from reference_trainer.errors import UserError, exit_status
@@ -327,6 +330,57 @@ def test_a_config_that_is_none_gets_one_line(
 @pytest.mark.parametrize("content", ["list", "string", "number", "null"])
 def test_what_is_no_configuration_is_not_compared_with_one(content: str, tmp_path: Path):
     (tmp_path / "config.json").write_bytes(NO_CONFIGURATIONS[content])
+    with pytest.raises(UserError, match="is no configuration of a run"):
+        RunFolder(tmp_path).claim(digits())
+
+
+def test_a_picture_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    for name, why in (("x.nothing", "unknown file extension"), ("file/x.png", ""), (".", "is a folder")):
+        with pytest.raises(
+            UserError, match=f"cannot write {re.escape(str(tmp_path / name))}: .*{why}.* --out"
+        ) as caught:
+            require_writable(tmp_path / name)
+        assert ".trial" not in str(caught.value)
+    require_writable(tmp_path / "new" / "x.png")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def claimed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A run folder of the digits whose config.json was changed as if another version had written it."""
+    RunFolder(tmp_path).claim(digits())
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_run_is_not_lost_because_a_version_added_a_field(tmp_path: Path):
+    def older(config: dict[str, Any]) -> None:
+        del config["threads"], config["objective"]["c"]["histogram"], config["optimizer"]["max_norm"]
+
+    root = claimed(tmp_path, older)
+    RunFolder(root).claim(digits())
+    with pytest.raises(UserError, match=r"another configuration \(threads: 1 -> 2\)"):
+        RunFolder(root).claim(replace(digits(), threads=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config: config.update(speed=3), "TrainConfig.speed"),
+        (lambda config: config["optimizer"].update(clip=1.0), "Adam.clip"),
+    ],
+)
+def test_a_field_that_a_version_took_away_is_named_with_what_to_do(
+    change: Callable[[dict[str, Any]], object], named: str, tmp_path: Path
+):
+    with pytest.raises(UserError, match=f"run of another version of the trainer: {named} .* version that made it"):
+        RunFolder(claimed(tmp_path, change)).claim(digits())
+
+
+def test_a_config_json_of_something_else_is_named_as_such(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"lr": 3}')
     with pytest.raises(UserError, match="is no configuration of a run"):
         RunFolder(tmp_path).claim(digits())
 

@@ -77,6 +77,7 @@ def test_images_go_through_a_few_at_a_time_and_stay_in_order():
         (lambda v: np.array(["a", "b"]), "failed: TypeError"),
         (lambda v: v / 0, "2 of 2 images have NaN or infinite features"),
         (lambda v: v.sum("nonsense"), "failed: TypeError"),
+        (lambda v: sys.exit(3), "failed: SystemExit 3"),
         (lambda v: (_ for _ in ()).throw(KeyError("no weights\nat all")), "failed: KeyError"),
     ],
 )
@@ -112,6 +113,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("factory", "said"),
     [
         (lambda: 1 / 0, "failed: ZeroDivisionError"),
+        (lambda: sys.exit("no weights"), "failed: SystemExit no weights"),
         (lambda needed: None, "failed: TypeError"),
         (lambda: None, "must return a map from images to features, it returns a NoneType"),
         (7, "failed: TypeError"),

@@ -500,6 +500,13 @@ def test_a_layer_that_may_compute_something_else_is_kept_with_the_reason(layer, 
     torch.testing.assert_close(network(x), before)
 
 
+@pytest.mark.parametrize("stock", [nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d])
+def test_a_subclass_with_a_forward_of_its_own_is_reported_whatever_it_is_called(stock: type[nn.Module]):
+    own = type("GN", (stock,), {"forward": lambda self, x: torch.relu(stock.forward(self, x))})
+    network = nn.Sequential(nn.LayerNorm(8), own(*((2, 8) if stock is nn.GroupNorm else (8,))))
+    assert list(convert_norms(network).kept) == ["1"]
+
+
 def test_a_subclass_that_leaves_forward_alone_is_converted():
     class Renamed(nn.GroupNorm):
         def __init__(self, ch: int) -> None:

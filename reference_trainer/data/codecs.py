@@ -214,9 +214,7 @@ def _about_colours(codec: Codec, images: Tensor) -> str:
     """What to do where the other number of channels would have worked."""
     ch = images.shape[1]
     other = images.expand(-1, 3, -1, -1) if ch == 1 else images.mean(1, keepdim=True)
-    try:
-        codec.encode(other)
-    except UserError:
+    if not _goes_there_and_back(codec, other):
         return ""
     if ch == 1:
         return (
@@ -224,6 +222,14 @@ def _about_colours(codec: Codec, images: Tensor) -> str:
             "decode() give the mean over the channels"
         )
     return "; the images have 3 channels and it takes 1: let encode() and decode() take each channel as an image"
+
+
+def _goes_there_and_back(codec: Codec, images: Tensor) -> bool:
+    try:
+        codec.decode(codec.encode(images))
+    except UserError:
+        return False
+    return True
 
 
 def _say_if_it_draws(codec: Foreign, images: Tensor, latents: Tensor) -> None:

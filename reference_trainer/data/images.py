@@ -180,7 +180,10 @@ class ImageFolder:
         except (OSError, RuntimeError) as error:  # a folder above it is closed; ~somebody who is not there
             found, why = False, f" ({cause(error)})"
         if not found:
-            raise UserError(f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data")
+            raise UserError(
+                f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data; "
+                "for a run that is there already, data.path in its config.json says where its images are"
+            )
         return root
 
     def _stop_at(self, path: Path, error: Exception) -> None:

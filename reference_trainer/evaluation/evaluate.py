@@ -288,9 +288,10 @@ def about_autoencoder(evaluation: dict[str, Any]) -> list[str]:
             f"{row['n']} images)"
         )
     if evaluation["features"] == PooledLatents.name:
+        shown = "PSNR and samples.png show it" if "psnr" in row else "the table of evaluate has a PSNR that shows it"
         lines.append(
-            "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see (PSNR "
-            "and samples.png show it)"
+            "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see "
+            f"({shown})"
         )
     return lines
 

@@ -73,7 +73,9 @@ class Imported:
             if isinstance(output, (tuple, list)) and len(output):
                 output = output[0]
             vectors = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
-        except Exception as error:  # whatever the user's code raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever the user's code raises, SystemExit included
             raise UserError(f"{where} it failed: {in_a_line(error)}") from error
         if not isinstance(vectors, Tensor) or vectors.is_complex():
             raise UserError(f"{where} it gives a {type(given).__name__}, expected a tensor [n, k] of real numbers")
@@ -93,13 +95,17 @@ class Imported:
         module, _, attribute = name.partition(":")
         try:
             factory = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # whatever an import runs into
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever an import runs into
             raise UserError(
                 f"--features {name}: expected an importable module:function ({in_a_line(error)})"
             ) from error
         try:
             function = factory()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise UserError(f"--features {name}: {attribute}() failed: {in_a_line(error)}") from error
         if not callable(function):
             raise UserError(
