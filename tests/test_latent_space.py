@@ -173,3 +173,7 @@ def test_only_the_first_of_large_sets_count_and_the_row_says_how_many(monkeypatc
 def test_what_cannot_be_measured_says_why(make, message: str):
     with pytest.raises(UserError, match=message):
         make(gaussian(20, 3))
+
+
+def test_the_groups_leave_no_component_out_and_none_twice():
+    assert [k for group in latent_space.GROUPS.values() for k in range(20)[group]] == list(range(20))
