@@ -163,13 +163,13 @@ def run_train(options: argparse.Namespace) -> int:
 
     from reference_trainer.evaluation.evaluate import (
         Evaluator,
-        as_table,
         choose_features,
         evaluate,
         record,
         write_evaluation,
         write_report,
     )
+    from reference_trainer.evaluation.table import as_table
     from reference_trainer.fields import describe_fields
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
@@ -250,7 +250,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
     import torch
 
-    from reference_trainer.evaluation.evaluate import as_table, choose_features, evaluate, write_report
+    from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_report
+    from reference_trainer.evaluation.table import as_table
     from reference_trainer.machine import device_of
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder

@@ -23,7 +23,16 @@ from scipy import stats
 from reference_trainer.__main__ import main
 from reference_trainer.ablation import ablate
 from reference_trainer.ablation.ablate import jobs_of, stopped_arms, training_seconds
-from reference_trainer.ablation.comparison import ONE, TWO, Result, as_markdown, draw_comparison, paired_ratio
+from reference_trainer.ablation.comparison import (
+    ONE,
+    TWO,
+    Result,
+    as_markdown,
+    draw_comparison,
+    judged_by,
+    paired_ratio,
+    ranking,
+)
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
 from reference_trainer.presets import PRESETS
 from reference_trainer.run import RunFolder
@@ -93,6 +102,8 @@ def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
     ]
     assert ["reconstructions" in run["rows"] for run in runs] == [True, False, False, False]  # measured once a suite
     assert "FD of the bounds: reconstructions" in printed
+    assert all(run["rows"][ONE].keys() >= {"frechet_rec", "kernel_rec_x1000"} for run in runs)
+    assert "Ranked by FD rec at 1 evaluation" in printed
     config = RunFolder(out / "outliers-5pc" / "ours" / "seed-1").config()
     assert (config.seed, config.steps, config.outliers.share) == (1, 3, 0.05)
     assert (out / "ablation.png").stat().st_size > 10_000
@@ -199,6 +210,47 @@ def test_the_rule_stops_an_arm_on_its_first_seed_alone_and_suite_by_suite():
     assert stopped_arms(results, 3.0) == [("clean", "bad")]
     assert stopped_arms(results, math.inf) == []
     assert stopped_arms(results[1:], 3.0) == []  # no baseline, no verdict
+
+
+def with_rec(run: Result, one: float, two: float = 4.0) -> Result:
+    """``run``, measured against the reconstructions, too."""
+    more = {ONE: one, TWO: two}
+    rows = {name: row | ({"frechet_rec": more[name]} if name in more else {}) for name, row in run.rows.items()}
+    rows["bound: Gaussian latents decoded"] = {"frechet": 100.0, "frechet_rec": 90.0}
+    return replace(run, rows=rows)
+
+
+def test_arms_are_ranked_and_stopped_by_the_reconstructions_where_every_run_has_them():
+    """Against the images the order is turned round by what the autoencoder loses, as it was on faces."""
+    runs = [with_rec(result(BASELINE, 0, 800), 20), with_rec(result("near", 0, 830), 10)]
+    runs.append(with_rec(result("far", 0, 820), 70))
+    assert judged_by(runs, "clean") == "frechet_rec"
+    assert ranking(runs, "clean", BASELINE) == [("near", 0.5), (BASELINE, 1.0), ("far", 3.5)]
+    assert stopped_arms(runs, 3.0) == [("clean", "far")]
+    older = [*runs, result("older", 0, 2500)]
+    assert judged_by(older, "clean") == "frechet"
+    assert [arm for arm, _ in ranking(older, "clean", BASELINE)] == [BASELINE, "far", "near", "older"]
+    assert stopped_arms(older, 3.0) == [("clean", "older")]
+    failed = replace(result("failed", 0, 1), rows={}, failure="NaN")
+    assert ranking([*runs, failed], "clean", BASELINE) == ranking(runs, "clean", BASELINE)
+    assert judged_by([failed], "clean") == judged_by([], "clean") == "frechet"
+
+
+def test_the_table_shows_both_distances_and_says_which_one_ranks():
+    runs = [with_rec(result(BASELINE, 0, 800), 20), with_rec(result("near", 0, 840), 10)]
+    table = as_markdown(runs, BASELINE)
+    assert "| near | 840.0 | 1.05 | 5.0 | 1.00 | 10.0 | 0.50 | 4.0 | 1.00 |" in table
+    assert f"Ranked by FD rec at 1 evaluation, as ratios to the baseline: near 0.50; {BASELINE} 1.00." in table
+    assert "FD of the bounds: reconstructions 1.0; bound: Gaussian latents decoded 100.0." in table
+    assert "FD rec of the bounds: bound: Gaussian latents decoded 90.0." in table
+    assert all(line.count("|") == table.splitlines()[2].count("|") for line in table.splitlines() if line[:1] == "|")
+
+
+def test_runs_of_an_earlier_version_have_dashes_and_are_ranked_by_what_they_have():
+    table = as_markdown([result(BASELINE, 0, 10), result("other", 0, 5)], BASELINE)
+    assert "| other | 5.0 | 0.50 | 5.0 | 1.00 | - | - | - | - |" in table
+    assert "Ranked by FD (not every run has FD rec) at 1 evaluation" in table
+    assert "FD rec of" not in table
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=2, max_size=6))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr
 
@@ -43,6 +45,17 @@ def test_kernel_distance_does_not_depend_on_the_ambient_generator():
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
     assert kernel_distance(real, fake) == first
+
+
+@pytest.mark.parametrize(("n", "m"), [(1100, 1300), (40, 40), (30, 1001), (2, 3)])
+def test_kernel_distance_is_that_of_torchmetrics_to_the_last_digit(n: int, m: int):
+    real, fake = gaussian(n, 4, 0), gaussian(m, 4, 1, shift=0.5)
+    scale = real.double().square().mean().sqrt()
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng([]):
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=20, subset_size=min(1000, n, m))
+        metric.real_features, metric.fake_features = [real.double() / scale], [fake.double() / scale]
+        torch.manual_seed(3)
+        assert kernel_distance(real, fake, seed=3) == 1000 * float(metric.compute()[0])
 
 
 def test_precision_and_recall_agree_with_brute_force():

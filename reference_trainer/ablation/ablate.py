@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.ablation.budget import steps_within
-from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison
+from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison, judged_by
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
 from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
@@ -130,11 +130,12 @@ def run_jobs(
 def stopped_arms(results: Sequence[Result], above: float) -> list[tuple[str, str]]:
     """The rule: an arm's further seeds are skipped once its first finished seed is ``above`` times the baseline's.
 
-    Frechet distances at 1 evaluation, on the same seed and suite. Returns (suite, arm).
+    By ``judged_by``, on the same seed and suite. Returns (suite, arm).
     """
     out = []
     for suite, arm in dict.fromkeys((r.suite, r.arm) for r in results):
-        values, baseline = (by_seed(results, suite, name, ONE) for name in (arm, BASELINE))
+        metric = judged_by(results, suite)
+        values, baseline = (by_seed(results, suite, name, ONE, metric) for name in (arm, BASELINE))
         common = sorted(values.keys() & baseline.keys())
         if common and values[common[0]] > above * baseline[common[0]]:
             out.append((suite, arm))
@@ -227,8 +228,10 @@ def write_comparison(results: Sequence[Result], out: Path, stop_above: float, ab
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; {about['date']}; "
         f"{'steps ' + ', '.join(map(str, steps))}; paired seeds "
-        f"{sorted({r.seed for r in results})}. FD: Frechet distance to the clean training images, lower is better; "
-        "mean (each seed). Ratio: geometric mean over paired seeds (95 % t interval).",
+        f"{sorted({r.seed for r in results})}. FD: Frechet distance to the clean training images, FD rec: to their "
+        "reconstructions, encoded and decoded, without outliers or clip; lower is better; mean (each seed). Ratio: "
+        "geometric mean over paired seeds (95 % t interval). Arms are ranked by FD rec: FD is mostly what a lossy "
+        "autoencoder loses, the same for all arms, which hides what training did.",
         "",
     ]
     if stop_above < float("inf"):

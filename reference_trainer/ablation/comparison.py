@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +16,8 @@ from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is
 from reference_trainer.plotting import new_figure
 
 ONE, TWO = "1 evaluation", "2 evaluations"
+IMAGES, RECONSTRUCTIONS = "frechet", "frechet_rec"
+"""Distance to the training images, and to their reconstructions; of a row of evaluation.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ def paired_ratio(values: dict[int, float], baseline: dict[int, float]) -> Ratio 
     Returns:
         None without a common seed.
     """
-    logs = [math.log(values[seed] / baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    pairs = [(values[seed], baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    logs = [math.log(value / base) for value, base in pairs if value > 0 and base > 0]  # rounding may pass 0
     if not logs:
         return None
     mean = statistics.fmean(logs)
@@ -69,6 +73,26 @@ def by_seed(results: Sequence[Result], suite: str, arm: str, row: str, metric: s
     return {r.seed: r.rows[row][metric] for r in chosen}
 
 
+def judged_by(results: Sequence[Result], suite: str) -> str:
+    """The metric, at 1 evaluation, that arms of ``suite`` are ranked and stopped by.
+
+    The distance to the reconstructions: through a lossy autoencoder that to the images is mostly the autoencoder's,
+    which no arm changes, and can turn the order round. To the images where a run, of an earlier version or whose
+    decoder failed, lacks it: never two measures in one order.
+    """
+    rows = [r.rows[ONE] for r in results if r.suite == suite and ONE in r.rows]
+    return RECONSTRUCTIONS if rows and all(RECONSTRUCTIONS in row for row in rows) else IMAGES
+
+
+def ranking(results: Sequence[Result], suite: str, baseline: str) -> list[tuple[str, float]]:
+    """Arms and their ratio to the baseline's by ``judged_by``, the best first; those without a seed it has are out."""
+    metric = judged_by(results, suite)
+    own = by_seed(results, suite, baseline, ONE, metric)
+    arms = _distinct([r.arm for r in results if r.suite == suite])
+    ratios = ((arm, paired_ratio(by_seed(results, suite, arm, ONE, metric), own)) for arm in arms)
+    return sorted(((arm, ratio.mean) for arm, ratio in ratios if ratio), key=lambda found: found[1])
+
+
 def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tuple[str, str]] = ()) -> str:
     """A table a suite. ``stopped``: (suite, arm) whose further seeds were skipped by the rule."""
     parts = []
@@ -76,12 +100,13 @@ def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tupl
         parts += [f"### {suite}", "", *_HEAD]
         for arm in _distinct([r.arm for r in results if r.suite == suite]):
             parts.append(_line(results, suite, arm, baseline, (suite, arm) in stopped))
-        parts += ["", *_bounds([r for r in results if r.suite == suite]), ""]
+        parts += ["", *_ranks(results, suite, baseline), *_bounds([r for r in results if r.suite == suite]), ""]
     return "\n".join(parts)
 
 
 _COLUMNS = (
     *("arm", "FD, 1 evaluation", "ratio to the baseline", "FD, 2 evaluations", "ratio to the baseline"),
+    *("FD rec, 1 evaluation", "ratio to the baseline", "FD rec, 2 evaluations", "ratio to the baseline"),
     *("p >= .9", "precision", "recall", "kernel x1000", "FD to held-out", "steps", "s"),
 )
 _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS))
@@ -90,9 +115,9 @@ _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS))
 def _line(results: Sequence[Result], suite: str, arm: str, baseline: str, stopped: bool) -> str:
     own = [r for r in results if (r.suite, r.arm) == (suite, arm)]
     cells = [arm]
-    for row in (ONE, TWO):
-        values = by_seed(results, suite, arm, row)
-        ratio = paired_ratio(values, by_seed(results, suite, baseline, row)) if arm != baseline else None
+    for metric, row in product((IMAGES, RECONSTRUCTIONS), (ONE, TWO)):
+        values = by_seed(results, suite, arm, row, metric)
+        ratio = paired_ratio(values, by_seed(results, suite, baseline, row, metric)) if arm != baseline else None
         cells += [_spread(values, 1), str(ratio) if ratio else "-"]
     cells += [_spread(by_seed(results, suite, arm, ONE, name), 3, each=False) for name in _SHARES]
     cells.append(_spread(by_seed(results, suite, arm, ONE, "kernel_x1000"), 1, each=False))
@@ -116,11 +141,24 @@ def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
     return f"{mean} ({shown})" if each and len(values) > 1 else mean
 
 
+def _ranks(results: Sequence[Result], suite: str, baseline: str) -> list[str]:
+    ranked = ranking(results, suite, baseline)
+    if len(ranked) < 2:
+        return []
+    measure = {RECONSTRUCTIONS: "FD rec", IMAGES: "FD (not every run has FD rec)"}[judged_by(results, suite)]
+    order = "; ".join(f"{arm} {ratio:.2f}" for arm, ratio in ranked)
+    return [f"Ranked by {measure} at 1 evaluation, as ratios to the baseline: {order}.", ""]
+
+
 def _bounds(results: Sequence[Result]) -> list[str]:
     """What bounds the figures of a suite: the reference rows of its first run that has them."""
     rows = max((r.rows for r in results), key=len, default={})
-    named = [f"{name} {row['frechet']:.1f}" for name, row in rows.items() if name not in (ONE, TWO)]
-    return [f"FD of the bounds: {'; '.join(named)}."] if named else []
+    bounds = {name: row for name, row in rows.items() if name not in (ONE, TWO)}
+    said = []
+    for title, metric in (("FD", IMAGES), ("FD rec", RECONSTRUCTIONS)):
+        if named := [f"{name} {row[metric]:.1f}" for name, row in bounds.items() if metric in row]:
+            said.append(f"{title} of the bounds: {'; '.join(named)}.")
+    return said
 
 
 def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:

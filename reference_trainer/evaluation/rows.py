@@ -1,0 +1,128 @@
+"""A row of the table: a set of images against what it is compared with, or the reason why it could not be.
+
+What cannot be measured is a ``Missing``, the reason, in the place of the images, features or row it should have been:
+it passes through all that would be made of it, and ends below the table. Axes: features [n, k].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from reference_trainer.errors import UserError
+from reference_trainer.evaluation.digit_classifier import DigitClassifier
+from reference_trainer.evaluation.features import Features
+from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
+
+Row = dict[str, float]
+T = TypeVar("T")
+
+
+class Missing(str):
+    """Why something could not be measured."""
+
+
+def attempt(make: Callable[[], T]) -> T | Missing:
+    """What ``make`` returns, or the message of the ``UserError`` it raises: one row that fails spares the others."""
+    try:
+        return make()
+    except UserError as error:
+        return Missing(error)
+
+
+def known(value: T | Missing) -> T:
+    """``value``; inside ``attempt``, what is made of something missing is missing for the same reason.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if isinstance(value, Missing):
+        raise UserError(value)
+    return value
+
+
+def measure(
+    others: Tensor | Missing, real: Tensor | Missing, features: Features, held_out: Tensor | Missing | None = None
+) -> Row | Missing:
+    """All metrics of ``others [n, k]`` against ``real [m, k]``; of digits also which share looks like one.
+
+    With enough ``held_out [l, k]`` for a covariance, also the Frechet distance to these: a model that memorises comes
+    close to the training images alone.
+    """
+    if isinstance(real, Missing):
+        return Missing(f"nothing to compare with: {real}")
+    if isinstance(others, Missing):
+        return others
+    row = attempt(lambda: compare(real, others))
+    if isinstance(row, Missing):
+        return row
+    if isinstance(held_out, Tensor) and len(held_out) > held_out.shape[1]:
+        distance = frechet_distance(held_out, others)
+        row |= {"frechet_held_out": distance} if math.isfinite(distance) else {}
+    if isinstance(features, DigitClassifier):
+        sure = features.probabilities_of(others).max(1).values >= 0.9
+        row["sure_digits"] = float(sure.float().mean())
+    return row
+
+
+def compare(real: Tensor, fake: Tensor) -> Row:
+    """All metrics of one set of features against another.
+
+    Raises:
+        UserError: a single vector on a side, or features so far apart that a metric is not finite.
+    """
+    if min(len(real), len(fake)) < 2:
+        raise UserError(f"{min(len(real), len(fake))} image: a distance between sets needs 2 of each")
+    precision, recall = precision_recall(real, fake)
+    row = {
+        "n": len(fake),
+        "frechet": frechet_distance(real, fake),
+        "kernel_x1000": kernel_distance(real, fake),
+        "precision": precision,
+        "recall": recall,
+    }
+    return _finite(row, fake)
+
+
+def to_reconstructions(reconstructions: Tensor, fake: Tensor) -> Row:
+    """The distances of one set of features to that of the reconstructions.
+
+    Raises:
+        UserError: see ``compare``.
+    """
+    distance, kernel = frechet_distance(reconstructions, fake), kernel_distance(reconstructions, fake)
+    return _finite({"frechet_rec": distance, "kernel_rec_x1000": kernel}, fake)
+
+
+def _finite(row: Row, fake: Tensor) -> Row:
+    if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+        raise UserError(f"{', '.join(bad)} not finite: the features go up to {float(fake.abs().max()):.1g}")
+    return row
+
+
+def split_rows(rows: Mapping[str, Row | Missing]) -> dict[str, Any]:
+    """What was measured under ``rows``, the reasons why not under ``left_out``."""
+    return {
+        "rows": {name: row for name, row in rows.items() if not isinstance(row, Missing)},
+        "left_out": {name: row for name, row in rows.items() if isinstance(row, Missing)},
+    }
+
+
+def small_samples(rows: Mapping[str, Row | Missing], real: Tensor | Missing, held_out: int) -> list[str]:
+    """What to know of figures from few images, as sentences."""
+    if isinstance(real, Missing):
+        return []
+    (n, k), notes = real.shape, []
+    few = [name for name, row in rows.items() if not isinstance(row, Missing) and min(row["n"], n) <= k]
+    if few:
+        notes.append(
+            f"no more images than the {k} features in {', '.join(few) if n > k else 'every row'}: covariances are "
+            "singular there and Frechet distances come out too high, most of all between sets of different size"
+        )
+    if held_out <= k:
+        count = "1 held-out image" if held_out == 1 else f"{held_out} held-out images"
+        notes.append(f"{count} and {k} features: too few for Frechet distances to the held-out images")
+    return notes

@@ -1,0 +1,143 @@
+"""The sets that are measured: how their latents are drawn, what they decode to, and their rows.
+
+Axes: latents [n, ch, h, w], features [n, k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference_trainer.evaluation.features import Features, vectors_of
+from reference_trainer.evaluation.latent_space import Components, compare_latents
+from reference_trainer.evaluation.reference import Reference, at_once, decoded
+from reference_trainer.evaluation.rows import Missing, Row, attempt, known, measure, split_rows, to_reconstructions
+from reference_trainer.model import TrainedModel
+
+SAMPLES = ("1 evaluation", "2 evaluations")
+FITTED, HELD_OUT, HALVES = "reconstructions", "floor: held-out images", "floor: half against half"
+GAUSSIAN, CEILING = "bound: Gaussian latents decoded", "ceiling: noise decoded"
+ORDER = (*SAMPLES, FITTED, HELD_OUT, HALVES, GAUSSIAN, CEILING)
+"""Of the table's rows."""
+LATENTS = "latents"
+Rows = dict[str, Row | Missing]
+Makers = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Sets of latents by name, and the features of what they decode to."""
+
+    latents: dict[str, Tensor | Missing]
+    vectors: dict[str, Tensor | Missing]
+
+    @staticmethod
+    def of(model: TrainedModel, features: Features, makers: Makers) -> Drawn:
+        """``makers`` give the latents, normalised."""
+        latents = at_once(makers, "samples")
+
+        def vectors(name: str) -> Tensor:
+            return vectors_of(decoded(model, latents[name]), features)
+
+        return Drawn(latents, at_once({name: partial(vectors, name) for name in latents}, "features of the samples"))
+
+
+def samplers(model: TrainedModel, n: int, seed: int) -> Makers:
+    """What draws n latents at 1 and at 2 network evaluations."""
+
+    def draw(evaluations: int) -> Tensor:
+        return model.latents(n, model.sigmas(evaluations), seed)
+
+    return {name: partial(draw, i + 1) for i, name in enumerate(SAMPLES)}
+
+
+def without_training(model: TrainedModel, reference: Reference, seed: int) -> Makers:
+    """What draws latents of the data's mean and covariance, and white noise."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = 0.5 * torch.randn(reference.count, *model.shape, generator=generator)
+    gaussian = attempt(lambda: known(reference.components).draw(tuple(noise.shape), generator))
+    return {GAUSSIAN: lambda: known(gaussian), CEILING: lambda: noise}
+
+
+def image_rows(
+    vectors: Mapping[str, Tensor | Missing], reference: Reference, held_out: Tensor | Missing | None = None
+) -> Rows:
+    """Of sets of decoded latents, against the training images and, but for the ceiling, their reconstructions."""
+    to_images = {
+        name: partial(measure, those, reference.images, reference.features, held_out) for name, those in vectors.items()
+    }
+    rows = at_once(to_images, "distances")
+    compared = {
+        name: partial(_to_reconstructions, reference, those)
+        for name, those in vectors.items()
+        if name != CEILING and those is not reference.reconstructions and not isinstance(rows[name], Missing)
+    }
+    found, out = at_once(compared, "distances to the reconstructions"), Rows()
+    for name, row in rows.items():
+        more = found.get(name, {})
+        if isinstance(row, Missing) or isinstance(more, Missing):
+            out |= {name: row} | ({f"{name}, to the reconstructions": more} if isinstance(more, Missing) else {})
+        else:
+            out[name] = row | more
+    return out
+
+
+def floor_rows(reference: Reference, held_out: Tensor | Missing) -> Rows:
+    """Of real images: the held-out ones, and half of the training images against the other half."""
+    real, half = reference.images, reference.count // 2
+    first, second = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
+    against = {
+        HELD_OUT: partial(measure, held_out, real, reference.features),
+        HALVES: partial(measure, first, second, reference.features, held_out),
+    }
+    return at_once(against, "floors")
+
+
+def latent_rows(latents: Mapping[str, Tensor | Missing], reference: Reference, bounds: bool) -> Rows:
+    """Of each set that was drawn, but for the ceiling, against the latents of the training images.
+
+    Args:
+        bounds: with a row of half of these against the other half.
+    """
+    data, components = reference.latents, reference.components
+    if isinstance(data, Missing) or isinstance(components, Missing):
+        return {}
+    against: dict[str, Callable[[], Row]] = {
+        name: partial(compare_latents, data, components, those)
+        for name, those in latents.items()
+        if name != CEILING and not isinstance(those, Missing)
+    }
+    if bounds:
+        against[HALVES] = partial(_halves, data)
+    return at_once(against, "distances of latents")
+
+
+def figures(rows: Rows, of_latents: Rows, reference: Reference) -> dict[str, Any]:
+    """``rows``, ``latents`` and ``left_out`` of an evaluation."""
+    out = split_rows({name: rows[name] for name in sorted(rows, key=_place)})
+    latents = split_rows({name: of_latents[name] for name in sorted(of_latents, key=_place)})
+    out["left_out"] |= {f"{name}, in latents": why for name, why in latents["left_out"].items()}
+    components = reference.components
+    if isinstance(components, Missing):
+        out["left_out"][LATENTS] = components
+        return out
+    about = {"dimensions": components.dimensions, "components": len(components.variances)}
+    return out | {LATENTS: about | {"rows": latents["rows"]}}
+
+
+def _to_reconstructions(reference: Reference, vectors: Tensor | Missing) -> Row:
+    return to_reconstructions(known(reference.reconstructions), known(vectors))
+
+
+def _halves(latents: Tensor) -> Row:
+    first, second = latents[: len(latents) // 2], latents[len(latents) // 2 :]
+    return compare_latents(first, Components.of(first), second)
+
+
+def _place(name: str) -> int:
+    return ORDER.index(name.partition(",")[0])

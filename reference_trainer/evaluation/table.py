@@ -1,0 +1,92 @@
+"""An evaluation as lines for a terminal: images, latents, and what could not be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reference_trainer.evaluation.features import PooledLatents
+
+NAME = 32
+"""Width of the first column."""
+IMAGES = (
+    ("n", "n", 6, "d"),
+    ("frechet", "Frechet", 10, ".2f"),
+    ("kernel_x1000", "kernel", 9, ".2f"),
+    ("frechet_rec", "Frechet rec", 13, ".2f"),
+    ("kernel_rec_x1000", "kernel rec", 12, ".2f"),
+    ("precision", "precision", 11, ".3f"),
+    ("recall", "recall", 8, ".3f"),
+    ("frechet_held_out", "held-out", 10, ".2f"),
+)
+"""Key of a row, heading, width, format."""
+SURE = ("sure_digits", "p >= .9", 9, ".3f")
+LATENTS = (
+    ("n", "n", 6, "d"),
+    ("whitened_frechet", "Frechet", 10, ".2f"),
+    ("kernel_x1000", "kernel", 9, ".2f"),
+    ("precision", "precision", 11, ".3f"),
+    ("recall", "recall", 8, ".3f"),
+    ("variance_first_4", "var 1-4", 10, ".2f"),
+    ("variance_next_12", "5-16", 7, ".2f"),
+    ("variance_rest", "17-", 7, ".2f"),
+)
+Column = tuple[str, str, int, str]
+
+
+def as_table(evaluation: Mapping[str, Any]) -> str:
+    """The evaluation as lines; a figure that it lacks, made by an earlier version or not measured, is a dash."""
+    columns = (*IMAGES, *((SURE,) if "classifier_accuracy_held_out" in evaluation else ()))
+    lines = [
+        f"step {evaluation['step']}, in {evaluation['features']},",
+        f"against {evaluation['reference']}; rec: against their reconstructions, encoded and decoded; precision and "
+        "recall on up to 2000 of each, held-out: Frechet distance to the held-out images:",
+        *_lines(evaluation["rows"], columns),
+        *_about_autoencoder(evaluation),
+        *_about_latents(evaluation.get("latents")),
+    ]
+    if "classifier_accuracy_held_out" in evaluation:
+        lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
+    left_out = evaluation.get("left_out", {})
+    for why in dict.fromkeys(left_out.values()):
+        lines.append(f"left out: {', '.join(name for name in left_out if left_out[name] == why)} ({why})")
+    lines += [f"note: {note}" for note in evaluation.get("notes", [])]
+    return "\n".join(lines)
+
+
+def _lines(rows: Mapping[str, Mapping[str, float]], columns: tuple[Column, ...]) -> list[str]:
+    lines = [" " * NAME + "".join(f"{heading:>{width}}" for _, heading, width, _ in columns)]
+    for name, row in rows.items():
+        cells = (f"{row[key]:{width}{form}}" if key in row else f"{'-':>{width}}" for key, _, width, form in columns)
+        lines.append(f"{name:{NAME}}" + "".join(cells))
+    return lines
+
+
+def _about_latents(latents: Mapping[str, Any] | None) -> list[str]:
+    if not latents or not latents["rows"]:
+        return []
+    d, k = latents["dimensions"], latents["components"]
+    left_out = f", {d - k} components of (nearly) no variance left out" if k < d else ""
+    return [
+        f"latents, d = {d}, against those of the training images: Frechet distance of whitened latents{left_out}; "
+        "kernel, precision and recall; variance over the data's in the first 4 principal components, the next 12, the "
+        "rest:",
+        *_lines(latents["rows"], LATENTS),
+    ]
+
+
+def _about_autoencoder(evaluation: Mapping[str, Any]) -> list[str]:
+    """PSNR of the reconstructions, and that features of the autoencoder's own cannot judge it, as lines."""
+    row, lines = evaluation["rows"].get("reconstructions", {}), []
+    if "psnr" in row:
+        lines.append(
+            f"reconstructions: PSNR {row['psnr']:.1f} dB to the images themselves (pixels 0 .. 255, mean over the "
+            f"{row['n']} images)"
+        )
+    if evaluation["features"] == PooledLatents.name:
+        shown = "PSNR and samples.png show it" if "psnr" in row else "the table of evaluate has a PSNR that shows it"
+        lines.append(
+            "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see "
+            f"({shown})"
+        )
+    return lines
