@@ -259,6 +259,22 @@ def test_ratios_of_two_arms_are_those_of_a_json():
     assert sum(len(table.splitlines()) for table in tables) == len(said)  # no row is of another form
 
 
+def test_recoupled_sampling_is_as_its_json_says():
+    said = re.findall(r"^\| (\d+) \| (\d evaluations?|2, .*?) \| (.+) \|$", EVIDENCE, re.MULTILINE)
+    there = set()
+    for path in (ROOT / "benchmarks" / "results").glob("recoupling_d*.json"):
+        d = re.findall(r"_d(\d+)_", path.name)[0]
+        runs = [row["frechet"] for row in json.loads(path.read_text())["rows"]]
+        two = {seed: run["2 evaluations"] for seed, run in enumerate(runs)}
+        for way in runs[0]:
+            values = {seed: run[way] for seed, run in enumerate(runs)}
+            ratio = "-" if values == two else str(paired_ratio(values, two))
+            cells = [*(f"{value:.1f}" for value in values.values()), ratio]
+            there.add((d, re.sub(r"gate, [\d.]+", "gate", way), " | ".join(cells)))
+    assert there
+    assert set(said) == there
+
+
 def test_ratios_of_two_arms_are_what_their_command_prints(monkeypatch: pytest.MonkeyPatch):
     printed = what_prints("methods.json", monkeypatch)
     assert "['trajectory', 'over', 'digits', '0.91 (0.72 .. 1.13)', '0.96 (0.83 .. 1.13)']" in printed
