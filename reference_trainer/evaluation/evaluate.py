@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.images import Digits, ImageSet
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried, vectors_of
@@ -75,7 +76,8 @@ def evaluate(
     if bounds:
         noise = 0.5 * torch.randn(len(train), *model.shape, generator=torch.Generator().manual_seed(seed))
         reconstructed = cache(lambda: model.space.decode(model.latents_of(train).to(model.device)))
-        sets["reconstructions"] = lambda: vectors_of(reconstructed(), features)
+        if not isinstance(images, StoredImages):  # those are reconstructions themselves
+            sets["reconstructions"] = lambda: vectors_of(reconstructed(), features)
         sets["ceiling: noise decoded"] = lambda: vectors_of(model.space.decode(noise.to(model.device)), features)
     with ThreadPoolExecutor(2) as pool:  # each image by itself, so two sets at a time change no digit
         found = pool.map(attempt, [lambda: reference_of(train, features), *sets.values()])
@@ -85,7 +87,7 @@ def evaluate(
     held_out_real = vectors.pop("held-out")
     found_rows = {name: measure(those, real, features, held_out_real) for name, those in vectors.items()}
     if bounds:
-        if not isinstance(row := found_rows["reconstructions"], Missing):
+        if (row := found_rows.get("reconstructions")) is not None and not isinstance(row, Missing):
             row["psnr"] = psnr(train, reconstructed())
         half = len(train) // 2
         first, second = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
