@@ -197,7 +197,7 @@ def _codec(
     images = ImageSet(root.name, pixels, None, is_held_out, names)
     codec = encoding.autoencoder.fit(images, device, cache)
     save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
-    return load_codec(out, encoding.autoencoder, device)[0]  # as whoever goes on will have it
+    return codec
 
 
 def _encoded(
