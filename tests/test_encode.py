@@ -177,7 +177,7 @@ def test_a_killed_encode_goes_on_and_ends_with_the_same_bytes(
             encode(photos, tmp_path / "killed", autoencoder, flips=True)
     assert not (tmp_path / "killed" / INDEX).exists()
     if shards_done:
-        with pytest.raises(UserError, match="not finished: run the encode command again"):
+        with pytest.raises(UserError, match=r"not finished: run the encode command again"):
             Store.open(tmp_path / "killed")
     again = []
     monkeypatch.setattr(encoding_module, "write_shard", lambda file, *a: (again.append(file.name), write(file, *a))[1])
@@ -208,7 +208,9 @@ def test_other_images_or_options_do_not_mix_with_what_is_there(
     if "images" in other:
         (image_folder / "00.png").unlink()
     options = {name: value for name, value in other.items() if name != "images"}
-    with pytest.raises(UserError, match="is of other images, another autoencoder or other options: give another --out"):
+    with pytest.raises(
+        UserError, match=r"is of other images, another autoencoder or other options: give another --out"
+    ):
         encode(image_folder, tmp_path / "store", **options)
     assert content(tmp_path / "store") == before
 
@@ -217,7 +219,7 @@ def test_before_the_first_shard_the_codec_tells_what_was_begun(image_folder: Pat
     encode(image_folder, tmp_path / "store")
     for file in (tmp_path / "store").glob("*.*"):
         file.unlink()
-    with pytest.raises(UserError, match="was begun with other images or options"):
+    with pytest.raises(UserError, match=r"was begun with other images or options"):
         encode(image_folder, tmp_path / "store", flips=True)
 
 
@@ -225,7 +227,7 @@ def test_shards_without_their_codec_are_not_gone_on_with(image_folder: Path, tmp
     encode(image_folder, tmp_path / "store")
     (tmp_path / "store" / INDEX).unlink()
     (tmp_path / "store" / CODEC).unlink()
-    with pytest.raises(UserError, match="has shards, but no .*codec.safetensors: put it back"):
+    with pytest.raises(UserError, match=r"has shards, but no .*codec.safetensors: put it back"):
         encode(image_folder, tmp_path / "store")
 
 
@@ -253,16 +255,14 @@ def test_a_shard_of_unreadable_images_is_empty(image_folder: Path, tmp_path: Pat
 def test_too_few_images_are_refused_before_anything_is_fitted(image_folder: Path, tmp_path: Path):
     for number in range(9, 40):
         (image_folder / f"{number:02}.png").unlink()
-    with pytest.raises(UserError, match="9 readable images below .*, need at least 10"):
+    with pytest.raises(UserError, match=r"9 readable images below .*, need at least 10"):
         encode(image_folder, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
 def test_latents_too_large_for_float16_are_refused(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Half, "factor", 1e6)
-    with pytest.raises(
-        UserError, match=r"latents of 15 images .* \(00.png, 01.png, 02.png and 12 more\): .*--dtype float32"
-    ):
+    with pytest.raises(UserError, match=r"of 15 images .* \(00.png, 01.png, 02.png and 12 more\): .*--dtype float32"):
         encode(image_folder, tmp_path / "store", dtype="F16")
     assert not list((tmp_path / "store").glob("*.safetensors"))
 
@@ -276,7 +276,7 @@ def test_latents_that_are_nan_name_their_images(image_folder: Path, tmp_path: Pa
         return latents
 
     monkeypatch.setattr(Half, "encode", encode_badly)
-    with pytest.raises(UserError, match="latents of 1 images are NaN or infinite .33.png.: mend the autoencoder"):
+    with pytest.raises(UserError, match=r"latents of 1 images are NaN or infinite .33.png.: mend the autoencoder"):
         encode(image_folder, tmp_path / "store")
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2  # what was written stays
 
@@ -292,7 +292,7 @@ def test_a_disk_that_fills_leaves_whole_shards(image_folder: Path, tmp_path: Pat
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        with pytest.raises(UserError, match="shard001.*No space left.*run the same command again"):
+        with pytest.raises(UserError, match=r"shard001.*No space left.*run the same command again"):
             encode(image_folder, tmp_path / "store")
     assert [file.name for file in (tmp_path / "store").glob("*.*")] == ["latents_rank00_shard000.safetensors"]
     encode(image_folder, tmp_path / "store")
@@ -344,7 +344,8 @@ def test_batches_of_a_store_are_those_of_the_folder(photos: Path, tmp_path: Path
     torch.testing.assert_close(space.std, of_folder.std, rtol=1e-5, atol=0)
     assert space.recognised_at == pytest.approx(of_folder.recognised_at, rel=1e-4)
     labels = images.train_labels
-    assert labels is not None and len(labels) == images.num_train == len(theirs) == (72 if flips else 36)
+    assert labels is not None
+    assert len(labels) == images.num_train == len(theirs) == (72 if flips else 36)
     for step in (0, 7):
         here, there = Batches(stored, theirs, labels)(step), Batches(config, ours)(step)
         torch.testing.assert_close(here.x, there.x, rtol=1e-4, atol=1e-5)
@@ -407,7 +408,7 @@ def test_words_that_do_not_fit_are_one_line(
 def test_another_autoencoder_than_the_stores_is_refused(image_folder: Path, tmp_path: Path):
     encode(image_folder, tmp_path / "store")
     config = replace(on_store(tmp_path / "store"), autoencoder=FITTED)
-    with pytest.raises(UserError, match="is of the autoencoder PretrainedAutoencoder.*the configuration says KLAuto"):
+    with pytest.raises(UserError, match=r"is of the autoencoder PretrainedAutoencoder.*the configuration says KLAuto"):
         config.load_images(CPU)
 
 
@@ -416,7 +417,7 @@ def test_an_autoencoder_that_changed_behind_its_name_is_refused(
 ):
     encode(image_folder, tmp_path / "store")
     monkeypatch.setattr(Half, "factor", 2.0)
-    with pytest.raises(UserError, match="was encoded by another autoencoder .*encodes differently"):
+    with pytest.raises(UserError, match=r"was encoded by another autoencoder .*encodes differently"):
         on_store(tmp_path / "store").load_images(CPU)
 
 
@@ -427,7 +428,7 @@ def test_a_store_that_changed_behind_a_run_is_refused(image_folder: Path, tmp_pa
     shutil.rmtree(tmp_path / "store")
     (image_folder / "00.png").unlink()
     encode(image_folder, tmp_path / "store")
-    with pytest.raises(UserError, match="was made from something else"):
+    with pytest.raises(UserError, match=r"was made from something else"):
         train(config, run, config.load_images(CPU), tmp_path / "cache", CPU)
 
 
@@ -452,7 +453,7 @@ def test_latents_of_somebody_elses_train_with_the_autoencoder_that_is_named(tmp_
     (tmp_path / "store").mkdir()
     save_file({"latents": latents, "labels": torch.arange(30) % 2}, tmp_path / "store" / "a.safetensors")
     config = on_store(tmp_path / "store")
-    with pytest.raises(UserError, match="does not say which autoencoder .* name it with autoencoder="):
+    with pytest.raises(UserError, match=r"does not say which autoencoder .* name it with autoencoder="):
         config.load_images(CPU)
     config = replace(config, autoencoder=HALF)
     images = config.load_images(CPU)

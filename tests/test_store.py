@@ -273,22 +273,22 @@ def test_what_does_not_fit_is_refused_in_one_line(root: Path, spoil: Callable[[P
 
 
 def test_too_few_to_hold_one_out_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="9 latents at .*, need at least 10"):
+    with pytest.raises(UserError, match=r"9 latents at .*, need at least 10"):
         Store.open(extracted(tmp_path / "few", noise(9)))
 
 
 def test_flips_that_are_not_there_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="has no latents_flip: leave data.flips=False"):
+    with pytest.raises(UserError, match=r"has no latents_flip: leave data.flips=False"):
         Store.open(extracted(tmp_path / "plain", noise(20))).latents("train", flips=True)
 
 
 def test_a_shard_that_goes_while_it_is_read_is_named(root: Path):
     latents = Store.open(root).latents()
     shard(root, 0).unlink()
-    with pytest.raises(UserError, match="cannot read .*shard000.*No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*shard000.*No such file"):
         latents.take(torch.tensor([0]))
     shard(root, 0).write_bytes(b"short")
-    with pytest.raises(UserError, match="shard000.*become shorter"):
+    with pytest.raises(UserError, match=r"shard000.*become shorter"):
         latents.take(torch.tensor([0]))
 
 
