@@ -208,9 +208,7 @@ def test_other_images_or_options_do_not_mix_with_what_is_there(
     if "images" in other:
         (image_folder / "00.png").unlink()
     options = {name: value for name, value in other.items() if name != "images"}
-    with pytest.raises(
-        UserError, match=r"is of other images, another autoencoder or other options: give another --out"
-    ):
+    with pytest.raises(UserError, match=r"is of other images, another autoencoder or other options: give another"):
         encode(image_folder, tmp_path / "store", **options)
     assert content(tmp_path / "store") == before
 
