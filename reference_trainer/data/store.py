@@ -375,18 +375,19 @@ class StoredLatents:
         out = torch.empty(len(indices), each, dtype=torch.uint8)
         for key, wanted in ((LATENTS, indices < self._own), (FLIPPED, indices >= self._own)):
             for shard in shards[wanted].unique().tolist():
-                self._read(shard, key, torch.nonzero(wanted & (shards == shard))[:, 0].tolist(), rows, out)
+                places = torch.nonzero(wanted & (shards == shard))[:, 0]
+                self._read(shard, key, rows[places].tolist(), places.tolist(), memoryview(out.numpy()))
         return out.view(dtype).reshape(-1, *self.shape).float()
 
-    def _read(self, shard: int, key: str, places: list[int], rows: Tensor, out: Tensor) -> None:
-        """Fill ``out`` at ``places`` with their ``rows`` of one shard."""
+    def _read(self, shard: int, key: str, rows: list[int], places: list[int], out: memoryview) -> None:
+        """The bytes of ``rows`` of one shard to ``places`` of ``out [b, bytes of a latent]``."""
         each, file = out.shape[1], self._store.root / self._store.index.shards[shard].name
-        start = self._store.layouts[shard][key].start
+        start, flat = self._store.layouts[shard][key].start, out.cast("B")
         try:
             with file.open("rb", buffering=0) as opened:
-                for place in places:
-                    opened.seek(start + int(rows[place]) * each)
-                    if opened.readinto(out[place].numpy().data) != each:
+                for row, place in zip(rows, places, strict=True):
+                    opened.seek(start + row * each)
+                    if opened.readinto(flat[place * each : (place + 1) * each]) != each:
                         raise OSError(0, "it has become shorter")
         except OSError as error:
             raise UserError(f"cannot read {shown(file)}: {error.strerror}: put it back, and go on") from error
