@@ -286,7 +286,7 @@ def run_encode(options: argparse.Namespace) -> int:
     """A store of latents."""
     from reference_trainer.data.encode import Encoding, encode_folder
     from reference_trainer.data.images import ImageFolder
-    from reference_trainer.data.store import DTYPES
+    from reference_trainer.data.shards import DTYPES
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.options import override
     from reference_trainer.presets import PRESETS, on_folder

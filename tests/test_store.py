@@ -16,17 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reference_trainer.data.latents import Changed, InMemory, Latents, some_of
-from reference_trainer.data.store import (
-    DTYPES,
-    INDEX,
-    Index,
-    Moments,
-    Store,
-    in_pieces,
-    is_store,
-    layout_of,
-    write_shard,
-)
+from reference_trainer.data.moments import Moments
+from reference_trainer.data.shards import DTYPES, layout_of, write_shard
+from reference_trainer.data.store import INDEX, Index, Store, in_pieces, is_store
 from reference_trainer.errors import UserError
 
 SHAPE = (2, 3, 4)

@@ -17,18 +17,14 @@ from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
 from reference_trainer.data.latents import not_finite
+from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import Probe
-from reference_trainer.data.store import (
-    CODEC,
+from reference_trainer.data.shards import (
     DTYPES,
     FLIPPED,
-    INDEX,
     LABELS,
     LATENTS,
     VERSION,
-    Index,
-    Moments,
-    Shard,
     about_shard,
     layout_of,
     sha256_of,
@@ -36,6 +32,7 @@ from reference_trainer.data.store import (
     shown,
     write_shard,
 )
+from reference_trainer.data.store import CODEC, INDEX, Index, Shard
 from reference_trainer.data.stored import autoencoder_to_dict, load_codec, save_codec
 from reference_trainer.errors import UserError, printable
 

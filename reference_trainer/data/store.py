@@ -23,68 +23,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.latents import not_finite
+from reference_trainer.data.moments import Moments
+from reference_trainer.data.shards import (
+    DTYPES,
+    FLIPPED,
+    FORMAT,
+    LABELS,
+    LATENTS,
+    VERSION,
+    Place,
+    about_shard,
+    layout_of,
+    read_labels,
+    sha256_of,
+    shards_of,
+    shown,
+)
 from reference_trainer.errors import UserError, printable
 from reference_trainer.files import as_json, write_atomically
 
-FORMAT, VERSION = "robustcm latents", 1
 INDEX, CODEC = "index.json", Path("autoencoder", "codec.safetensors")
-LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""As safetensors calls them."""
 HELD_OUT_EVERY = 10
 """Of shards that somebody else wrote; as ``ImageFolder`` has it."""
 Part = Literal["train", "held_out"]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and variance of each channel, of parts that can be merged: float64, whatever the latents are stored as."""
-
-    count: int
-    """Elements a channel."""
-    mean: Tensor
-    """``[ch]``."""
-    squares: Tensor
-    """``[ch]``, sum of the squared deviations from ``mean``."""
-
-    @staticmethod
-    def of(latents: Tensor) -> Moments:
-        """Of ``[n, ch, h, w]``; n may be 0."""
-        values = latents.double().transpose(0, 1).flatten(1)
-        mean = values.mean(1) if values.shape[1] else values.new_zeros(len(values))
-        return Moments(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
-
-    def merged(self, other: Moments) -> Moments:
-        """Of both together.
-
-        Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
-        """
-        count = self.count + other.count
-        gap, share = other.mean - self.mean, other.count / max(1, count)
-        return Moments(count, self.mean + share * gap, self.squares + other.squares + self.count * share * gap.square())
-
-    @property
-    def std(self) -> Tensor:
-        """``[ch]``, with the n - 1 of ``torch.std``."""
-        return (self.squares / max(1, self.count - 1)).sqrt()
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which keeps every digit of a float64."""
-        return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()} | {
-            "squares": self.squares.tolist()
-        }
-
-    @staticmethod
-    def from_dict(found: dict[str, Any]) -> Moments:
-        """The inverse of ``as_dict``."""
-        mean, squares = (torch.tensor(found[name], dtype=torch.float64) for name in ("mean", "squares"))
-        return Moments(int(found["count"]), mean, squares)
 
 
 @dataclass(frozen=True)
@@ -182,71 +148,6 @@ def is_store(path: Path) -> bool:
     with suppress(OSError, UserError):
         return any(LATENTS in layout_of(file) for file in shards_of(path)[:1])
     return False
-
-
-def shards_of(root: Path) -> list[Path]:
-    """In the order of their names, which LightningDiT takes too."""
-    return sorted(root.glob("*.safetensors"))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in its file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """Bytes from the beginning of the file."""
-
-
-def layout_of(file: Path) -> dict[str, Place]:
-    """The tensors of a safetensors file, and where they lie.
-
-    Raises:
-        UserError: it is none, or shorter or longer than it says.
-    """
-    try:
-        with safe_open(file, framework="pt"):  # checks that what the header says fits the file
-            pass
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read {shown(file)}: {error}") from error
-    header.pop("__metadata__", None)
-    return {
-        name: Place(one["dtype"], tuple(one["shape"]), 8 + length + one["data_offsets"][0])
-        for name, one in header.items()
-    }
-
-
-def about_shard(file: Path) -> dict[str, Any] | None:
-    """What ``write_shard`` was told of a shard; None of somebody else's.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    layout_of(file)
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get(FORMAT)
-    return None if text is None else dict(json.loads(text))
-
-
-def write_shard(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
-    """Write one, atomically; returns its sha256. The same arguments give the same bytes."""
-    # One entry: safetensors writes several in an order that changes from process to process.
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {FORMAT: as_json(about)})
-    write_atomically(file, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """Of a file's content, a piece at a time."""
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {shown(file)}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -451,19 +352,6 @@ def index_of(root: Path, files: Sequence[Path], held_out_every: int = HELD_OUT_E
     )
 
 
-def read_labels(file: Path) -> Tensor:
-    """int64 ``[n]`` of one shard.
-
-    Raises:
-        UserError: there are none.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(LABELS).long().flatten().clone()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the {LABELS} of {shown(file)}: {error}") from error
-
-
 def _same_kind(file: Path, layout: dict[str, Place], first: dict[str, Place], keys: Sequence[str]) -> None:
     for key in (LATENTS, FLIPPED, LABELS):
         if (key in layout) != (key in first):
@@ -489,8 +377,3 @@ def _require_fit(file: Path, layout: dict[str, Place], index: Index, shard: Shar
                 f"{shown(file)} and {INDEX} disagree: {key} is {found}, by the index {index.dtype} {list(shape)}; put "
                 "back the shard or the index that belongs there"
             )
-
-
-def shown(path: Path) -> str:
-    """A path as it can be printed."""
-    return printable(str(path))

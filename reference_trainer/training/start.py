@@ -24,8 +24,9 @@ from reference_trainer.data.latents import (
     require_finite,
     some_of,
 )
+from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import KeptSpace, Origin, Probe, reopen
-from reference_trainer.data.store import Moments, in_pieces
+from reference_trainer.data.store import in_pieces
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.run import RunFolder
