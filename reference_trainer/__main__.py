@@ -71,7 +71,12 @@ def parser() -> Parser:
     training.add_argument(
         "words", nargs="*", default=[], metavar="WORD", help="a preset, and path.to.field=value for what differs"
     )
-    training.add_argument("--data", type=path, metavar="PATH", help="a folder of images (default: the embedded digits)")
+    training.add_argument(
+        "--data",
+        type=path,
+        metavar="PATH",
+        help="a folder of images, or a store of latents that encode wrote (default: the embedded digits)",
+    )
     training.add_argument(
         "--out",
         dest="run",

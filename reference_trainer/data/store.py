@@ -277,13 +277,13 @@ class StoredLatents:
         for key, wanted in ((LATENTS, indices < self._own), (FLIPPED, indices >= self._own)):
             for shard in shards[wanted].unique().tolist():
                 places = torch.nonzero(wanted & (shards == shard))[:, 0]
-                self._read(shard, key, rows[places].tolist(), places.tolist(), memoryview(out.numpy()))
+                self._read(shard, key, rows[places].tolist(), places.tolist(), out)
         return out.view(dtype).reshape(-1, *self.shape).float()
 
-    def _read(self, shard: int, key: str, rows: list[int], places: list[int], out: memoryview) -> None:
-        """The bytes of ``rows`` of one shard to ``places`` of ``out [b, bytes of a latent]``."""
+    def _read(self, shard: int, key: str, rows: list[int], places: list[int], out: Tensor) -> None:
+        """The bytes of ``rows`` of one shard to ``places`` of ``out``, uint8 ``[b, bytes of a latent]``."""
         each, file = out.shape[1], self._store.root / self._store.index.shards[shard].name
-        start, flat = self._store.layouts[shard][key].start, out.cast("B")
+        start, flat = self._store.layouts[shard][key].start, out.flatten().numpy().data
         try:
             with file.open("rb", buffering=0) as opened:
                 for row, place in zip(rows, places, strict=True):
