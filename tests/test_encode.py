@@ -235,10 +235,13 @@ def test_shards_without_their_codec_are_not_gone_on_with(image_folder: Path, tmp
 def test_a_corrupt_image_is_left_out_and_said_once(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (image_folder / "07.png").write_bytes(b"no image")
     (image_folder / "30.png").write_bytes((image_folder / "30.png").read_bytes()[:60])
-    assert encode(image_folder, tmp_path / "store").count == 38
+    index = encode(image_folder, tmp_path / "store")
+    assert index.count == 38
     images = ImageFolder(path=str(image_folder), resolution=16).load()
     latents = Store.open(tmp_path / "store").latents()
     assert torch.equal(latents.take(torch.arange(len(latents))), Half().encode(to_unit(images.train)))
+    mean = Half().encode(to_unit(images.train)).double().mean((0, 2, 3))  # no held-out image among them
+    torch.testing.assert_close(index.moments["latents"].mean, mean, rtol=1e-12, atol=1e-12)
     said = [line for line in capsys.readouterr().out.splitlines() if "unreadable images (2 of 40)" in line]
     assert len(said) == 2  # by the encode and by the load above
 
