@@ -15,9 +15,9 @@ from torch import Tensor
 
 from analysis.inputs import GivenAutoencoder, configuration, load_images, some_of_images
 from analysis.values import Residuals, Space, Trained, last_stage, network_of, noise_levels, normalised, trained_run
-from reference_trainer.config import TrainConfig
+from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.autoencoders import Autoencoder, PixelSpace
-from reference_trainer.data.images import Digits, ImageFolder, ImageSet
+from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
 from reference_trainer.errors import UserError
 from reference_trainer.machine import cache_folder, device_of
@@ -32,9 +32,7 @@ BASELINE = "brief iLCT baseline"
 FEWEST_IMAGES = 20
 
 
-def baseline_config(
-    data: Digits | ImageFolder, part: Autoencoder, shape: Sequence[int], num_levels: int, steps: int
-) -> TrainConfig:
+def baseline_config(data: Data, part: Autoencoder, shape: Sequence[int], num_levels: int, steps: int) -> TrainConfig:
     """iLCT at a fixed N, briefly: the preset ``ilct`` with a network of at most 4 x 4 tokens for ``shape`` (ch, h, w).
 
     Both spaces get the same network, so that a difference between them is theirs.

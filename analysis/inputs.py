@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from reference_trainer.config import TrainConfig
+from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.codecs import Codec
-from reference_trainer.data.images import Digits, ImageFolder, ImageSet
+from reference_trainer.data.images import ImageFolder, ImageSet
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
 from reference_trainer.options import override
@@ -63,12 +64,14 @@ def configuration(
         raise UserError(f"{where}; {error}") from error
 
 
-def at_resolution(data: Digits | ImageFolder, resolution: int) -> ImageFolder:
+def at_resolution(data: Data, resolution: int) -> ImageFolder:
     """``data``, a folder, at another ``resolution``.
 
     Raises:
         UserError: one that does not work.
     """
+    if isinstance(data, LatentStore):
+        raise UserError("--resolution is of images: the latents of a store have the one they were encoded at")
     assert isinstance(data, ImageFolder)
     try:
         return replace(data, resolution=resolution)
@@ -76,12 +79,14 @@ def at_resolution(data: Digits | ImageFolder, resolution: int) -> ImageFolder:
         raise UserError(f"--resolution: {error}") from error
 
 
-def load_images(data: Digits | ImageFolder) -> ImageSet:
+def load_images(data: Data) -> ImageSet:
     """The images of ``data``.
 
     Raises:
-        UserError: no image set there, or images that are all one colour, the same for each.
+        UserError: no image set there, a store, or images that are all one colour, the same for each.
     """
+    if isinstance(data, LatentStore):
+        raise UserError(f"{data.path} is a store of latents: give the folder of images that was encoded")
     images = data.load()
     if bool((images.train == images.train[:1, :, :1, :1]).all()):
         raise UserError(f"all images of {images.name} are one colour, the same: constant data have no tails to look at")

@@ -17,8 +17,8 @@ from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, ou
 from analysis.inputs import at_resolution, configuration, load_images, some_of_images
 from analysis.values import NoiseLevels, Residuals, Space, normalised, run_space
 from reference_trainer.command import Parser
-from reference_trainer.config import TrainConfig
-from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
+from reference_trainer.config import Data, TrainConfig
+from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import RECOGNISED
 from reference_trainer.errors import UserError
 from reference_trainer.files import write_atomically
@@ -139,7 +139,7 @@ def spaces_of(options: argparse.Namespace) -> tuple[list[Space], list[str]]:
     return [Space("pixels", x, None, channels=channels), space], [about(images, limit)]
 
 
-def data_for(config: TrainConfig, options: argparse.Namespace) -> Digits | ImageFolder:
+def data_for(config: TrainConfig, options: argparse.Namespace) -> Data:
     """What a run of ``config`` is looked at on: its own data, or ``--data``, at the resolution it has for a folder."""
     if options.data is None:
         return config.data

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reference_trainer.data.images import ImageSet
     from reference_trainer.evaluation.features import Features
 
-COMMANDS = ("train", "sample", "evaluate", "ablate")
+COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +71,12 @@ def parser() -> Parser:
     training.add_argument(
         "words", nargs="*", default=[], metavar="WORD", help="a preset, and path.to.field=value for what differs"
     )
-    training.add_argument("--data", type=path, metavar="PATH", help="a folder of images (default: the embedded digits)")
+    training.add_argument(
+        "--data",
+        type=path,
+        metavar="PATH",
+        help="a folder of images, or a store of latents that encode wrote (default: the embedded digits)",
+    )
     training.add_argument(
         "--out",
         dest="run",
@@ -119,10 +124,24 @@ def parser() -> Parser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
+    encoding = commands.add_parser("encode", help="encode a folder of images into a store of latents to train on")
+    encoding.add_argument("data", type=path, metavar="DATA", help="a folder of images; of class folders: with labels")
+    encoding.add_argument("--out", type=path, required=True, metavar="STORE", help="folder for the latents")
+    encoding.add_argument(
+        "--autoencoder",
+        metavar="AUTOENCODER",
+        help="module:function that returns yours, or KLAutoencoder(...), fitted to the images (default)",
+    )
+    encoding.add_argument("--resolution", type=whole, default=64, help="side in pixels (default 64)")
+    encoding.add_argument("--flips", action="store_true", help="also encode the mirrored images")
+    encoding.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    encoding.add_argument("--shard", type=whole, default=4096, help="images a file (default 4096)")
+    encoding.set_defaults(run_command=run_encode)
+
     ablating = add_ablate(commands)
     ablating.set_defaults(run_command=run_ablate)
 
-    for command in (training, sampling, evaluating, ablating):
+    for command in (training, sampling, evaluating, encoding, ablating):
         command.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     return top
 
@@ -193,7 +212,7 @@ def run_train(options: argparse.Namespace) -> int:
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
     torch.set_num_threads(config.threads)
-    images = config.data.load()
+    images = config.load_images(device)
     check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
     features = named_features(options.features, images)
     with run.locked():
@@ -259,13 +278,47 @@ def run_evaluate(options: argparse.Namespace) -> int:
     run, device = RunFolder(options.run), device_of(options.device)
     config = run.config()
     torch.set_num_threads(config.threads)
-    images = config.data.load()
+    images = config.load_images(device)
     features = named_features(options.features, images)
     model = load_model(run, device, images, options.new_data)
     evaluation = evaluate(model, images, choose_features(features, model), options.seed)
     print(as_table(evaluation), flush=True)
     files = write_report(run, model, images, evaluation)
     print(f"look at {', '.join(str(file) for file in files)}")
+    return 0
+
+
+def run_encode(options: argparse.Namespace) -> int:
+    """A store of latents."""
+    from reference_trainer.data.encode import Encoding, encode_folder
+    from reference_trainer.data.images import ImageFolder
+    from reference_trainer.data.shards import DTYPES
+    from reference_trainer.machine import cache_folder, device_of
+    from reference_trainer.options import override
+    from reference_trainer.presets import PRESETS, on_folder
+
+    config = on_folder(PRESETS[0](), str(options.data))
+    if (given := options.autoencoder) is not None:
+        part = f"PretrainedAutoencoder(load={given!r})" if ":" in given and "(" not in given else given
+        config = override(config, f"autoencoder={part}")
+    (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
+    try:
+        encoding = Encoding(
+            source=ImageFolder(path=str(options.data), resolution=options.resolution),
+            autoencoder=config.autoencoder,
+            flips=options.flips,
+            dtype=dtype,
+            shard=options.shard,
+        )
+    except ValueError as error:
+        raise UserError(f"encode: {error}") from error
+    index = encode_folder(encoding, options.out, device_of(options.device), cache_folder())
+    classes = f"{index.classes} classes" if index.classes else "no classes"
+    print(
+        f"{index.count} latents of {' x '.join(map(str, index.shape))} ({index.held_out} held out, {classes}) in "
+        f"{len(index.shards)} shards: {options.out}"
+    )
+    print(f"train on them: python -m reference_trainer --data {shlex.quote(str(options.out))}")
     return 0
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
-from reference_trainer.data.images import Digits, ImageFolder
+from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm.couplers import exact
@@ -24,6 +25,8 @@ from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 from robustcm.trajectories import TrajectoryObjective
+
+Data: TypeAlias = Digits | ImageFolder | LatentStore
 
 MOST_THREADS = 1024
 
@@ -138,8 +141,8 @@ class RAdam(Adam):
 class TrainConfig:
     """One run. The same config and seed give the same weights, bit for bit, on the same machine."""
 
-    data: Digits | ImageFolder = Digits()
-    """Where the images come from; ``--data PATH`` is ImageFolder and what goes with it."""
+    data: Data = Digits()
+    """Where the images come from; ``--data PATH`` is ImageFolder, or LatentStore, and what goes with it."""
     autoencoder: Autoencoder = KLAutoencoder()
     """What makes latents of images, and images of latents."""
     outliers: ImpulsiveOutliers | None = None
@@ -204,6 +207,16 @@ class TrainConfig:
                 low < self.second_sigma < high,
                 f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
             )
+
+    def load_images(self, device: torch.device) -> ImageSet:
+        """The images, or of a store some that ``device`` decodes.
+
+        Raises:
+            UserError: see ``load`` of the data.
+        """
+        if isinstance(self.data, LatentStore):
+            return self.data.decoded(self.autoencoder, device)
+        return self.data.load()
 
     def prepare_latents(self, raw_latents: Tensor) -> Tensor:
         """``[n, ch, h, w] -> [n, ch, h, w]``: with outliers put in and clipped, as far as asked; not normalised.

@@ -19,6 +19,7 @@ from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainCon
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm import (
@@ -45,7 +46,7 @@ RHOS = (
 )
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
-    (TrainConfig, "data"): (Digits, ImageFolder),
+    (TrainConfig, "data"): (Digits, ImageFolder, LatentStore),
     (TrainConfig, "autoencoder"): (KLAutoencoder, PretrainedAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),

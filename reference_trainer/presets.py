@@ -12,6 +12,8 @@ from pathlib import Path
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.store import is_store
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
@@ -83,11 +85,14 @@ PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels, f
 
 
 def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:
-    """``config`` on what ``--data`` names, ``on_folder``; without it as it is.
+    """``config`` on what ``--data`` names, ``on_folder`` or ``on_store``; without it as it is.
 
     The trainer and the analysis both ask here, so that they mean one configuration by one folder.
     """
-    return config if path is None else on_folder(config, str(Path(path).expanduser().resolve()))
+    if path is None:
+        return config
+    whole = Path(path).expanduser().resolve()
+    return on_store(config, str(whole)) if is_store(whole) else on_folder(config, str(whole))
 
 
 def on_folder(config: TrainConfig, path: str) -> TrainConfig:
@@ -102,3 +107,15 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
         autoencoder = replace(config.autoencoder, latent_channels=4, likelihood="gaussian", kl_weight=1e-3)
         config = replace(config, autoencoder=autoencoder, network=DiT(patch=2))
     return config
+
+
+def on_store(config: TrainConfig, path: str) -> TrainConfig:
+    """``config`` on a store of latents: as on a folder, with the autoencoder that the store says they are of.
+
+    Raises:
+        UserError: its index cannot be read.
+    """
+    data = LatentStore(path=path)
+    config = replace(on_folder(config, path), data=data, network=DiT(patch=2))
+    found = data.autoencoder()
+    return config if found is None else replace(config, autoencoder=found)

@@ -30,6 +30,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
 from reference_trainer.data.origin import reopen
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Imported
 from reference_trainer.files import as_json, write_atomically
@@ -259,7 +260,7 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
         images = loaded[data] = loaded.get(data) or data.load()
         if job.run.space_file.exists():
             reopen(job.run.space_file, job.run.config().autoencoder, images, device)
-        elif not job.finished() and key not in fitted:
+        elif not job.finished() and key not in fitted and not isinstance(images, StoredImages):
             fitted.add(key)
             encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,11 @@ class ImageSet:
     def train(self) -> Tensor:
         """uint8 ``[n_train, ch, h, w]``."""
         return self.pixels[~self.is_held_out]
+
+    @property
+    def num_train(self) -> int:
+        """Images that are trained on."""
+        return len(self.is_held_out) - int(self.is_held_out.sum())
 
     @property
     def train_labels(self) -> Tensor | None:
@@ -89,6 +94,29 @@ class Digits:
         return ImageSet("digits", pixels, label_tensor, is_held_out)
 
 
+@dataclass
+class Notes:
+    """What is to be said of images that were read, in one call or several."""
+
+    count: int = 0
+    """Images that were read."""
+    unreadable: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+    """Pictures that the trainer drew."""
+    enlarged: list[tuple[int, str]] = field(default_factory=list)
+    """Side before, and name, of those enlarged more than twice."""
+
+    def say(self, of: int, resolution: int) -> None:
+        """A line for each kind, if there is any ``of`` so many files, brought to ``resolution``."""
+        say_skipped("pictures that the trainer drew", self.own)
+        say_skipped("unreadable images", self.unreadable, of=of)
+        if self.enlarged:
+            tqdm.write(
+                f"{len(self.enlarged)} of {self.count} images are enlarged more than twice to {resolution} pixels, the "
+                "smallest from {} ({}): lower data.resolution, or leave them out".format(*min(self.enlarged))
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """All images below a folder, any sizes and modes, to RGB squares.
@@ -123,20 +151,11 @@ class ImageFolder:
             UserError: no such folder, too few images, nothing but copies of one, no memory for them; with
                 ``on_unreadable="stop"`` the first image or folder that cannot be read.
         """
-        root, shown = self._root(), printable(self.path)
-        listing = list_files(root, extensions())
-        for folder, error in listing.unlisted:
-            self._stop_at(folder, error)
-        say_skipped("folders that cannot be listed", [reason(*each) for each in listing.unlisted])
-        say_skipped("runs of the trainer", [name_of(run) for run in listing.runs])
-        if not listing.files:
-            raise UserError(f"no image files below {shown}: expected names like *.png or *.jpg")
-        pixels, names = self._read(root, listing.files)
-        if len(names) < self.held_out_every:
-            raise UserError(
-                f"{len(names)} readable images below {shown}, need at least {self.held_out_every} "
-                "(every held_out_every-th is kept for evaluation)"
-            )
+        root, files = self.files()
+        notes, shown = Notes(), printable(self.path)
+        pixels, names = self.read(root, files, notes)
+        notes.say(of=len(files), resolution=self.resolution)
+        self.require_enough(len(names))
         if all(torch.equal(image, pixels[0]) for image in pixels):
             raise UserError(
                 f"all {len(names)} images below {shown} are alike: from constant data there is nothing to learn; "
@@ -145,32 +164,53 @@ class ImageFolder:
         is_held_out = torch.arange(len(names)) % self.held_out_every == self.held_out_every - 1
         return ImageSet(root.name, pixels, None, is_held_out, names)
 
-    def _read(self, root: Path, files: Sequence[Path]) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels and names of the images among ``files``, in their order."""
+    def files(self) -> tuple[Path, tuple[Path, ...]]:
+        """The folder, and the files below it that are images by their names; what is left out is said.
+
+        Raises:
+            UserError: no such folder, or none in it.
+        """
+        root = self._root()
+        listing = list_files(root, extensions())
+        for folder, error in listing.unlisted:
+            self._stop_at(folder, error)
+        say_skipped("folders that cannot be listed", [reason(*each) for each in listing.unlisted])
+        say_skipped("runs of the trainer", [name_of(run) for run in listing.runs])
+        if not listing.files:
+            raise UserError(f"no image files below {printable(self.path)}: expected names like *.png or *.jpg")
+        return root, listing.files
+
+    def require_enough(self, readable: int) -> None:
+        """Refuse fewer images than leave one to hold out.
+
+        Raises:
+            UserError: just that.
+        """
+        if readable < self.held_out_every:
+            raise UserError(
+                f"{readable} readable images below {printable(self.path)}, need at least {self.held_out_every} "
+                "(every held_out_every-th is kept for evaluation)"
+            )
+
+    def read(self, root: Path, files: Sequence[Path], notes: Notes) -> tuple[Tensor, tuple[str, ...]]:
+        """Pixels and names of the images among ``files``, in their order; what there is to say goes to ``notes``."""
         pixels = room_for(len(files), self.resolution)  # filled from the front: there is never a second copy
-        names, unreadable, own = list[str](), list[str](), list[str]()
-        enlarged = list[tuple[int, str]]()
+        names = list[str]()
         for file in tqdm(files, desc="reading images", unit="img", leave=False, delay=1):
             try:
                 square = open_square(root / file)
                 if square is None:
-                    own.append(name_of(file))
+                    notes.own.append(name_of(file))
                     continue
                 pixels[len(names)] = torch.from_numpy(resized(square, self.resolution)).permute(2, 0, 1)
             except Exception as error:  # a decoder may raise anything; Ctrl-C is no Exception
                 self._stop_at(file, error)
-                unreadable.append(reason(file, error))
+                notes.unreadable.append(reason(file, error))
                 continue
             names.append(file.as_posix())
             if 2 * square.width < self.resolution:
-                enlarged.append((square.width, name_of(file)))
-        say_skipped("pictures that the trainer drew", own)
-        say_skipped("unreadable images", unreadable, of=len(files))
-        if enlarged:
-            tqdm.write(
-                f"{len(enlarged)} of {len(names)} images are enlarged more than twice to {self.resolution} pixels, the "
-                "smallest from {} ({}): lower data.resolution, or leave them out".format(*min(enlarged))
-            )
+                notes.enlarged.append((square.width, name_of(file)))
+        notes.count += len(names)
         return pixels[: len(names)], tuple(names)
 
     def _root(self) -> Path:

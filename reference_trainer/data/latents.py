@@ -1,10 +1,13 @@
-"""Latents in memory: encoded once, normalised per channel to mean 0 and std sigma_data, and back to images."""
+"""Latents, in memory or read as they are needed; normalised per channel to mean 0 and std sigma_data, and back."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +26,62 @@ RECOGNISED = 0.9
 
 SIGMA_DATA = 0.5
 """Standard deviation of every channel after normalisation (Karras et al. 2022); the preconditioning counts on it."""
+
+
+class Latents(Protocol):
+    """The latents of a data set, however many."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(ch, h, w) of one."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Those of ``indices [b]`` (int64, in any order, repeated ones too): float32 ``[b, ch, h, w]`` on the CPU."""
+        ...
+
+
+class InMemory:
+    """``Latents`` that are a tensor."""
+
+    def __init__(self, values: Tensor) -> None:
+        """``values [n, ch, h, w]``."""
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(ch, h, w)."""
+        ch, h, w = self.values.shape[1:]
+        return ch, h, w
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See ``Latents``."""
+        return self.values[indices]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """``latents`` with ``change``, a function of each by itself, done to them where they are taken."""
+
+    latents: Latents
+    change: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(ch, h, w)."""
+        return self.latents.shape
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See ``Latents``."""
+        return self.change(self.latents.take(indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +133,15 @@ class LatentSpace:
             UserError: a channel that never changes.
         """
         std, mean = torch.std_mean(raw_latents.double(), dim=(0, 2, 3))
+        return LatentSpace.measured(codec, mean, std, raw_latents)
+
+    @staticmethod
+    def measured(codec: Codec, mean: Tensor, std: Tensor, raw_latents: Tensor | Latents) -> LatentSpace:
+        """The space with these statistics ``[ch]`` (float64) of ``raw_latents [n, ch, h, w]``.
+
+        Raises:
+            UserError: a channel that never changes.
+        """
         if not (std > 0).all():
             constant = int(torch.nonzero(~(std > 0))[0])
             raise UserError(f"channel {constant} of the latents is constant: nothing to learn there; drop it")
@@ -105,11 +173,12 @@ class LatentSpace:
         return torch.cat(parts)
 
 
-def recognised_below(raw_latents: Tensor, mean: Tensor, std: Tensor) -> float:
+def recognised_below(raw_latents: Tensor | Latents, mean: Tensor, std: Tensor) -> float:
     """``LatentSpace.recognised_at`` of ``raw_latents [n, ch, h, w]`` with these statistics ``[ch]``."""
     if len(raw_latents) == 1:
         return SIGMA_DATA  # of a single image every level shows which it is
-    scaled = (some_of(raw_latents) - _map(mean, raw_latents)) * (SIGMA_DATA / _map(std, raw_latents))
+    some = some_of(raw_latents)
+    scaled = (some - _map(mean, some)) * (SIGMA_DATA / _map(std, some))
     return recognisable_below(scaled, comparing(), share=RECOGNISED)
 
 
@@ -174,10 +243,17 @@ def encode_once(codec: Codec, images: ImageSet, device: torch.device, cache: Pat
     return raw
 
 
-def some_of(latents: Tensor, most: int = 5000, most_elements: int = 50_000_000) -> Tensor:
+def some_of(latents: Tensor | Latents, most: int = 5000, most_elements: int = 50_000_000) -> Tensor:
     """A random part of ``latents [n, ...]`` small enough to compare each with all."""
-    fit = max(2, min(most, most_elements // latents[0].numel()))
-    return latents[torch.randperm(len(latents), generator=step_generator(0, 0))[:fit]]
+    if isinstance(latents, Tensor):
+        return latents[some_indices(len(latents), latents.shape[1:], most, most_elements)]
+    return latents.take(some_indices(len(latents), latents.shape, most, most_elements))
+
+
+def some_indices(n: int, shape: Sequence[int], most: int = 5000, most_elements: int = 50_000_000) -> Tensor:
+    """Which of ``n`` latents of ``shape`` are ``some_of`` them."""
+    fit = max(2, min(most, most_elements // math.prod(shape)))
+    return torch.randperm(n, generator=step_generator(0, 0))[:fit]
 
 
 def comparing() -> torch.Generator:

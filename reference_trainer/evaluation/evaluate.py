@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.images import Digits, ImageSet
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried, vectors_of
 from reference_trainer.evaluation.latent_space import few_latents
@@ -65,10 +66,11 @@ def evaluate(
     held_out_real = attempt(lambda: vectors_of(held_out, features))
     makers = samplers(model, len(train), seed) | (without_training(model, reference, seed) if bounds else {})
     drawn = Drawn.of(model, features, makers)
-    vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds else {})
+    stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
+    vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds and not stored else {})
     rows = image_rows(vectors, reference, held_out_real)
     if bounds:
-        if not isinstance(row := rows[FITTED], Missing):
+        if not isinstance(row := rows.get(FITTED, Missing("")), Missing):
             row["psnr"] = known(reference.psnr)
         rows |= floor_rows(reference, held_out_real)
     sigmas = {name: attempt(partial(model.sigmas, i + 1)) for i, name in enumerate(SAMPLES)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.latents import some_of
+from reference_trainer.data.latents import InMemory, Latents, some_of
 from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
@@ -29,14 +29,15 @@ class Batches:
     before.
     """
 
-    def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor | None = None) -> None:
-        """``latents [n, ch, h, w]`` and their classes ``[n]`` int64, if there are any (CPU).
+    def __init__(self, config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None = None) -> None:
+        """``latents [n, ch, h, w]``, normalised, and their classes ``[n]`` int64, if there are any (CPU).
 
         Raises:
             UserError: fewer latents than a batch needs, or a coupler that needs labels where there are none.
         """
         check_labels(config, labels)
         check_batch_size(config, len(latents))
+        latents = InMemory(latents) if isinstance(latents, Tensor) else latents
         self.config, self.latents, self.labels = config, latents, labels
         self.objective = with_measured_gate(config.objective, latents)
         self.pairing = pairing_of(config.objective, latents)
@@ -49,8 +50,8 @@ class Batches:
             x, coupled = self._x(step), self._coupled(step)
         else:  # the noise is drawn, the data follow it
             generator = step_generator(self.config.seed, step, Stream.COUPLING)
-            coupled = torch.randn(self.config.batch_size, *self.latents.shape[1:], generator=generator)
-            x = self.latents[self.pairing(coupled)]
+            coupled = torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
+            x = self.latents.take(self.pairing(coupled))
         draws = draw(self.config.seed, step, x.shape)
         return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled)
 
@@ -67,7 +68,7 @@ class Batches:
         return batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
 
     def _x(self, step: int) -> Tensor:
-        return self.latents[self._indices(step)]
+        return self.latents.take(self._indices(step))
 
     def _coupled(self, step: int) -> Tensor | None:
         """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
@@ -113,18 +114,25 @@ def check_batch_size(config: TrainConfig, num_samples: int) -> None:
         raise UserError(f"batch_size={config.batch_size} is larger than the {num_samples} training images")
 
 
-def pairing_of(objective: FewStepObjective, latents: Tensor) -> Pairing | None:
+def pairing_of(objective: FewStepObjective, latents: Latents) -> Pairing | None:
     """The pairing of noise with ``latents [n, ch, h, w]``, fitted with a progress bar, if the coupler is one that has.
 
     Raises:
-        UserError: a single image.
+        UserError: a single image, or more than are kept in memory.
     """
     if not isinstance(objective.coupler, Semidiscrete):
         return None
+    if not isinstance(latents, InMemory):
+        raise UserError(
+            "objective.coupler=Semidiscrete holds all latents in memory, and those of LatentStore are read as they are "
+            "needed: take exact, Entropic or independent"
+        )
     started = time.monotonic()
     with tqdm(total=objective.coupler.steps, desc="pairing noise with all images", unit="step", delay=1) as bar:
         try:
-            pairing = objective.coupler.fit(latents, step_generator(0, 0, Stream.COUPLING), lambda _: bar.update())
+            pairing = objective.coupler.fit(
+                latents.values, step_generator(0, 0, Stream.COUPLING), lambda _: bar.update()
+            )
         except ValueError as error:
             raise UserError(f"objective.coupler={objective.coupler}: {error}") from error
     tqdm.write(
@@ -134,7 +142,7 @@ def pairing_of(objective: FewStepObjective, latents: Tensor) -> Pairing | None:
     return pairing
 
 
-def with_measured_gate(objective: AnyObjective, latents: Tensor) -> AnyObjective:
+def with_measured_gate(objective: AnyObjective, latents: Tensor | Latents) -> AnyObjective:
     """``objective`` with its gate put where ``latents [n, ch, h, w]`` say, if it is one that asks them.
 
     Raises:

@@ -57,10 +57,10 @@ def train(
         UserError: see its message; checkpoints written before stay good.
     """
     check_labels(config, images.train_labels)
-    check_batch_size(config, len(images.train))  # both before the autoencoder is fitted
+    check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
     latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents, images.train_labels)
-    ch, h, w = latents.shape[1:]
+    ch, h, w = latents.shape
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():
         state.restore(*found)

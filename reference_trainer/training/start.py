@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
-from reference_trainer.data.latents import LatentSpace, encode_once, recognised_below, require_finite
+from reference_trainer.data.latents import (
+    Changed,
+    InMemory,
+    Latents,
+    LatentSpace,
+    encode_once,
+    recognised_below,
+    require_finite,
+    some_of,
+)
+from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import KeptSpace, Origin, Probe, reopen
+from reference_trainer.data.store import in_pieces
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.run import RunFolder
+from robustcm.fences import TukeyClip
 
 
 def latents_of_run(
     config: TrainConfig, run: RunFolder, images: ImageSet, cache: Path, device: torch.device, new_data: bool = False
-) -> tuple[Tensor, LatentSpace]:
-    """Normalised latents of the training images ``[n, ch, h, w]`` (CPU) in the space of ``run``.
+) -> tuple[Latents, LatentSpace]:
+    """Normalised latents of the training images in the space of ``run``: in memory, or of a store where it has them.
 
     A run that has a space keeps it, codec and statistics: its weights have a meaning there only. What it was made from
     is compared with what is there now.
@@ -35,13 +50,20 @@ def latents_of_run(
     if not file.exists():
         if run.checkpoints():
             raise UserError(f"{run.root} has checkpoints, but no {file.name}: put it back, or give another --out")
-        latents, space, probe = _fresh(config, images, cache, device)
-        ch, h, w = latents.shape[1:]
-        KeptSpace(space, (ch, h, w), images.pixels.shape[1], Origin.of(images, probe, space.codec)).save(file)
-        return latents, space
+        if isinstance(images, StoredImages):
+            raw = _from_store(config, images)
+            space, probe = _space_of(config, raw, images), Probe.of(images.codec, images.train, device)
+        else:
+            values, space, probe = _measured(config, images, cache, device)
+            raw = InMemory(values)
+        KeptSpace(space, raw.shape, images.pixels.shape[1], Origin.of(images, probe, space.codec)).save(file)
+        return _normalised(raw, space), space
     kept, changes = reopen(file, config.autoencoder, images, device, new_data)
-    raw = _prepared(config, kept.space.codec, images, cache, device)
-    if (shape := tuple(raw.shape[1:])) != kept.shape:
+    if isinstance(images, StoredImages):
+        raw = _from_store(config, images)
+    else:
+        raw = InMemory(_prepared(config, kept.space.codec, images, cache, device))
+    if (shape := raw.shape) != kept.shape:
         raise UserError(
             f"{run.root} is trained on latents {list(kept.shape)}, these are {list(shape)}: give another --out"
         )
@@ -52,7 +74,12 @@ def latents_of_run(
         kept = kept.made_from(images, device)
     if changes or space is not kept.space:
         replace(kept, space=space).save(file)
-    return space.normalise(raw), space
+    return _normalised(raw, space), space
+
+
+def _normalised(raw: Latents, space: LatentSpace) -> Latents:
+    """``raw`` in the model's units: at once where it is in memory, else what is taken of it."""
+    return InMemory(space.normalise(raw.values)) if isinstance(raw, InMemory) else Changed(raw, space.normalise)
 
 
 def training_latents(
@@ -63,21 +90,53 @@ def training_latents(
     Raises:
         UserError: latents that are not finite, constant, or not what the clip is made for; or see ``Probe.of``.
     """
-    latents, space, _ = _fresh(config, images, cache, device)
-    return latents, space
+    if isinstance(images, StoredImages):
+        raise UserError(
+            f"the latents of {images.store.root} are not taken into memory: give a folder of images, or --steps"
+        )
+    raw, space, _ = _measured(config, images, cache, device)
+    return space.normalise(raw), space
 
 
-def _fresh(
+def _measured(
     config: TrainConfig, images: ImageSet, cache: Path, device: torch.device
 ) -> tuple[Tensor, LatentSpace, Probe]:
+    """Raw latents of the training images, as they are trained on; their space; a probe of the codec."""
     codec = config.autoencoder.fit(images, device, cache)
     probe = Probe.of(codec, images.train, device)  # before all images are encoded, which may take an hour
     raw = _prepared(config, codec, images, cache, device)
-    space = LatentSpace.of(codec, raw)
-    return space.normalise(raw), space, probe
+    return raw, LatentSpace.of(codec, raw), probe
 
 
 def _prepared(config: TrainConfig, codec: Codec, images: ImageSet, cache: Path, device: torch.device) -> Tensor:
     raw = encode_once(codec, images, device, cache)
     require_finite(raw, images)
     return config.prepare_latents(raw)
+
+
+def _from_store(config: TrainConfig, images: StoredImages) -> Latents:
+    """Raw latents of a store, clipped as they are taken, at fences that ``some_of`` them have.
+
+    Raises:
+        UserError: what is asked for needs all of them at once.
+    """
+    if config.outliers is not None:
+        raise UserError("outliers are put into latents in memory, not into a LatentStore: take outliers=None")
+    if config.clip is None:
+        return images.latents
+    if not isinstance(config.clip, TukeyClip):
+        raise UserError("clip=ConditionalClip looks at all latents at once: take TukeyClip or None for a LatentStore")
+    try:
+        low, high = config.clip.bounds(some_of(images.latents))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Changed(images.latents, lambda raw: raw.clamp(low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)))
+
+
+def _space_of(config: TrainConfig, raw: Latents, images: StoredImages) -> LatentSpace:
+    """The space of a store's latents ``raw``: statistics from its index or, of clipped ones, by a pass over all."""
+    moments = images.moments
+    if config.clip is not None:
+        bar = tqdm(list(in_pieces(len(raw))), desc="statistics of clipped latents", unit="batch", leave=False, delay=2)
+        moments = reduce(Moments.merged, (Moments.of(raw.take(indices)) for indices in bar))
+    return LatentSpace.measured(images.codec, moments.mean, moments.std, raw)

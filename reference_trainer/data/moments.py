@@ -1,0 +1,54 @@
+"""Mean and variance of each channel of latents, from parts: of any number, in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of each channel, of parts that can be merged: float64, whatever the latents are stored as."""
+
+    count: int
+    """Elements a channel."""
+    mean: Tensor
+    """``[ch]``."""
+    squares: Tensor
+    """``[ch]``, sum of the squared deviations from ``mean``."""
+
+    @staticmethod
+    def of(latents: Tensor) -> Moments:
+        """Of ``[n, ch, h, w]``; n may be 0."""
+        values = latents.double().transpose(0, 1).flatten(1)
+        mean = values.mean(1) if values.shape[1] else values.new_zeros(len(values))
+        return Moments(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both together.
+
+        Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
+        """
+        count = self.count + other.count
+        gap, share = other.mean - self.mean, other.count / max(1, count)
+        return Moments(count, self.mean + share * gap, self.squares + other.squares + self.count * share * gap.square())
+
+    @property
+    def std(self) -> Tensor:
+        """``[ch]``, with the n - 1 of ``torch.std``."""
+        return (self.squares / max(1, self.count - 1)).sqrt()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which keeps every digit of a float64."""
+        return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()} | {
+            "squares": self.squares.tolist()
+        }
+
+    @staticmethod
+    def from_dict(found: dict[str, Any]) -> Moments:
+        """The inverse of ``as_dict``."""
+        mean, squares = (torch.tensor(found[name], dtype=torch.float64) for name in ("mean", "squares"))
+        return Moments(int(found["count"]), mean, squares)
