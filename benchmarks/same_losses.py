@@ -4,8 +4,9 @@
 
 Every preset, and the default one on a folder of images made here, is trained for a few dozen steps, once in a worktree
 of REV and once in the working tree, by the command line, each with a cache of its own. Compared are the rows of
-metrics.jsonl and evaluations.jsonl and the tensors of the last checkpoint and of the codec. Prints one line a case, and
-the first difference of each file by name; exit status 1 if there is one.
+metrics.jsonl and evaluations.jsonl and the tensors of the last checkpoint and of the codec; but no figure of an
+evaluation that only one of the two measures. Prints one line a case, and the first difference of each file by name;
+exit status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def differences(then: Path, now: Path) -> Iterator[str]:
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         rows = [list(map(json.loads, (run / name).read_text().splitlines())) for run in (then, now)]
         for old, new in zip_longest(*rows, fillvalue={}):
+            if name == "evaluations.jsonl":
+                old, new = in_both(old, new), in_both(new, old)
             if path := first_difference(old, new):
                 yield f"{name}, step {(old or new).get('step')}: {path}"
                 break
@@ -104,6 +107,13 @@ def differences(then: Path, now: Path) -> Iterator[str]:
             if not same_bits(old[key], new[key]):
                 yield f"{name}: {key} differs by up to {np.abs(old[key].astype(float) - new[key]).max():.3g}"
                 break
+
+
+def in_both(value: Any, other: Any) -> Any:
+    """``value`` without the keys, at any depth, that ``other`` does not have."""
+    if not (isinstance(value, dict) and isinstance(other, dict)):
+        return value
+    return {key: in_both(item, other[key]) for key, item in value.items() if key in other}
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -16,7 +16,9 @@ from torch import Tensor
 # CI replays the same examples each time; a person's runs keep looking for new ones.
 settings.register_profile("person", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "person")
+# benchmarks/faults/fuzz_long.py says how many.
+settings.register_profile("long", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "50")))
+settings.load_profile("long" if "FUZZ_EXAMPLES" in os.environ else "ci" if os.environ.get("CI") else "person")
 
 torch.set_num_threads(1)  # the tensors are small: threads only wait for each other, above all under pytest-xdist
 

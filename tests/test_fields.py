@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -162,7 +162,6 @@ def works(part: Any, changed: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("part", WITH_NUMBERS, ids=lambda part: part.__name__)
-@settings(max_examples=40)
 @given(data=st.data())
 def test_any_number_works_or_is_refused_by_its_owner(part: type, data: st.DataObject):
     drawable = numeric(part)
