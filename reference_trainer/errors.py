@@ -66,3 +66,8 @@ def _complain(line: str) -> None:
 def one_line(message: object) -> str:
     """``message`` without its line breaks."""
     return " ".join(str(message).split())
+
+
+def type_and_message(error: BaseException) -> str:
+    """What was raised, and the first line of what it says."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

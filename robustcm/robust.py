@@ -156,11 +156,11 @@ class RobustLoss(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or ``t`` without ``axis``, or ``axis`` without ``t``.
         """
-        own = self._count(student, teacher, t, num_levels)
+        depth = self._depth(student, t)
         with torch.no_grad():
-            seen = self.pending + own
+            seen = self.pending + self._count(student, teacher, depth, num_levels)
             basis = torch.where(self.first.sum() > 0, self.first, seen)
-            c = self.c(self.state, basis, self._depth(student, t), num_levels or 2, student[0].numel())
+            c = self.c(self.state, basis, depth, num_levels or 2, student[0].numel())
         distance = _at(c, self.distance, student, teacher)
         if self.training and student.requires_grad:
             self._observe(seen, closes)
@@ -171,7 +171,7 @@ class RobustLoss(nn.Module):
 
         For a first step in several micro-batches: look at all of them, then train on them as always.
         """
-        self.first.add_(self._count(student, teacher, t, num_levels))
+        self.first.add_(self._count(student, teacher, self._depth(student, t), num_levels))
 
     def scales(self, d: int, num_levels: int = 2) -> Tensor:
         """c of each range of noise levels in the next step, from the largest noise to the smallest, ``[bins]``.
@@ -186,10 +186,10 @@ class RobustLoss(nn.Module):
         return torch.as_tensor(c, device=self.state.device).expand(self.bins)
 
     @torch.no_grad()
-    def _count(self, student: Tensor, teacher: Tensor, t: Tensor | None, num_levels: int | None) -> Tensor:
+    def _count(self, student: Tensor, teacher: Tensor, depth: Tensor, num_levels: int | None) -> Tensor:
         """Of all ranks; whole numbers, so their sum does not depend on the order."""
         r = sample_r2(student.detach(), teacher.detach()).sqrt()
-        counts = self.c.count(r, self._depth(student, t), num_levels or 2)
+        counts = self.c.count(r, depth, num_levels or 2)
         group = self.group() if callable(self.group) else self.group
         if group is not None:
             torch.distributed.all_reduce(counts, group=group)

@@ -51,8 +51,8 @@ class Semidiscrete:
     """Fits a ``Pairing``: stochastic steps on the convex dual, each against fresh noise, the later half averaged.
 
     A sample that gets too much of the noise has its potential lowered, in units of the spread of the scores' maximum
-    (``rms |x| / sqrt(2 ln n)``). Cost: ``steps * draws_a_sample * n^2 d`` multiplications; at n = 4500, d = 32 some
-    seconds on a core.
+    (``rms |x| / sqrt(2 ln n)``). Cost: ``steps * draws_a_sample * n^2 d`` multiplications; at n = 4500, d = 32
+    24 s of one core (docs/evidence.md).
 
     Source: the dual is that of Genevay et al. 2016, arXiv 1605.08527; for flow matching Mousavi-Hosseini et al. 2025,
     arXiv 2509.25519. Step sizes and averaging are ours.

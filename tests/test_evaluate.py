@@ -147,7 +147,7 @@ def test_the_table_says_how_near_reconstructions_come_and_what_their_own_feature
     assert "cannot judge it" not in as_table(own | {"features": "some:network"})
     brief = as_table(own | {"rows": {"1 evaluation": row}})
     assert ("reconstructions: PSNR" in brief, "samples.png" in brief) == (False, False)  # it has neither
-    assert "the table of evaluate has a PSNR" in brief
+    assert "reconstructions beside the images show it" in brief
 
 
 def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(digits: ImageSet):

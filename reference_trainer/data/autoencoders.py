@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.codecs import Codec, Foreign, Pixels, check_codec, in_a_line
+from reference_trainer.data.codecs import Codec, Foreign, Pixels, check_codec
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.outputs import described
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, type_and_message
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.networks import MOST_CHANNELS, halvings_fit, need_convolutions
 from robustcm.checks import need_real, need_seed, need_whole
@@ -85,7 +85,7 @@ class PretrainedAutoencoder:
         except BaseException as error:  # whatever the user's code raises, SystemExit included
             raise UserError(
                 f"autoencoder {self.load}: expected module:function, importable from PYTHONPATH, that returns an "
-                f"object with encode and decode ({in_a_line(error)})"
+                f"object with encode and decode ({type_and_message(error)})"
             ) from error
         if not able:
             raise UserError(f"autoencoder {self.load}: {described(made)} has no encode and decode")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.data.outputs import NAMES, described, tensor_in
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, type_and_message
 
 Method = Literal["encode", "decode"]
 
@@ -84,7 +84,9 @@ class Foreign:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise UserError(f"autoencoder {self.name}: cannot be moved to {device}: {in_a_line(error)}") from error
+            raise UserError(
+                f"autoencoder {self.name}: cannot be moved to {device}: {type_and_message(error)}"
+            ) from error
         return self
 
     def encode(self, images: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class Foreign:
 
     def _failed(self, method: Method, values: Tensor, error: BaseException) -> UserError:
         shape = ", ".join(map(str, values.shape[1:]))
-        return UserError(f"{self._where(method)} failed on values [n, {shape}]: {in_a_line(error)}")
+        return UserError(f"{self._where(method)} failed on values [n, {shape}]: {type_and_message(error)}")
 
 
 def check_codec(codec: Codec, images: Tensor) -> None:
@@ -247,11 +249,6 @@ def _say_if_it_draws(codec: Foreign, images: Tensor, latents: Tensor) -> None:
         tqdm.write(
             f"autoencoder {codec.name}: encode() draws random numbers; each image is encoded once and stays as it came"
         )
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and first line of what was raised."""
-    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _modules_of(autoencoder: Any) -> list[nn.Module]:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.codecs import Codec, in_a_line
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import to_unit
 from reference_trainer.data.latents import not_finite
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, type_and_message
 
 
 class Features(Protocol):
@@ -76,7 +76,7 @@ class Imported:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever the user's code raises, SystemExit included
-            raise UserError(f"{where} it failed: {in_a_line(error)}") from error
+            raise UserError(f"{where} it failed: {type_and_message(error)}") from error
         if not isinstance(vectors, Tensor) or vectors.is_complex():
             raise UserError(f"{where} it gives a {type(given).__name__}, expected a tensor [n, k] of real numbers")
         if vectors.dim() == 4 and vectors.shape[2:] == (1, 1):
@@ -99,14 +99,14 @@ class Imported:
             raise
         except BaseException as error:  # whatever an import runs into
             raise UserError(
-                f"--features {name}: expected an importable module:function ({in_a_line(error)})"
+                f"--features {name}: expected an importable module:function ({type_and_message(error)})"
             ) from error
         try:
             function = factory()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise UserError(f"--features {name}: {attribute}() failed: {in_a_line(error)}") from error
+            raise UserError(f"--features {name}: {attribute}() failed: {type_and_message(error)}") from error
         if not callable(function):
             raise UserError(
                 f"--features {name}: {attribute}() must return a map from images to features, it returns a "

@@ -84,7 +84,7 @@ def _about_autoencoder(evaluation: Mapping[str, Any]) -> list[str]:
             f"{row['n']} images)"
         )
     if evaluation["features"] == PooledLatents.name:
-        shown = "PSNR and samples.png show it" if "psnr" in row else "the table of evaluate has a PSNR that shows it"
+        shown = "PSNR and samples.png show it" if "psnr" in row else "reconstructions beside the images show it"
         lines.append(
             "these features are the run's own autoencoder's and cannot judge it: what it loses, they do not see "
             f"({shown})"
