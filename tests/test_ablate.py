@@ -34,11 +34,12 @@ from reference_trainer.ablation.comparison import (
     ranking,
 )
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
-from reference_trainer.presets import PRESETS
+from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
+from reference_trainer.words import NAMES
 from robustcm.gates import Above
 
-THERE = ", ".join(preset.__name__ for preset in PRESETS)
+THERE = ", ".join(NAMES)
 TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
     "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
@@ -189,7 +190,7 @@ def test_a_mistake_gets_one_line(
 
 
 def test_arms_differ_from_one_another_and_share_what_is_no_technique():
-    configs = {arm.name: arm.build() for arm in ARMS}
+    configs = {arm.name: arm.build(digits()) for arm in ARMS}
     assert len({repr(config) for config in configs.values()}) == len(ARMS)
     shared = ("data", "autoencoder", "network", "optimizer", "learning_rate", "batch_size", "steps", "ema_decay")
     for config in configs.values():
@@ -198,7 +199,7 @@ def test_arms_differ_from_one_another_and_share_what_is_no_technique():
 
 
 def test_every_run_has_a_folder_of_its_own_and_seeds_come_in_rounds(tmp_path: Path):
-    jobs = jobs_of([(arm, arm.build()) for arm in ARMS], SUITES, [3, 4], tmp_path)
+    jobs = jobs_of([(arm, arm.build(digits())) for arm in ARMS], SUITES, [3, 4], tmp_path)
     assert len({job.run.root for job in jobs}) == len(jobs) == 2 * len(ARMS) * len(SUITES)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     assert all(job.config.seed == job.seed for job in jobs)
