@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -34,6 +35,9 @@ from reference_trainer.ablation.comparison import (
     ranking,
 )
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.encode import Encoding, encode_folder
+from reference_trainer.data.images import ImageFolder
 from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
 from reference_trainer.words import NAMES
@@ -122,6 +126,20 @@ def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], t
     assert [run["arm"] for run in runs] == [BASELINE, "paper gate=Above(3) ema_decay=0.9"]
     config = RunFolder(tmp_path / "out" / "clean" / "paper-gate-above-3-ema-decay-0-9" / "seed-0").config()
     assert (config.objective.gate, config.ema_decay, config.non_scaling_norm) == (Above(3.0), 0.9, True)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_recipes_are_compared_on_the_store_of_a_data_set(image_folder: Path, command: list[str], tmp_path: Path):
+    encoding = Encoding(source=ImageFolder(path=str(image_folder), resolution=16), autoencoder=PixelSpace())
+    encode_folder(encoding, tmp_path / "store", torch.device("cpu"), tmp_path / "cache")
+    command = [word for word in command if not word.startswith(("data=", "autoencoder="))]
+    command += ["celebahq", f"--data={tmp_path / 'store'}", "--arm", "paper", "--steps", "2", "--seeds", "0"]
+    assert main(command) == 0
+    runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
+    assert [(run["arm"], run["failure"]) for run in runs] == [(BASELINE, ""), ("paper", "")]
+    for name in ("ilct", "paper"):
+        config = RunFolder(tmp_path / "out" / "clean" / name / "seed-0").config()
+        assert (config.data.path, config.ema_decay) == (str(tmp_path / "store"), 0.9999)
 
 
 def flat_pixels():
