@@ -177,9 +177,11 @@ def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.Monk
         ("pip install everything", pytest.fail.Exception),
     ],
 )
-def test_command_lines_that_do_not_exist_are_found(command: str, error: Any, monkeypatch: pytest.MonkeyPatch):
+def test_command_lines_that_do_not_exist_are_found(
+    command: str, error: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(error), contextlib.redirect_stderr(io.StringIO()):
-        test_command_lines_parse(command, monkeypatch)
+        test_command_lines_parse(command, store, monkeypatch)
 
 
 def ablations() -> dict[str, tuple[list[str], list[Result]]]:
