@@ -61,7 +61,7 @@ def parser() -> Parser:
 
     training = commands.add_parser(
         "train",
-        usage="%(prog)s [PRESET] [path.to.field=value ...] [options]",
+        usage="%(prog)s [DATA] [RECIPE] [path.to.field=value ...] [options]",
         help="train, or continue, a run; then evaluate it and draw its pictures",
         description="Train a latent consistency model. The same command again continues where the last one stopped.",
         epilog=page(),
@@ -69,7 +69,7 @@ def parser() -> Parser:
         fields=[often.path for often in OFTEN],
     )
     training.add_argument(
-        "words", nargs="*", default=[], metavar="WORD", help="a preset, and path.to.field=value for what differs"
+        "words", nargs="*", default=[], metavar="WORD", help="presets of data and recipe, and path.to.field=value"
     )
     training.add_argument(
         "--data",
@@ -82,7 +82,7 @@ def parser() -> Parser:
         dest="run",
         type=path,
         metavar="DIR",
-        help="run folder (default: runs/PRESET or runs/PRESET-DATA); alone, with a run's folder: continue that run",
+        help="run folder (default: runs/PRESETS or runs/PRESETS-DATA); alone, with a run's folder: continue that run",
     )
     # Its first name. torchrun takes it for one of its own options, shortened, and stops.
     training.add_argument("--run", type=path, help=argparse.SUPPRESS)
@@ -147,23 +147,18 @@ def parser() -> Parser:
 
 
 def configuration(options: argparse.Namespace) -> tuple[str, TrainConfig]:
-    """Preset, data and options of the command line, resolved; with the name of the preset."""
+    """Presets, data and options of the command line, resolved; with the name of the presets."""
     from reference_trainer.config import TrainConfig
-    from reference_trainer.options import override
-    from reference_trainer.presets import PRESETS, on_data
+    from reference_trainer.words import NAMES, Chosen, names_in
 
-    presets = {preset.__name__: preset for preset in PRESETS}
-    named = [word for word in options.words if "=" not in word]
-    if unknown := [word for word in named if word not in presets]:
-        raise UserError(what_is(unknown[0], list(presets), [field.name for field in dataclasses.fields(TrainConfig)]))
-    if len(named) > 1:
-        raise UserError(f"{' and '.join(named)} are {len(named)} presets: give one, and path.to.field=value for more")
-    name = named[0] if named else PRESETS[0].__name__
-    config = on_data(presets[name](), None if options.data is None else str(options.data))
-    for word in options.words:
-        if "=" in word:
-            config = override(config, word)
-    return name, config
+    named = names_in(options.words)
+    if unknown := [word for word in named if word not in NAMES]:
+        raise UserError(what_is(unknown[0], NAMES, [field.name for field in dataclasses.fields(TrainConfig)]))
+    chosen = Chosen.of(named)
+    config = chosen.configured([word for word in options.words if "=" in word], options.data)
+    if not options.show and options.fields is None:
+        chosen.require_data(config)
+    return chosen.name, config
 
 
 def what_is(word: str, presets: Sequence[str], fields: Sequence[str]) -> str:

@@ -150,7 +150,7 @@ class TrainConfig:
     clip: ConditionalClip | TukeyClip | None = ConditionalClip()
     """Take impulsive outliers out of the latents before they are normalised."""
     network: DiT | UNet = DiT()
-    """The backbone."""
+    """The backbone; ``ADM``, ``DIT_S2``, ``DIT_B2`` and ``DIT_L2`` are published ones."""
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective | FlowMapObjective | TrajectoryObjective = Objective(

@@ -41,21 +41,33 @@ EXAMPLES = """\
   python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'
   python -m reference_trainer --data photos data.resolution=128 autoencoder.latent_channels=8
   python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')"
+  python -m reference_trainer celebahq paper network=DIT_B2 --show
   python -m reference_trainer train --fields objective.c     what there is to choose, with every number
   python -m reference_trainer --out runs/photos              go on with a run as it is configured"""
 
 
-def presets() -> list[tuple[str, str]]:
-    """Name and first line of each preset, read from the source: of presets.py the functions without an argument."""
-    tree = ast.parse(Path(__file__).with_name("presets.py").read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.args.args]
+def presets(module: str, argument: str | None = None) -> list[tuple[str, str]]:
+    """Name and first line of each preset in ``module``, read from the source.
+
+    These are its functions that take nothing, or ``argument`` alone and that with a default.
+    """
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    functions = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and [given.arg for given in (*node.args.args, *node.args.kwonlyargs)] == ([argument] if argument else [])
+        and len(node.args.defaults) == len(node.args.args)
+    ]
     return [(function.name, (ast.get_docstring(function) or "").partition("\n")[0]) for function in functions]
 
 
 def page() -> str:
     """What stands below the options of `train --help`."""
-    lines = ["presets (the first is the default):"]
-    lines += [f"  {name:10} {line}" for name, line in presets()]
+    lines = ["presets of data, by our recipe (the first is the default; the last four want --data STORE):"]
+    lines += [f"  {name:11} {line}" for name, line in (*presets("presets"), *presets("published", "images"))]
+    lines += ["recipes, alone or beside one of these:"]
+    lines += [f"  {name:11} {line}" for name, line in presets("presets", "config")]
     lines += ["", "fields people change, with their defaults (train --fields shows all of them):"]
     for often in OFTEN:
         lines.append(f"  {f'{often.path}={often.default}':36} {often.what}")

@@ -7,7 +7,7 @@ second is added to that of the first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from robustcm.checks import LARGEST, need_real, need_whole, need_wholes
 
 MOST_CHANNELS, MOST_LAYERS, MOST_HALVINGS = 2**16, 1000, 15
-HEAD_CHANNELS = 8  # of one head of diffusers' UNet2DModel; fewer channels would be no head
+
+
+PLAIN_BLOCKS = {
+    "conv": ("DownBlock2D", "UpBlock2D"),
+    "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+}
+"""diffusers' blocks without attention, down and up, by what resamples."""
 
 
 class Convolutions(Protocol):
@@ -49,10 +55,23 @@ class UNet:
     """Share of activations dropped while training, 0 to 1."""
     patch: int = 1
     """Side of the squares that are laid into channels."""
+    attention_head_dim: int = 8
+    """Channels of one attention head; at most those of any resolution that is attended to."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """How the time enters a residual block: ``default`` is added behind its first convolution, ``scale_shift`` scales
+    and shifts its second norm, as in ADM."""
+    resampling: Literal["conv", "resnet"] = "conv"
+    """What halves and doubles height and width: ``conv`` a convolution, ``resnet`` a residual block, as in ADM."""
 
     def __post_init__(self) -> None:
         need_convolutions(self)
         need_real(self, "dropout", least=0, below=1)
+        need_whole(self, "attention_head_dim", least=1, most=MOST_CHANNELS)
+        if self.resnet_time_scale_shift not in ("default", "scale_shift"):
+            got = repr(self.resnet_time_scale_shift)
+            raise ValueError(f"resnet_time_scale_shift is 'default' or 'scale_shift', got {got}")
+        if self.resampling not in PLAIN_BLOCKS:
+            raise ValueError(f"resampling is 'conv' or 'resnet', got {self.resampling!r}")
         if len(self.attention) != len(self.block_out_channels):
             raise ValueError(
                 f"attention needs one entry for each of block_out_channels, got {len(self.attention)} for "
@@ -60,8 +79,9 @@ class UNet:
             )
         attending = (*self.attention, any(self.attention))  # the smallest resolution is attended to once more
         channels = (*self.block_out_channels, self.block_out_channels[-1])
-        if few := [ch for ch, attends in zip(channels, attending, strict=True) if attends and ch < HEAD_CHANNELS]:
-            raise ValueError(f"block_out_channels must be at least {HEAD_CHANNELS} for attention, got {few[0]}")
+        least = self.attention_head_dim  # fewer channels would be no head
+        if few := [ch for ch, attends in zip(channels, attending, strict=True) if attends and ch < least]:
+            raise ValueError(f"block_out_channels must be at least attention_head_dim = {least}, got {few[0]}")
 
     def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
         """For latents of ``shape`` (ch, h, w), told 1 or 2 ``times``; the initial weights are a function of ``seed``.
@@ -78,6 +98,7 @@ class UNet:
                 f"{len(self.block_out_channels) - 1} times: use fewer block_out_channels or a smaller patch"
             )
         patched = ch * self.patch**2
+        plain_down, plain_up = PLAIN_BLOCKS[self.resampling]
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             network: Any = UNet2DModel(
@@ -86,9 +107,14 @@ class UNet:
                 out_channels=patched,
                 block_out_channels=self.block_out_channels,
                 layers_per_block=self.layers_per_block,
-                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in self.attention),
-                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention)),
+                down_block_types=tuple("AttnDownBlock2D" if a else plain_down for a in self.attention),
+                up_block_types=tuple("AttnUpBlock2D" if a else plain_up for a in reversed(self.attention)),
+                downsample_type=self.resampling,
+                upsample_type=self.resampling,
                 norm_num_groups=self.norm_num_groups,
+                attn_norm_num_groups=self.norm_num_groups,  # else, with scale_shift, the middle has none
+                attention_head_dim=self.attention_head_dim,
+                resnet_time_scale_shift=self.resnet_time_scale_shift,
                 dropout=self.dropout,
                 add_attention=any(self.attention),
                 class_embed_type="timestep" if times == 2 else None,

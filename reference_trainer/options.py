@@ -22,6 +22,7 @@ from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.published import NETWORKS
 from robustcm import (
     barron,
     couplers,
@@ -101,6 +102,7 @@ What a field of a class takes, its subclasses' take, where they say nothing else
 
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
 VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
+VOCABULARY |= NETWORKS
 
 
 def override(config: TrainConfig, option: str) -> TrainConfig:

@@ -1,6 +1,8 @@
-"""Complete configurations, each a function and each technique a visible line. The first is the default.
+"""What there is to train on and how: presets of data, and recipes, each technique a visible line.
 
-All share the data, the network, the curriculum and the budget of `digits`, so that they differ in technique alone.
+A preset of data is a function that returns a configuration: data, network and budget, with the recipe of this
+repository. A recipe is a function from a configuration to one that differs in technique alone: `paper(celebahq())`.
+Without an argument it is the recipe on the digits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.store import is_store
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT
+from reference_trainer.published import DATA_SETS
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import TukeyClip
@@ -26,22 +29,23 @@ from robustcm.objective import Objective
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 from robustcm.trajectories import TrajectoryObjective
 
+DIGITS = TrainConfig()
+
 
 def digits() -> TrainConfig:
     """The best recipe measured on the embedded digits in a few minutes of two cores."""
-    return TrainConfig()
+    return DIGITS
 
 
-def ilct() -> TrainConfig:
+def ilct(config: TrainConfig = DIGITS) -> TrainConfig:
     """The baseline, iCT on latents: Pseudo-Huber, constant c, nothing else."""
-    config = digits()
     objective = replace(config.objective, distance=pseudo_huber, c=ConstantC(), coupler=independent)
     return replace(config, objective=objective, clip=None)
 
 
-def paper() -> TrainConfig:
+def paper(config: TrainConfig = DIGITS) -> TrainConfig:
     """The five techniques as published."""
-    config = ilct()
+    config = ilct(config)
     assert isinstance(config.objective, Objective)
     objective = replace(
         config.objective,
@@ -59,9 +63,8 @@ def pixels() -> TrainConfig:
     return replace(digits(), autoencoder=PixelSpace(), network=DiT(patch=8), clip=None)
 
 
-def flow_map() -> TrainConfig:
+def flow_map(config: TrainConfig = DIGITS) -> TrainConfig:
     """A flow map (average velocity) by alpha-Flow's target, robust, with the coupling of `digits`."""
-    config = digits()
     objective = FlowMapObjective(
         distance=cauchy,
         c=MeasuredC(),
@@ -72,9 +75,8 @@ def flow_map() -> TrainConfig:
     return replace(config, objective=objective)
 
 
-def trajectory() -> TrainConfig:
+def trajectory(config: TrainConfig = DIGITS) -> TrainConfig:
     """Consistency trajectories, from any noise level to any below, with the robust distance of `digits`."""
-    config = digits()
     shared = {
         name: getattr(config.objective, name) for name in ("distance", "c", "levels", "weight", "coupler", "gate")
     }
@@ -82,16 +84,23 @@ def trajectory() -> TrainConfig:
 
 
 PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels, flow_map, trajectory)
+"""On the embedded digits; the first is the default."""
+
+DATA: tuple[Callable[..., TrainConfig], ...] = (digits, pixels, *DATA_SETS)
+RECIPES: tuple[Callable[[TrainConfig], TrainConfig], ...] = (ilct, paper, flow_map, trajectory)
 
 
 def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:
     """``config`` on what ``--data`` names, ``on_folder`` or ``on_store``; without it as it is.
 
-    The trainer and the analysis both ask here, so that they mean one configuration by one folder.
+    The trainer and the analysis both ask here, so that they mean one configuration by one folder. A configuration
+    made for a store, as those of ``DATA_SETS``, keeps all its settings and takes its path alone.
     """
     if path is None:
         return config
     whole = Path(path).expanduser().resolve()
+    if isinstance(config.data, LatentStore):
+        return _encoded_by_its_own(replace(config, data=replace(config.data, path=str(whole))))
     return on_store(config, str(whole)) if is_store(whole) else on_folder(config, str(whole))
 
 
@@ -115,7 +124,11 @@ def on_store(config: TrainConfig, path: str) -> TrainConfig:
     Raises:
         UserError: its index cannot be read.
     """
-    data = LatentStore(path=path)
-    config = replace(on_folder(config, path), data=data, network=DiT(patch=2))
-    found = data.autoencoder()
+    return _encoded_by_its_own(replace(on_folder(config, path), data=LatentStore(path=path), network=DiT(patch=2)))
+
+
+def _encoded_by_its_own(config: TrainConfig) -> TrainConfig:
+    """``config`` with the autoencoder of its store, if that names one."""
+    assert isinstance(config.data, LatentStore)
+    found = config.data.autoencoder()
     return config if found is None else replace(config, autoencoder=found)

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -34,11 +35,15 @@ from reference_trainer.ablation.comparison import (
     ranking,
 )
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
-from reference_trainer.presets import PRESETS
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.encode import Encoding, encode_folder
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
+from reference_trainer.words import NAMES
 from robustcm.gates import Above
 
-THERE = ", ".join(preset.__name__ for preset in PRESETS)
+THERE = ", ".join(NAMES)
 TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
     "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
@@ -123,6 +128,20 @@ def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], t
     assert (config.objective.gate, config.ema_decay, config.non_scaling_norm) == (Above(3.0), 0.9, True)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_recipes_are_compared_on_the_store_of_a_data_set(image_folder: Path, command: list[str], tmp_path: Path):
+    encoding = Encoding(source=ImageFolder(path=str(image_folder), resolution=16), autoencoder=PixelSpace())
+    encode_folder(encoding, tmp_path / "store", torch.device("cpu"), tmp_path / "cache")
+    command = [word for word in command if not word.startswith(("data=", "autoencoder="))]
+    command += ["celebahq", f"--data={tmp_path / 'store'}", "--arm", "paper", "--steps", "2", "--seeds", "0"]
+    assert main(command) == 0
+    runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
+    assert [(run["arm"], run["failure"]) for run in runs] == [(BASELINE, ""), ("paper", "")]
+    for name in ("ilct", "paper"):
+        config = RunFolder(tmp_path / "out" / "clean" / name / "seed-0").config()
+        assert (config.data.path, config.ema_decay) == (str(tmp_path / "store"), 0.9999)
+
+
 def flat_pixels():
     """What ``--features`` calls."""
     return lambda pixels: pixels.float().flatten(1)[:, ::97]
@@ -189,7 +208,7 @@ def test_a_mistake_gets_one_line(
 
 
 def test_arms_differ_from_one_another_and_share_what_is_no_technique():
-    configs = {arm.name: arm.build() for arm in ARMS}
+    configs = {arm.name: arm.build(digits()) for arm in ARMS}
     assert len({repr(config) for config in configs.values()}) == len(ARMS)
     shared = ("data", "autoencoder", "network", "optimizer", "learning_rate", "batch_size", "steps", "ema_decay")
     for config in configs.values():
@@ -198,7 +217,7 @@ def test_arms_differ_from_one_another_and_share_what_is_no_technique():
 
 
 def test_every_run_has_a_folder_of_its_own_and_seeds_come_in_rounds(tmp_path: Path):
-    jobs = jobs_of([(arm, arm.build()) for arm in ARMS], SUITES, [3, 4], tmp_path)
+    jobs = jobs_of([(arm, arm.build(digits())) for arm in ARMS], SUITES, [3, 4], tmp_path)
     assert len({job.run.root for job in jobs}) == len(jobs) == 2 * len(ARMS) * len(SUITES)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     assert all(job.config.seed == job.seed for job in jobs)

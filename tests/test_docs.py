@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from reference_trainer.__main__ import COMMANDS, configuration, parser
-from reference_trainer.ablation.ablate import picked
+from reference_trainer.ablation.ablate import base_of, picked
 from reference_trainer.ablation.comparison import ONE, TWO, Result, by_seed, paired_ratio
-from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, arm_from_words, with_options
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, arm_from_words
 from reference_trainer.errors import UserError
-from reference_trainer.presets import digits
+from reference_trainer.words import with_options
 
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
@@ -110,30 +112,42 @@ def parsing_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def resolve_trainer(words: list[str]) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of latents that the documents call ``latents``."""
+    root = tmp_path_factory.mktemp("latents")
+    tensors = {"latents": torch.randn(20, 4, 2, 2), "labels": torch.zeros(20, dtype=torch.long)}
+    save_file(tensors, root / "latents_rank00_shard000.safetensors")
+    return root
+
+
+def resolve_trainer(words: list[str], store: Path) -> None:
     """Parse, and look up what the trainer would look up before it starts."""
     if not words or words[0] not in COMMANDS:
         words = ["train", *words]
     options = parser().parse_args(words)
+    if "data" in options and options.data == Path("latents"):
+        options.data = store
     if words[0] == "train":
         configuration(options)
     if words[0] == "ablate":
         picked(options.arms, ARMS)
         picked(options.suites, SUITES)
-        with_options(digits(), options.words)
+        base, changes = base_of(options.words, options.data)
+        with_options(base, changes)
         for arm in options.arm:
-            arm_from_words(arm)
+            arm_from_words(arm, options.data).build(base)
 
 
 @pytest.mark.parametrize(
     "command", [pytest.param(c, id=f"{n}: {c[:60]}") for n in TODAY for c in commands(DOCUMENTS[n])]
 )
-def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch):
+def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.MonkeyPatch):
     match shlex.split(command, comments=True):
         case ["make", target]:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["python", "-m", "reference_trainer", *words]:
-            resolve_trainer(words)
+            resolve_trainer(words, store)
         case ["python", "-m", module]:
             assert find_spec(module) is not None
         case ["python", "-c", code]:
@@ -163,9 +177,11 @@ def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch):
         ("pip install everything", pytest.fail.Exception),
     ],
 )
-def test_command_lines_that_do_not_exist_are_found(command: str, error: Any, monkeypatch: pytest.MonkeyPatch):
+def test_command_lines_that_do_not_exist_are_found(
+    command: str, error: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(error), contextlib.redirect_stderr(io.StringIO()):
-        test_command_lines_parse(command, monkeypatch)
+        test_command_lines_parse(command, store, monkeypatch)
 
 
 def ablations() -> dict[str, tuple[list[str], list[Result]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,39 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_ambient_generator_alon
     assert torch.equal(torch.rand(1), expected_next)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_by_default_the_attention_and_resampling_are_those_of_diffusers():
+    """What there was before one could choose them: runs of then go on."""
+    from diffusers import UNet2DModel
+
+    ours = UNet(block_out_channels=(8, 16), attention=(False, True), norm_num_groups=4).build((3, 8, 8), seed=5)
+    torch.manual_seed(5)
+    stock = UNet2DModel(
+        sample_size=(8, 8),
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    x, c_noise = torch.randn(2, 3, 8, 8), torch.tensor([-500.0, 100.0])
+    assert torch.equal(ours(x, c_noise), stock(x, c_noise).sample)
+
+
+@pytest.mark.parametrize("change", [{"resnet_time_scale_shift": "scale_shift"}, {"resampling": "resnet"}])
+def test_what_adm_has_makes_another_network_of_the_same_signature(change: dict[str, Any]):
+    plain = UNet(block_out_channels=(8, 16), attention=(False, True), norm_num_groups=4)
+    x, c_noise = torch.randn(2, 3, 8, 8), torch.tensor([-500.0, 100.0])
+    names, outputs = [], []
+    for part in (plain, replace(plain, **change)):
+        network = part.build((3, 8, 8), seed=0)
+        names.append({name: value.shape for name, value in network.state_dict().items()})
+        outputs.append(network(x, c_noise))
+    assert outputs[0].shape == outputs[1].shape
+    assert names[0] != names[1]
 
 
 def test_a_latent_that_cannot_be_halved_is_said():
@@ -125,8 +159,20 @@ def test_the_shortcuts_give_what_the_whole_network_gives():
         (UNet, {"attention": (False,)}, "attention needs one entry"),
         (UNet, {"layers_per_block": 0}, "layers_per_block"),
         (UNet, {"patch": -1}, "patch"),
-        (UNet, {"norm_num_groups": 4, "block_out_channels": (4, 8), "attention": (True, False)}, "at least 8"),
-        (UNet, {"norm_num_groups": 4, "block_out_channels": (8, 4), "attention": (True, False)}, "at least 8"),
+        (
+            UNet,
+            {"norm_num_groups": 4, "block_out_channels": (4, 8), "attention": (True, False)},
+            "attention_head_dim = 8",
+        ),
+        (
+            UNet,
+            {"norm_num_groups": 4, "block_out_channels": (8, 4), "attention": (True, False)},
+            "attention_head_dim = 8",
+        ),
+        (UNet, {"attention": (True, True), "attention_head_dim": 64}, "attention_head_dim = 64, got 32"),
+        (UNet, {"attention_head_dim": 0}, "attention_head_dim"),
+        (UNet, {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'default' or 'scale_shift'"),
+        (UNet, {"resampling": "bilinear"}, "resampling is 'conv' or 'resnet'"),
     ],
 )
 def test_what_no_network_can_be_made_of_is_refused_by_name(part: type, changes: dict[str, Any], message: str):

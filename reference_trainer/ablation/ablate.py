@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from reference_trainer.ablation.budget import steps_within
 from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison, judged_by
-from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words, with_options
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words
 from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
@@ -36,8 +36,10 @@ from reference_trainer.evaluation.features import Imported
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
+from reference_trainer.presets import DATA, RECIPES
 from reference_trainer.run import RunFolder
 from reference_trainer.training.start import training_latents
+from reference_trainer.words import Chosen, with_options
 
 
 @dataclass(frozen=True)
@@ -284,9 +286,10 @@ def run_ablate(options: argparse.Namespace) -> int:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
     named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
-    chosen += [arm_from_words(words) for words in options.arm]
+    chosen += [arm_from_words(words, options.data) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
-    arms = [(arm, with_options(arm.build(), options.words)) for arm in chosen]
+    base, changes = base_of(options.words, options.data)
+    arms = [(arm, with_options(arm.build(base), changes)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         images = arms[0][1].data.load()
@@ -304,6 +307,21 @@ def run_ablate(options: argparse.Namespace) -> int:
     print((options.out / "ablation.md").read_text())
     print(f"look at {options.out / 'ablation.png'}")
     return 0
+
+
+def base_of(words: Sequence[str], data: Path | None) -> tuple[TrainConfig, list[str]]:
+    """What every arm is built on: the preset of data among ``words``, on what ``--data`` names; and the other words.
+
+    Raises:
+        UserError: a recipe among them, two presets of data, or one without its store.
+    """
+    if recipes := [word for word in words if word in [recipe.__name__ for recipe in RECIPES]]:
+        raise UserError(f"{recipes[0]} is a recipe, as the arms are: give --arm {recipes[0]}")
+    named = [word for word in words if word in [preset.__name__ for preset in DATA]]
+    chosen = Chosen.of(named)
+    base = chosen.configured(path=data)
+    chosen.require_data(base)
+    return base, [word for word in words if word not in named]
 
 
 def picked(names: Sequence[str] | None, there: Sequence[Arm | Suite]) -> set[str]:

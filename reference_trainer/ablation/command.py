@@ -14,6 +14,7 @@ examples:
   python -m reference_trainer ablate --list
   python -m reference_trainer ablate --steps 5000 network.width=128
   python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
+  python -m reference_trainer ablate celebahq --data latents --arms paper ours --steps 20000
   python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
 """
 
@@ -29,7 +30,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "words", nargs="*", default=[], metavar="path.to.field=value", help="change a field in every arm"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="WORD",
+        help="a preset of data that every arm is built on (default: digits), and path.to.field=value for every arm",
+    )
+    parser.add_argument(
+        "--data", type=path, metavar="PATH", help="a folder of images or a store of latents (default: the digits)"
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
     parser.add_argument(
@@ -38,7 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("PRESET", "path.to.field=value"),
-        help="one more arm, a preset and what differs; may be given several times, and alone leaves out the ladder",
+        help="one more arm, presets and what differs; may be given several times, and alone leaves out the ladder",
     )
     parser.add_argument("--suites", nargs="+", metavar="SUITE", default=["clean"], help="default: clean")
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0, 1, 2], help="default: 0 1 2")

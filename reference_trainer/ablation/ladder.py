@@ -1,20 +1,22 @@
-"""What `ablate` compares: the arms, each a configuration in a visible line or two, and the data they are tried on.
+"""What `ablate` compares: the arms, each a recipe in a visible line or two, and what is done to the data.
 
-All arms share data, network, optimiser, batch and budget; they differ in technique alone.
+All arms share data, network, optimiser, batch and budget, those of the configuration they are built on, with the recipe
+of this repository; they differ in technique alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
-from reference_trainer.options import override
-from reference_trainer.presets import PRESETS, digits, ilct, paper
+from reference_trainer.presets import ilct, paper
+from reference_trainer.words import NAMES, Chosen, names_in, with_options
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import ConditionalClip, TukeyClip
@@ -28,7 +30,8 @@ class Arm:
     """One line of the table."""
 
     name: str
-    build: Callable[[], TrainConfig]
+    build: Callable[[TrainConfig], TrainConfig]
+    """From a configuration with the recipe of this repository."""
 
 
 def changed(config: TrainConfig, **parts: Any) -> TrainConfig:
@@ -36,9 +39,9 @@ def changed(config: TrainConfig, **parts: Any) -> TrainConfig:
     return replace(config, objective=replace(config.objective, **parts))
 
 
-def per_element() -> TrainConfig:
+def per_element(config: TrainConfig) -> TrainConfig:
     """The recipe of this repository with a distance that sees every element of a sample by itself."""
-    return changed(digits(), distance=PerElement(geman_mcclure_of_r2))
+    return changed(config, distance=PerElement(geman_mcclure_of_r2))
 
 
 BASELINE = "iLCT"
@@ -46,63 +49,59 @@ BASELINE = "iLCT"
 ARMS: tuple[Arm, ...] = (
     # The baseline plus one technique each ...
     Arm(BASELINE, ilct),
-    Arm("iLCT + Cauchy", lambda: changed(ilct(), distance=cauchy)),
-    Arm("iLCT + Geman-McClure", lambda: changed(ilct(), distance=geman_mcclure)),
-    Arm("iLCT + early diffusion", lambda: changed(ilct(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
-    Arm("iLCT + coupling", lambda: changed(ilct(), coupler=exact, gate=everywhere)),
-    Arm("iLCT + gated coupling", lambda: changed(ilct(), coupler=exact, gate=AboveExplained())),
-    Arm("iLCT + the authors' c", lambda: changed(ilct(), c=PowerLawC())),
-    Arm("iLCT + measured c", lambda: changed(ilct(), c=MeasuredC())),
-    Arm("iLCT + clip", lambda: replace(ilct(), clip=ConditionalClip())),
-    Arm("iLCT + NsLN", lambda: replace(ilct(), non_scaling_norm=True)),
+    Arm("iLCT + Cauchy", lambda config: changed(ilct(config), distance=cauchy)),
+    Arm("iLCT + Geman-McClure", lambda config: changed(ilct(config), distance=geman_mcclure)),
+    Arm("iLCT + early diffusion", lambda config: changed(ilct(config), extra=EarlyDiffusion(weight=5.0, start=0.75))),
+    Arm("iLCT + coupling", lambda config: changed(ilct(config), coupler=exact, gate=everywhere)),
+    Arm("iLCT + gated coupling", lambda config: changed(ilct(config), coupler=exact, gate=AboveExplained())),
+    Arm("iLCT + the authors' c", lambda config: changed(ilct(config), c=PowerLawC())),
+    Arm("iLCT + measured c", lambda config: changed(ilct(config), c=MeasuredC())),
+    Arm("iLCT + clip", lambda config: replace(ilct(config), clip=ConditionalClip())),
+    Arm("iLCT + NsLN", lambda config: replace(ilct(config), non_scaling_norm=True)),
     # ... two of them together, all five, and the recipe of this repository ...
-    Arm("iLCT + Cauchy, measured c", lambda: changed(ilct(), distance=cauchy, c=MeasuredC())),
+    Arm("iLCT + Cauchy, measured c", lambda config: changed(ilct(config), distance=cauchy, c=MeasuredC())),
     Arm("paper", paper),
-    Arm("paper + clip", lambda: replace(paper(), clip=ConditionalClip())),
-    Arm("ours", digits),
+    Arm("paper + clip", lambda config: replace(paper(config), clip=ConditionalClip())),
+    Arm("ours", lambda config: config),
     # ... and that recipe with one part taken out.
-    Arm("ours, Pseudo-Huber", lambda: changed(digits(), distance=pseudo_huber)),
-    Arm("ours, Cauchy", lambda: changed(digits(), distance=cauchy)),
-    Arm("ours, constant c", lambda: changed(digits(), c=ConstantC())),
-    Arm("ours, c doubled", lambda: changed(digits(), c=MeasuredC(multiple=1.4, bins=8, at_least_pooled=True))),
-    Arm("ours, one c", lambda: changed(digits(), c=MeasuredC(multiple=0.7))),
-    Arm("ours, c per level", lambda: changed(digits(), c=MeasuredC(multiple=0.7, bins=8))),
-    Arm("ours, no coupling", lambda: changed(digits(), coupler=independent)),
-    Arm("ours, coupling without gate", lambda: changed(digits(), gate=everywhere)),
-    Arm("ours, pool of two batches", lambda: replace(digits(), coupling_pool=2)),
+    Arm("ours, Pseudo-Huber", lambda config: changed(config, distance=pseudo_huber)),
+    Arm("ours, Cauchy", lambda config: changed(config, distance=cauchy)),
+    Arm("ours, constant c", lambda config: changed(config, c=ConstantC())),
+    Arm("ours, c doubled", lambda config: changed(config, c=MeasuredC(multiple=1.4, bins=8, at_least_pooled=True))),
+    Arm("ours, one c", lambda config: changed(config, c=MeasuredC(multiple=0.7))),
+    Arm("ours, c per level", lambda config: changed(config, c=MeasuredC(multiple=0.7, bins=8))),
+    Arm("ours, no coupling", lambda config: changed(config, coupler=independent)),
+    Arm("ours, coupling without gate", lambda config: changed(config, gate=everywhere)),
+    Arm("ours, pool of two batches", lambda config: replace(config, coupling_pool=2)),
     Arm("ours, per element", per_element),
-    Arm("ours, per element, no clip", lambda: replace(per_element(), clip=None)),
-    Arm("ours + early diffusion", lambda: changed(digits(), extra=EarlyDiffusion(weight=5.0, start=0.75))),
-    Arm("ours, no clip", lambda: replace(digits(), clip=None)),
-    Arm("ours, clip at Tukey's fences", lambda: replace(digits(), clip=TukeyClip())),
-    Arm("ours + NsLN", lambda: replace(digits(), non_scaling_norm=True)),
+    Arm("ours, per element, no clip", lambda config: replace(per_element(config), clip=None)),
+    Arm("ours + early diffusion", lambda config: changed(config, extra=EarlyDiffusion(weight=5.0, start=0.75))),
+    Arm("ours, no clip", lambda config: replace(config, clip=None)),
+    Arm("ours, clip at Tukey's fences", lambda config: replace(config, clip=TukeyClip())),
+    Arm("ours + NsLN", lambda config: replace(config, non_scaling_norm=True)),
 )
 
 
-def arm_from_words(words: Sequence[str]) -> Arm:
-    """An arm typed by hand: a preset and what differs from it, ``["digits", "objective.c=MeasuredC(bins=8)"]``.
+def arm_from_words(words: Sequence[str], path: Path | None = None) -> Arm:
+    """An arm typed by hand: presets and what differs from them, ``["digits", "objective.c=MeasuredC(bins=8)"]``.
 
-    Its name is the words, without ``objective.``.
-
-    Raises:
-        UserError: an unknown preset or option.
-    """
-    presets = {preset.__name__: preset for preset in PRESETS}
-    if words[0] not in presets:
-        raise UserError(f"--arm begins with a preset ({', '.join(presets)}), got {words[0]!r}")
-    config = with_options(presets[words[0]](), words[1:])
-    return Arm(" ".join(word.removeprefix("objective.") for word in words), lambda: config)
-
-
-def with_options(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
-    """``config`` with every option applied.
+    Its name is the words, without ``objective.``. With a preset of data it has the network and the settings of that, on
+    what ``--data`` names, ``path``; with a recipe alone, those of the configuration it is built on.
 
     Raises:
-        UserError: an option that does not fit.
+        UserError: an unknown preset or option, or a data set without its store.
     """
-    for option in options:
-        config = override(config, option)
-    return config
+    named, options = names_in(words), [word for word in words if "=" in word]
+    if words[0] not in NAMES:
+        raise UserError(f"--arm begins with a preset ({', '.join(NAMES)}), got {words[0]!r}")
+    if unknown := [name for name in named if name not in NAMES]:
+        raise UserError(f"--arm: unknown preset {unknown[0]}: there are {', '.join(NAMES)}")
+    name, chosen = " ".join(word.removeprefix("objective.") for word in words), Chosen.of(named)
+    if chosen.data.__name__ not in named:
+        return Arm(name, lambda config: with_options(chosen.technique(config), options))
+    whole = chosen.configured(options, path)
+    chosen.require_data(whole)
+    return Arm(name, lambda config: whole)
 
 
 @dataclass(frozen=True)

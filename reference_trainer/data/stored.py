@@ -112,7 +112,7 @@ class LatentStore:
     """
 
     path: str
-    """The folder with the shards."""
+    """The folder with the shards; empty in a preset that waits for ``--data``."""
     flips: bool = False
     """Train on the mirrored images, too; the store must have their latents."""
 
@@ -121,6 +121,16 @@ class LatentStore:
         root = Path(self.path)
         found = Index.read(root).autoencoder if (root / INDEX).exists() else None
         return None if found is None else autoencoder_from_dict(found)
+
+    def images(self) -> int:
+        """How many images are trained on, not counting their mirrored ones.
+
+        Raises:
+            UserError: see ``Store.open`` and ``Index.read``.
+        """
+        root = Path(self.path)
+        index = Index.read(root) if (root / INDEX).exists() else Store.open(root).index
+        return index.count - index.held_out
 
     def load(self) -> StoredImages:
         """As ``decoded``, by the store's own autoencoder on the CPU."""
@@ -135,6 +145,8 @@ class LatentStore:
             UserError: see ``Store.open`` and ``load_codec``; the store is of another autoencoder, or of one that the
                 run does not name; the autoencoder does not take its latents.
         """
+        if not self.path:
+            raise UserError("the data are latents of a store, and none is named: give its folder with --data")
         root = Path(self.path)
         store = Store.open(root)
         store.latents("train", self.flips)  # refuses flips that are not there
