@@ -143,7 +143,9 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
 
 def _about(source: Source) -> dict[str, Any]:
     """For an index.json; without the folder that the source lies in, which may move."""
-    return {"kind": type(source).__name__} | asdict(cast(Any, source)) | {"path": Path(source.path).name}
+    path = Path(source.path)
+    given = {name: value for name, value in asdict(cast(Any, source)).items() if value is not None}
+    return {"kind": type(source).__name__} | given | {"path": path.resolve().name if path.exists() else source.path}
 
 
 def _shards_there(out: Path, recipe: str) -> dict[str, dict[str, Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,36 @@ from tqdm import tqdm
 
 from reference_trainer.data.labels import Labels, numbered
 from reference_trainer.data.reading import Notes, require_squares
+from reference_trainer.data.squares import extensions
 from reference_trainer.errors import UserError, one_line, printable, some_of
 
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
 """What ``save_to_disk`` leaves in a folder: of a dataset with splits, or of one without."""
-TABLES = ("*.parquet", "*/*.parquet", "*.arrow")
-"""Where else a dataset has its rows, from its folder."""
+TABLES = frozenset({".parquet", ".arrow"})
+"""How files end that a dataset has its rows in."""
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether ``folder`` holds a dataset rather than images as files."""
-    return is_saved(folder) or any(any(folder.glob(pattern)) for pattern in TABLES)
+    """Whether ``folder`` holds a dataset rather than images as files; where it has both, the images count.
+
+    Tables beside images are what downloaders leave of where these came from.
+    """
+    if is_saved(folder):
+        return True
+    found = False
+    with suppress(OSError):  # whoever reads the folder will say so
+        for file in chain(folder.glob("*"), folder.glob("*/*")):
+            if (ending := file.suffix.lower()) in extensions():
+                return False
+            found = found or ending in TABLES
+    return found
 
 
 def is_saved(folder: Path) -> bool:
     """Whether ``save_to_disk`` wrote it."""
-    return any(all((folder / name).is_file() for name in names) for names in SAVED)
+    with suppress(OSError):
+        return any(all((folder / name).is_file() for name in names) for names in SAVED)
+    return False
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class HubImages:
             UserError: the package is not installed; there is no such dataset, split or column; nobody can tell which
                 of several is meant; labels that are no classes.
         """
-        datasets = _package(printable(self.path))
+        datasets = self._package()
         found, split = self._split(datasets)
         where = f"in {split} of {printable(self.path)}"
         column = self._image_column(datasets, found, where)
@@ -112,6 +127,18 @@ class HubImages:
     def notes(self) -> Notes:
         """Empty ones; what cannot be read is left out."""
         return Notes()
+
+    def _package(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            shown = printable(self.path)
+            what = f"{shown} is a Hugging Face dataset" if self._is_here() else f"there is no {shown} here"
+            raise UserError(f"{what}; to read datasets, also from the hub: pip install robustcm[hub]") from error
+        return datasets
+
+    def _is_here(self) -> bool:
+        return Path(self.path).exists()
 
     def _split(self, datasets: Any) -> tuple[Any, str]:
         """The dataset of one split, and what that is called."""
@@ -128,6 +155,8 @@ class HubImages:
         return found[split], split
 
     def _loaded(self, datasets: Any) -> tuple[Any, str]:
+        if not self._is_here():
+            tqdm.write(f"there is no {printable(self.path)} here: asking the Hugging Face hub for it")
         with self._said():
             # First what it has: to download all of it and then to ask would be late.
             builder = datasets.load_dataset_builder(self.path, self.subset)
@@ -188,7 +217,7 @@ class HubImages:
     @contextmanager
     def _said(self) -> Iterator[None]:
         """What the package raises as one line; its own notes of every try to reach the hub are left out."""
-        local, shown = Path(self.path).exists(), printable(self.path)
+        shown = printable(self.path)
         logger = logging.getLogger("huggingface_hub")
         level = logger.level
         logger.setLevel(logging.ERROR)
@@ -196,7 +225,7 @@ class HubImages:
             yield
         except Exception as error:
             why = f"{type(error).__name__}: {one_line(error)[:300]}"
-            if local:
+            if self._is_here():
                 raise UserError(f"cannot open {shown} as a Hugging Face dataset ({why}): copy it again") from error
             raise UserError(
                 f"there is no {shown} here, and no dataset of that name can be had from the Hugging Face hub ({why}): "
@@ -206,23 +235,13 @@ class HubImages:
             logger.setLevel(level)
 
 
-def _package(shown: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"{shown} is to be read as a Hugging Face dataset, and the package for that is not installed: "
-            "pip install robustcm[hub]"
-        ) from error
-    return datasets
-
-
 def _sizes(images: Any, column: str) -> tuple[int, ...]:
     """Bytes of each image, without reading them."""
     import pyarrow.compute as pc  # comes with datasets
 
+    # Rows that were selected or shuffled are copied, so few at a time.
     sizes = list[int]()
-    for part in images.with_format("arrow").iter(10_000):
+    for part in images.with_format("arrow").iter(500):
         lengths = pc.binary_length(pc.struct_field(part.column(column), "bytes"))
         sizes += [-1 if length is None else length for length in lengths.to_pylist()]
     return tuple(sizes)

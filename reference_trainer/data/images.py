@@ -215,7 +215,8 @@ class ImageFolder:
             found, why = False, f" ({cause(error)})"
         if not found:
             raise UserError(
-                f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data; "
+                f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data "
+                "(a Hugging Face dataset has to be encoded first); "
                 "for a run that is there already, data.path in its config.json says where its images are"
             )
         return root
