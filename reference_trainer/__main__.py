@@ -312,10 +312,10 @@ def run_encode(options: argparse.Namespace) -> int:
         part = f"PretrainedAutoencoder(load={given!r})" if ":" in given and "(" not in given else given
         config = override(config, f"autoencoder={part}")
     (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
-    columns = {name: getattr(options, name) for name in ("subset", "image_column", "label_column")}
+    chosen = {name: getattr(options, name) for name in ("split", "subset", "image_column", "label_column")}
     try:
         encoding = Encoding(
-            source=source_of(str(options.data), options.resolution, options.split, **columns),
+            source=source_of(str(options.data), options.resolution, **chosen),
             autoencoder=config.autoencoder,
             flips=options.flips,
             dtype=dtype,

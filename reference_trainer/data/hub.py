@@ -239,7 +239,6 @@ def _sizes(images: Any, column: str) -> tuple[int, ...]:
     """Bytes of each image, without reading them."""
     import pyarrow.compute as pc  # comes with datasets
 
-    # Rows that were selected or shuffled are copied, so few at a time.
     sizes = list[int]()
     for part in images.with_format("arrow").iter(500):
         lengths = pc.binary_length(pc.struct_field(part.column(column), "bytes"))
