@@ -100,24 +100,26 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
             part = range(start, min(start + encoding.shard, len(files)))
             file = out / f"latents_rank00_shard{number:0{width}d}.safetensors"
             if (about := there.get(file.name)) is None:
-                here = source.notes()
-                tensors = _encoded(encoding, codec, files, part, device, here, bar)
+                own_notes = source.notes()
+                tensors = _encoded(encoding, codec, files, part, device, own_notes, bar)
                 count = len(tensors[LATENTS])
                 held_out = torch.arange(done, done + count) % source.held_out_every == source.held_out_every - 1
                 own = {key: Moments.of(tensors[key][~held_out]) for key in tensors if key != LABELS}
                 about = {"recipe": recipe, "count": count, "moments": {key: one.as_dict() for key, one in own.items()}}
-                about |= {"unreadable": here.unreadable, "own": here.own}
-                notes.enlarged += here.enlarged
+                about |= {"unreadable": own_notes.unreadable, "own": own_notes.own}
+                notes.enlarged += own_notes.enlarged
                 sha256 = write_shard(file, tensors, about)
             else:
                 sha256 = sha256_of(file)
                 bar.update(len(part))
-            notes.add(Notes(about["count"], about["unreadable"], about["own"]))
             for key, found in about["moments"].items():
-                each = Moments.from_dict(found)
-                moments[key] = moments[key].merged(each) if key in moments else each
+                here = Moments.from_dict(found)
+                moments[key] = moments[key].merged(here) if key in moments else here
             shards.append(Shard(file.name, about["count"], sha256))
             done += about["count"]
+    for shard in shards:  # also those of an encode before this one
+        about = about_shard(out / shard.name) or {}
+        notes.add(Notes(shard.count, about["unreadable"], about["own"]))
     notes.say(of=len(files), resolution=source.resolution)
     require_enough(done, files.where, source.held_out_every)
     left_out = notes.left_out()

@@ -122,6 +122,8 @@ class HubImages:
             sizes = _sizes(images, column)
         except Exception as error:  # whatever pyarrow finds wrong with it
             raise UserError(f"the column {column} {where} has no images ({one_line(error)}): name another") from error
+        classes = "no classes" if labels is None else f"{labels.classes} classes"
+        tqdm.write(f"{len(sizes)} rows {where}: images of the column {column}, {classes}")
         return Rows(images, column, sizes, split, where, labels)
 
     def notes(self) -> Notes:
