@@ -138,6 +138,11 @@ def test_hidden_members_and_copies_are_passed_over(tmp_path: Path):
     assert opened(zip_of(tmp_path / "x.zip", members | {"notes.txt": b""})).names == ("a.png",)
 
 
+def test_the_order_is_that_of_the_folders(tmp_path: Path):
+    names = ("a/1.png", "a b/1.png", "a.x/1.png")  # as texts, "a b" and "a.x" come before "a/"
+    assert opened(zip_of(tmp_path / "x.zip", {name: png() for name in reversed(names)})).names == names
+
+
 def test_only_the_split_is_read(tmp_path: Path):
     members = {f"x/{split}/{kind}/1.png": png() for split in ("train", "val") for kind in ("cat", "dog")}
     file = zip_of(tmp_path / "x.zip", members)
