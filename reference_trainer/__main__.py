@@ -124,8 +124,18 @@ def parser() -> Parser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
-    encoding = commands.add_parser("encode", help="encode a folder of images into a store of latents to train on")
-    encoding.add_argument("data", type=path, metavar="DATA", help="a folder of images; of class folders: with labels")
+    encoding = commands.add_parser("encode", help="encode images into a store of latents to train on")
+    encoding.add_argument(
+        "data",
+        type=path,
+        metavar="DATA",
+        help="a folder of images or a zip of one, with labels from its class folders or from EDM's dataset.json; or a "
+        "Hugging Face dataset: its folder, or its name on the hub",
+    )
+    encoding.add_argument("--split", metavar="NAME", help="read this one, of folders or splits such as train and val")
+    encoding.add_argument("--subset", metavar="NAME", help="of a Hugging Face dataset: its configuration")
+    encoding.add_argument("--image-column", metavar="NAME", help="of a Hugging Face dataset with several of images")
+    encoding.add_argument("--label-column", metavar="NAME", help="of a Hugging Face dataset with several of classes")
     encoding.add_argument("--out", type=path, required=True, metavar="STORE", help="folder for the latents")
     encoding.add_argument(
         "--autoencoder",
@@ -285,9 +295,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_encode(options: argparse.Namespace) -> int:
     """A store of latents."""
-    from reference_trainer.data.encode import Encoding, encode_folder
-    from reference_trainer.data.images import ImageFolder
+    from reference_trainer.data.encode import LEFT_OUT, Encoding, encode_folder
     from reference_trainer.data.shards import DTYPES
+    from reference_trainer.data.sources import source_of
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.options import override
     from reference_trainer.presets import PRESETS, on_folder
@@ -297,9 +307,10 @@ def run_encode(options: argparse.Namespace) -> int:
         part = f"PretrainedAutoencoder(load={given!r})" if ":" in given and "(" not in given else given
         config = override(config, f"autoencoder={part}")
     (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
+    chosen = {name: getattr(options, name) for name in ("split", "subset", "image_column", "label_column")}
     try:
         encoding = Encoding(
-            source=ImageFolder(path=str(options.data), resolution=options.resolution),
+            source=source_of(str(options.data), options.resolution, **chosen),
             autoencoder=config.autoencoder,
             flips=options.flips,
             dtype=dtype,
@@ -313,6 +324,8 @@ def run_encode(options: argparse.Namespace) -> int:
         f"{index.count} latents of {' x '.join(map(str, index.shape))} ({index.held_out} held out, {classes}) in "
         f"{len(index.shards)} shards: {options.out}"
     )
+    if left_out := (index.preprocessing or {}).get("left_out"):
+        print(f"{left_out} of {index.count + left_out} images are left out: {options.out / LEFT_OUT} says why")
     print(f"train on them: python -m reference_trainer --data {shlex.quote(str(options.out))}")
     return 0
 

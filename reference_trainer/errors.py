@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -24,6 +24,12 @@ def printable(text: str, encoding: str | None = None) -> str:
     visible = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"  # None in a StringIO, no stdout in a GUI
     return visible.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def some_of(names: Sequence[str], at_most: int = 3, between: str = ", ") -> str:
+    """The first of them, ``printable``, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{between.join(map(printable, names[:at_most]))}{more}"
 
 
 def exit_status(work: Callable[[], int], debug: bool = False) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.sources import require_no_archive
 from reference_trainer.data.store import is_store
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT
@@ -95,13 +96,19 @@ def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:
 
     The trainer and the analysis both ask here, so that they mean one configuration by one folder. A configuration
     made for a store, as those of ``DATA_SETS``, keeps all its settings and takes its path alone.
+
+    Raises:
+        UserError: it has to be encoded first.
     """
     if path is None:
         return config
     whole = Path(path).expanduser().resolve()
     if isinstance(config.data, LatentStore):
         return _encoded_by_its_own(replace(config, data=replace(config.data, path=str(whole))))
-    return on_store(config, str(whole)) if is_store(whole) else on_folder(config, str(whole))
+    if is_store(whole):
+        return on_store(config, str(whole))
+    require_no_archive(whole)
+    return on_folder(config, str(whole))
 
 
 def on_folder(config: TrainConfig, path: str) -> TrainConfig:

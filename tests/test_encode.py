@@ -15,7 +15,7 @@ from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
 from reference_trainer.data import encode as encoding_module
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
-from reference_trainer.data.encode import Encoding, class_names, encode_folder
+from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder, to_unit
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.store import CODEC, INDEX, Index, Store
@@ -102,11 +102,6 @@ def test_labels_are_the_class_folders_in_the_order_of_their_names(photos: Path, 
     store = Store.open(tmp_path / "store")
     assert store.labels is not None
     assert torch.equal(store.labels, expected)
-
-
-@pytest.mark.parametrize("names", [["a.png", "b.png"], ["a/1.png", "2.png"], ["all/1.png", "all/2.png"]])
-def test_without_class_folders_for_all_there_are_no_labels(names: list[str]):
-    assert class_names([Path(name) for name in names]) == ()
 
 
 def test_without_classes_the_shards_still_have_labels_for_lightningdit(image_folder: Path, tmp_path: Path):

@@ -253,7 +253,7 @@ def test_pixels_are_kept_once(image_folder: Path):
 def test_more_images_than_memory_are_refused_before_the_first_is_read(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("reference_trainer.data.images.open_square", lambda _: pytest.fail("read"))
+    monkeypatch.setattr("reference_trainer.data.reading.open_square", lambda _: pytest.fail("read"))
     with pytest.raises(UserError, match=r"40 images of .* GiB of memory, more than there is"):
         load(image_folder, resolution=8 * 10**7)
 

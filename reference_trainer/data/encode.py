@@ -1,4 +1,4 @@
-"""Images of a folder into a store of latents, shard by shard; what was interrupted goes on at the next shard."""
+"""Images of any source into a store of latents, shard by shard; what was interrupted goes on at the next shard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.codecs import Codec
-from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
+from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import Probe
+from reference_trainer.data.reading import ImageFiles, Notes, Source, identity_of, read, require_enough
 from reference_trainer.data.shards import (
     DTYPES,
     FLIPPED,
@@ -35,9 +36,12 @@ from reference_trainer.data.shards import (
 from reference_trainer.data.store import CODEC, INDEX, Index, Shard
 from reference_trainer.data.stored import autoencoder_to_dict, load_codec, save_codec
 from reference_trainer.errors import UserError, printable
+from reference_trainer.files import write_atomically
 
 FIT_MOST = 10_000
 """Images that an autoencoder is fitted on, evenly over those to train on: more do not fit in memory everywhere."""
+LEFT_OUT = "left_out.txt"
+"""Of a store: a line for each image that is not in it, and why."""
 PIECE = 250
 """Images read and encoded at a time."""
 
@@ -46,7 +50,7 @@ PIECE = 250
 class Encoding:
     """What goes into a store."""
 
-    source: ImageFolder
+    source: Source
     autoencoder: Autoencoder
     flips: bool = False
     """Also encode the mirrored images."""
@@ -61,47 +65,49 @@ class Encoding:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
 
-    def recipe(self, root: Path, files: Sequence[Path]) -> str:
-        """A digest of all that the shards are made of, but for what is in the files."""
+    def recipe(self, files: ImageFiles) -> str:
+        """A digest of all that the shards are made of, but for what is in the images."""
         about = asdict(self) | {"autoencoder": autoencoder_to_dict(self.autoencoder), "version": VERSION}
         del about["source"]["path"]  # a folder may move
-        named = [(file.as_posix(), _size_of(root / file)) for file in files]
-        return hashlib.sha256(json.dumps([about, named], sort_keys=True).encode()).hexdigest()[:16]
+        about["kind"] = type(self.source).__name__
+        return hashlib.sha256(json.dumps([about, identity_of(files)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Path) -> Index:
     """Write the store at ``out``; a finished one of the same images and options stays as it is.
 
-    Images that cannot be read are left out, and said. Labels are the class folders', where all images are in such.
+    Images that cannot be read are left out, said, and listed in ``left_out.txt``.
 
     Raises:
-        UserError: see ``ImageFolder.load``; ``out`` holds something else; latents that are not finite, or too large
-            for the dtype; no room. What was written stays good.
+        UserError: see ``Source.open``; too few images; ``out`` holds something else; latents that are not finite, or
+            too large for the dtype; no room. What was written stays good.
     """
     source = encoding.source
-    root, files = source.files()
-    names = class_names(files)
-    recipe = encoding.recipe(root, files)
+    files = source.open()
+    recipe = encoding.recipe(files)
     there = _shards_there(out, recipe)
     if (out / INDEX).exists():
         index = Index.read(out)
         if set(there) != {shard.name for shard in index.shards}:
             raise UserError(f"{shown(out / INDEX)} is of other shards than lie beside it: give another --out")
         return index
-    codec = _codec(encoding, root, files, out, recipe, device, cache)
+    codec = _codec(encoding, files, out, recipe, device, cache)
     width = max(3, len(str((len(files) - 1) // encoding.shard)))  # in the order of their names
     shards, moments, notes = list[Shard](), dict[str, Moments](), Notes()
     done = 0
     with tqdm(total=len(files), desc="encoding", unit="img") as bar:
         for number, start in enumerate(range(0, len(files), encoding.shard)):
-            part = files[start : start + encoding.shard]
+            part = range(start, min(start + encoding.shard, len(files)))
             file = out / f"latents_rank00_shard{number:0{width}d}.safetensors"
             if (about := there.get(file.name)) is None:
-                tensors = _encoded(encoding, codec, root, part, names, device, notes, bar)
+                own_notes = source.notes()
+                tensors = _encoded(encoding, codec, files, part, device, own_notes, bar)
                 count = len(tensors[LATENTS])
                 held_out = torch.arange(done, done + count) % source.held_out_every == source.held_out_every - 1
                 own = {key: Moments.of(tensors[key][~held_out]) for key in tensors if key != LABELS}
                 about = {"recipe": recipe, "count": count, "moments": {key: one.as_dict() for key, one in own.items()}}
+                about |= {"unreadable": own_notes.unreadable, "own": own_notes.own}
+                notes.enlarged += own_notes.enlarged
                 sha256 = write_shard(file, tensors, about)
             else:
                 sha256 = sha256_of(file)
@@ -111,31 +117,37 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
                 moments[key] = moments[key].merged(here) if key in moments else here
             shards.append(Shard(file.name, about["count"], sha256))
             done += about["count"]
+    for shard in shards:  # also those of an encode before this one
+        about = about_shard(out / shard.name) or {}
+        notes.add(Notes(shard.count, about["unreadable"], about["own"]))
     notes.say(of=len(files), resolution=source.resolution)
-    source.require_enough(done)
+    require_enough(done, files.where, source.held_out_every)
+    left_out = notes.left_out()
+    if left_out:
+        write_atomically(out / LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
     ch, h, w = layout_of(out / shards[0].name)[LATENTS].shape[1:]
     index = Index(
         shape=(ch, h, w),
         dtype=encoding.dtype,
         shards=tuple(shards),
         flips=encoding.flips,
-        classes=len(names),
-        label_names=names or None,
+        classes=0 if files.labels is None else files.labels.classes,
+        label_names=None if files.labels is None else files.labels.names,
         held_out_every=source.held_out_every,
         moments=moments,
         autoencoder=autoencoder_to_dict(encoding.autoencoder),
-        preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"},
+        preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"}
+        | {"images": len(files), "left_out": len(left_out), "source": _about(source)},
     )
     index.write(out)
     return index
 
 
-def class_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """The folders right below the root, sorted, if all images are in such, and there are two or more; else none."""
-    if any(len(file.parts) == 1 for file in files):
-        return ()
-    names = sorted({file.parts[0] for file in files})
-    return tuple(names) if len(names) > 1 else ()
+def _about(source: Source) -> dict[str, Any]:
+    """For an index.json; without the folder that the source lies in, which may move."""
+    path = Path(source.path)
+    given = {name: value for name, value in asdict(cast(Any, source)).items() if value is not None}
+    return {"kind": type(source).__name__} | given | {"path": path.resolve().name if path.exists() else source.path}
 
 
 def _shards_there(out: Path, recipe: str) -> dict[str, dict[str, Any]]:
@@ -158,8 +170,7 @@ def _shards_there(out: Path, recipe: str) -> dict[str, dict[str, Any]]:
 
 def _codec(
     encoding: Encoding,
-    root: Path,
-    files: Sequence[Path],
+    files: ImageFiles,
     out: Path,
     recipe: str,
     device: torch.device,
@@ -175,23 +186,23 @@ def _codec(
         )
     if shards_of(out):
         raise UserError(f"{shown(out)} has shards, but no {CODEC}: put it back, or delete that folder")
-    source, notes = encoding.source, Notes()
+    source, notes = encoding.source, encoding.source.notes()
     most = FIT_MOST if isinstance(encoding.autoencoder, KLAutoencoder) else PIECE
     every = source.held_out_every
     if len(files) <= most:
-        pixels, names = source.read(root, files, notes)
-        source.require_enough(len(names))
-        is_held_out = torch.arange(len(names)) % every == every - 1
-    else:  # of names: which images are held out is known when all are read
-        trained = [file for i, file in enumerate(files) if i % every != every - 1]
+        pixels, kept = read(files, range(len(files)), source.resolution, notes)
+        require_enough(len(kept), files.where, every)
+        is_held_out = torch.arange(len(kept)) % every == every - 1
+    else:  # of files: which images are held out is known when all are read
+        trained = [i for i in range(len(files)) if i % every != every - 1]
         chosen = [trained[i * len(trained) // most] for i in range(min(most, len(trained)))]
-        pixels, names = source.read(root, chosen, notes)
-        is_held_out = torch.zeros(len(names), dtype=torch.bool)
+        pixels, kept = read(files, chosen, source.resolution, notes)
+        is_held_out = torch.zeros(len(kept), dtype=torch.bool)
         if isinstance(encoding.autoencoder, KLAutoencoder):
-            tqdm.write(f"the autoencoder is fitted on {len(names)} of {len(files)} images, evenly over them")
+            tqdm.write(f"the autoencoder is fitted on {len(kept)} of {len(files)} images, evenly over them")
     if not len(pixels):
-        raise UserError(f"none of {len(files)} images below {printable(source.path)} can be read")
-    images = ImageSet(root.name, pixels, None, is_held_out, names)
+        raise UserError(f"none of the images {files.where} can be read")
+    images = ImageSet(Path(source.path).name, pixels, None, is_held_out, tuple(map(files.name, kept)))
     codec = encoding.autoencoder.fit(images, device, cache)
     save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
     return codec
@@ -200,9 +211,8 @@ def _codec(
 def _encoded(
     encoding: Encoding,
     codec: Codec,
-    root: Path,
-    files: Sequence[Path],
-    classes: Sequence[str],
+    files: ImageFiles,
+    part: Sequence[int],
     device: torch.device,
     notes: Notes,
     bar: tqdm[NoReturn],
@@ -210,18 +220,19 @@ def _encoded(
     """The tensors of one shard; labels are 0 where there are no classes, since LightningDiT wants some."""
     keys = (LATENTS, FLIPPED) if encoding.flips else (LATENTS,)
     parts: dict[str, list[Tensor]] = {key: [] for key in keys}
-    labels = list[int]()
-    for start in range(0, len(files), PIECE):
-        piece = files[start : start + PIECE]
-        pixels, names = encoding.source.read(root, piece, notes)
+    labels = list[Tensor]()
+    for start in range(0, len(part), PIECE):
+        piece = part[start : start + PIECE]
+        pixels, kept = read(files, piece, encoding.source.resolution, notes)
         for key in keys:
             unit = to_unit(pixels if key == LATENTS else pixels.flip(-1)).to(device)
             # Of no image the shape alone is wanted, and an autoencoder may not take none.
             raw = codec.encode(unit) if len(unit) else codec.encode(unit.new_zeros(1, *unit.shape[1:]))[:0]
-            parts[key].append(_stored(raw.cpu(), names, encoding.dtype))
-        labels += [classes.index(Path(name).parts[0]) if classes else 0 for name in names]
+            parts[key].append(_stored(raw.cpu(), [files.name(index) for index in kept], encoding.dtype))
+        chosen = torch.tensor(kept, dtype=torch.long)
+        labels.append(torch.zeros_like(chosen) if files.labels is None else files.labels.of[chosen])
         bar.update(len(piece))
-    return {key: torch.cat(found) for key, found in parts.items()} | {LABELS: torch.tensor(labels, dtype=torch.long)}
+    return {key: torch.cat(found) for key, found in parts.items()} | {LABELS: torch.cat(labels)}
 
 
 def _stored(raw: Tensor, names: Sequence[str], dtype: str) -> Tensor:
@@ -239,10 +250,3 @@ def _stored(raw: Tensor, names: Sequence[str], dtype: str) -> Tensor:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise UserError(f"latents of {len(bad)} images are NaN or infinite ({named}{more}): {why}")
     return stored
-
-
-def _size_of(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:  # it will be named where it is read
-        return -1

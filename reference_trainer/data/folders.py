@@ -27,6 +27,8 @@ class Listing:
     """Folders that cannot be listed, and why."""
     runs: tuple[Path, ...]
     """Folders that hold a run of the trainer; nothing below them is listed."""
+    tops: tuple[str, ...]
+    """The other folders right below, with files or without, sorted."""
 
 
 def list_files(root: Path, extensions: Set[str]) -> Listing:
@@ -39,7 +41,7 @@ def list_files(root: Path, extensions: Set[str]) -> Listing:
         UserError: ``root`` cannot be listed.
     """
     top = os.path.realpath(root)
-    files, unlisted, runs = [], [], []
+    files, unlisted, runs, tops = [], [], [], list[str]()
     seen: set[str] = set()
     folders, links = deque([Path()]), deque[Path]()
     while folders or links:
@@ -50,7 +52,7 @@ def list_files(root: Path, extensions: Set[str]) -> Listing:
         seen.add(real)
         try:
             with os.scandir(root / folder) as scanned:
-                entries = sorted((e for e in scanned if not _is_passed_over(e.name)), key=lambda e: e.name)
+                entries = sorted((e for e in scanned if not is_passed_over(e.name)), key=lambda e: e.name)
         except OSError as error:
             if not folder.parts:
                 raise UserError(f"cannot list {printable(str(root))}: {error.strerror}") from error
@@ -59,6 +61,8 @@ def list_files(root: Path, extensions: Set[str]) -> Listing:
         if folder.parts and any(e.name == "config.json" for e in entries) and _holds_run(root / folder):
             runs.append(folder)
             continue
+        if len(folder.parts) == 1:
+            tops.append(folder.name)
         for entry in entries:
             below = folder / entry.name
             if _is_folder(entry):
@@ -67,10 +71,11 @@ def list_files(root: Path, extensions: Set[str]) -> Listing:
                 files.append(below)
             elif why := _broken_link(root / below):  # perhaps to a folder of images that is not mounted
                 unlisted.append((below, why))
-    return Listing(tuple(sorted(files, key=lambda file: file.parts)), tuple(unlisted), tuple(runs))
+    return Listing(tuple(sorted(files, key=lambda file: file.parts)), tuple(unlisted), tuple(runs), tuple(sorted(tops)))
 
 
-def _is_passed_over(name: str) -> bool:
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or a copy that is not to be trained on."""
     return name.startswith(".") or name in NOT_OURS
 
 

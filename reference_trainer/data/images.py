@@ -6,8 +6,7 @@ Axes: n = images, ch = 1 (grey) or 3 (RGB). Pixels are uint8 until they are enco
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from reference_trainer.data.folders import list_files
-from reference_trainer.data.squares import cause, extensions, open_square, resized
+from reference_trainer.data.folders import Listing, list_files
+from reference_trainer.data.labels import TABLE, Labels, labels_of, require_one_split
+from reference_trainer.data.reading import Notes, read, reason, require_enough, require_squares, say_skipped
+from reference_trainer.data.squares import cause, extensions
 from reference_trainer.errors import UserError, printable
 
 
@@ -94,27 +94,33 @@ class Digits:
         return ImageSet("digits", pixels, label_tensor, is_held_out)
 
 
-@dataclass
-class Notes:
-    """What is to be said of images that were read, in one call or several."""
+@dataclass(frozen=True)
+class FolderFiles:
+    """``ImageFiles`` of a folder."""
 
-    count: int = 0
-    """Images that were read."""
-    unreadable: list[str] = field(default_factory=list)
-    own: list[str] = field(default_factory=list)
-    """Pictures that the trainer drew."""
-    enlarged: list[tuple[int, str]] = field(default_factory=list)
-    """Side before, and name, of those enlarged more than twice."""
+    root: Path
+    files: tuple[Path, ...]
+    """Relative to ``root``."""
+    where: str
+    labels: Labels | None = None
 
-    def say(self, of: int, resolution: int) -> None:
-        """A line for each kind, if there is any ``of`` so many files, brought to ``resolution``."""
-        say_skipped("pictures that the trainer drew", self.own)
-        say_skipped("unreadable images", self.unreadable, of=of)
-        if self.enlarged:
-            tqdm.write(
-                f"{len(self.enlarged)} of {self.count} images are enlarged more than twice to {resolution} pixels, the "
-                "smallest from {} ({}): lower data.resolution, or leave them out".format(*min(self.enlarged))
-            )
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """Relative to the folder, with ``/``."""
+        return self.files[index].as_posix()
+
+    def content(self, index: int) -> Path:
+        """The file."""
+        return self.root / self.files[index]
+
+    def stamp(self, index: int) -> tuple[int, ...]:
+        """Its size in bytes."""
+        try:
+            return (self.content(index).stat().st_size,)
+        except OSError:  # it will be named where it is read
+            return (-1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +143,7 @@ class ImageFolder:
     """What cannot be read is named and left out, or the first of it is an error."""
 
     def __post_init__(self) -> None:
-        if self.resolution < 8 or self.resolution % 8:
-            raise ValueError(f"resolution must be a multiple of 8, got {self.resolution}")
-        if self.held_out_every < 2:
-            raise ValueError(f"held_out_every must be at least 2, got {self.held_out_every}")
+        require_squares(self.resolution, self.held_out_every)
         if self.on_unreadable not in ("skip", "stop"):
             raise ValueError(f"on_unreadable must be skip or stop, got {self.on_unreadable!r}")
 
@@ -151,21 +154,25 @@ class ImageFolder:
             UserError: no such folder, too few images, nothing but copies of one, no memory for them; with
                 ``on_unreadable="stop"`` the first image or folder that cannot be read.
         """
-        root, files = self.files()
-        notes, shown = Notes(), printable(self.path)
-        pixels, names = self.read(root, files, notes)
+        root, listing = self._listing()
+        files, notes = FolderFiles(root, listing.files, self._where()), self.notes()
+        pixels, kept = read(files, range(len(files)), self.resolution, notes)
         notes.say(of=len(files), resolution=self.resolution)
-        self.require_enough(len(names))
+        require_enough(len(kept), files.where, self.held_out_every)
+        names = tuple(files.name(index) for index in kept)
         if all(torch.equal(image, pixels[0]) for image in pixels):
             raise UserError(
-                f"all {len(names)} images below {shown} are alike: from constant data there is nothing to learn; "
+                f"all {len(names)} images {files.where} are alike: from constant data there is nothing to learn; "
                 "give a folder of different images"
             )
         is_held_out = torch.arange(len(names)) % self.held_out_every == self.held_out_every - 1
         return ImageSet(root.name, pixels, None, is_held_out, names)
 
-    def files(self) -> tuple[Path, tuple[Path, ...]]:
-        """The folder, and the files below it that are images by their names; what is left out is said.
+    def _where(self) -> str:
+        return f"below {printable(self.path)}"
+
+    def _listing(self) -> tuple[Path, Listing]:
+        """The folder, and what below it are images by their names; what is left out is said.
 
         Raises:
             UserError: no such folder, or none in it.
@@ -173,45 +180,32 @@ class ImageFolder:
         root = self._root()
         listing = list_files(root, extensions())
         for folder, error in listing.unlisted:
-            self._stop_at(folder, error)
-        say_skipped("folders that cannot be listed", [reason(*each) for each in listing.unlisted])
-        say_skipped("runs of the trainer", [name_of(run) for run in listing.runs])
+            self._stop_at(folder.as_posix(), error)
+        say_skipped("folders that cannot be listed", [reason(path.as_posix(), why) for path, why in listing.unlisted])
+        say_skipped("runs of the trainer", [run.as_posix() for run in listing.runs])
         if not listing.files:
-            raise UserError(f"no image files below {printable(self.path)}: expected names like *.png or *.jpg")
-        return root, listing.files
+            raise UserError(f"no image files {self._where()}: expected names like *.png or *.jpg")
+        return root, listing
 
-    def require_enough(self, readable: int) -> None:
-        """Refuse fewer images than leave one to hold out.
+    def open(self) -> FolderFiles:
+        """The images one by one, with labels: of a dataset.json as EDM has it, else the class folders'.
 
         Raises:
-            UserError: just that.
+            UserError: no such folder, or none in it; see ``labels_of`` and ``require_one_split``.
         """
-        if readable < self.held_out_every:
-            raise UserError(
-                f"{readable} readable images below {printable(self.path)}, need at least {self.held_out_every} "
-                "(every held_out_every-th is kept for evaluation)"
-            )
+        root, listing = self._listing()
+        names, where = [file.as_posix() for file in listing.files], self._where()
+        require_one_split(names, where)
+        table = root / TABLE
+        try:
+            content = table.read_bytes() if table.is_file() else None
+        except OSError as error:
+            raise UserError(f"cannot read {printable(str(table))}: {error.strerror}") from error
+        return FolderFiles(root, listing.files, where, labels_of(names, listing.tops, content, where))
 
-    def read(self, root: Path, files: Sequence[Path], notes: Notes) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels and names of the images among ``files``, in their order; what there is to say goes to ``notes``."""
-        pixels = room_for(len(files), self.resolution)  # filled from the front: there is never a second copy
-        names = list[str]()
-        for file in tqdm(files, desc="reading images", unit="img", leave=False, delay=1):
-            try:
-                square = open_square(root / file)
-                if square is None:
-                    notes.own.append(name_of(file))
-                    continue
-                pixels[len(names)] = torch.from_numpy(resized(square, self.resolution)).permute(2, 0, 1)
-            except Exception as error:  # a decoder may raise anything; Ctrl-C is no Exception
-                self._stop_at(file, error)
-                notes.unreadable.append(reason(file, error))
-                continue
-            names.append(file.as_posix())
-            if 2 * square.width < self.resolution:
-                notes.enlarged.append((square.width, name_of(file)))
-        notes.count += len(names)
-        return pixels[: len(names)], tuple(names)
+    def notes(self) -> Notes:
+        """Empty ones, which stop where ``on_unreadable`` says so."""
+        return Notes(on_unreadable=self._stop_at)
 
     def _root(self) -> Path:
         try:
@@ -221,51 +215,18 @@ class ImageFolder:
             found, why = False, f" ({cause(error)})"
         if not found:
             raise UserError(
-                f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data; "
+                f"no folder of images at {printable(self.path)}{why}: give an existing folder to --data "
+                "(a Hugging Face dataset has to be encoded first); "
                 "for a run that is there already, data.path in its config.json says where its images are"
             )
         return root
 
-    def _stop_at(self, path: Path, error: Exception) -> None:
+    def _stop_at(self, path: str, error: Exception) -> None:
         if self.on_unreadable == "stop":
             raise UserError(
                 f"cannot read {printable(str(Path(self.path) / path))} ({cause(error)}): mend or remove it, or leave "
                 "what cannot be read out with data.on_unreadable=skip"
             ) from error
-
-
-def name_of(path: Path) -> str:
-    """A path below the folder of images, as it can be printed."""
-    return printable(path.as_posix())
-
-
-def reason(path: Path, error: Exception) -> str:
-    """What could not be read, and why."""
-    return f"{name_of(path)} ({cause(error)})"
-
-
-def say_skipped(what: str, named: Sequence[str], of: int | None = None, at_most: int = 3) -> None:
-    """One line with the number and the first of those that were left out; none if there are none."""
-    if named:
-        number = f"{len(named)}" if of is None else f"{len(named)} of {of}"
-        more = f" and {len(named) - at_most} more" if len(named) > at_most else ""
-        tqdm.write(f"skipped {what} ({number}): {'; '.join(named[:at_most])}{more}")
-
-
-def room_for(n: int, resolution: int) -> Tensor:
-    """Memory for ``n`` images, uint8 ``[n, 3, resolution, resolution]``, not yet filled.
-
-    Raises:
-        UserError: there is not so much.
-    """
-    try:
-        return torch.empty(n, 3, resolution, resolution, dtype=torch.uint8)
-    except (RuntimeError, MemoryError) as error:
-        size = 3 * n * resolution**2 / 2**30
-        raise UserError(
-            f"{n} images of {resolution}x{resolution} need {size:.1f} GiB of memory, more than there is: lower "
-            "data.resolution or give a smaller folder"
-        ) from error
 
 
 def to_unit(pixels: Tensor) -> Tensor:

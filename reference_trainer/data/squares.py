@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -57,16 +58,16 @@ def resized(square: Image.Image, resolution: int) -> np.ndarray:
     return np.array(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def open_square(file: Path) -> Image.Image | None:
+def open_square(file: Path | BinaryIO) -> Image.Image | None:
     """The largest centred square of the first frame, RGB, upright, transparency on white; None if the trainer drew it.
+
+    Args:
+        file: or what is in it, in memory.
 
     Raises:
         Exception: whatever the decoder thinks fit; ``cause`` puts it in words.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for somebody to write
-        raise ValueError("not a regular file")
-    if not found.st_size:
+    if not (_size_of(file) if isinstance(file, Path) else file.seek(0, os.SEEK_END)):
         raise ValueError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tags nobody asks for, in the middle of the progress bar
@@ -83,6 +84,13 @@ def open_square(file: Path) -> Image.Image | None:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         # Cut before resizing: a resize with a box would let pixels from outside it bleed in.
         return to_rgb(image.crop((left, top, left + side, top + side)), levels)
+
+
+def _size_of(file: Path) -> int:
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for somebody to write
+        raise ValueError("not a regular file")
+    return found.st_size
 
 
 def black_and_white(opened: Image.Image) -> tuple[int, int]:
