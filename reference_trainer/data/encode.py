@@ -1,4 +1,7 @@
-"""Images of a folder into a store of latents, shard by shard; what was interrupted goes on at the next shard."""
+"""Images of a folder into a store of latents, shard by shard; what was interrupted goes on at the next shard.
+
+Started several times, or by torchrun, the processes share the shards: each takes one that nobody works at.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.claims import Claims
 from reference_trainer.data.codecs import Codec
+from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
 from reference_trainer.data.latents import not_finite
-from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import Probe
 from reference_trainer.data.shards import (
     DTYPES,
@@ -27,12 +31,11 @@ from reference_trainer.data.shards import (
     VERSION,
     about_shard,
     layout_of,
-    sha256_of,
     shards_of,
     shown,
     write_shard,
 )
-from reference_trainer.data.store import CODEC, INDEX, Index, Shard
+from reference_trainer.data.store import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.stored import autoencoder_to_dict, load_codec, save_codec
 from reference_trainer.errors import UserError, printable
 
@@ -88,45 +91,52 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
         if set(there) != {shard.name for shard in index.shards}:
             raise UserError(f"{shown(out / INDEX)} is of other shards than lie beside it: give another --out")
         return index
-    codec = _codec(encoding, root, files, out, recipe, device, cache)
+    claims, notes = Claims(out / "claims"), Notes()
+    try:
+        with claims.held("codec"):  # one fits it
+            codec = _codec(encoding, root, files, out, recipe, device, cache)
+    except UserError:
+        if not shards_of(out):
+            claims.clear()
+        raise
     width = max(3, len(str((len(files) - 1) // encoding.shard)))  # in the order of their names
-    shards, moments, notes = list[Shard](), dict[str, Moments](), Notes()
-    done = 0
+    parts = {
+        out / f"latents_rank00_shard{number:0{width}d}.safetensors": files[start : start + encoding.shard]
+        for number, start in enumerate(range(0, len(files), encoding.shard))
+    }
     with tqdm(total=len(files), desc="encoding", unit="img") as bar:
-        for number, start in enumerate(range(0, len(files), encoding.shard)):
-            part = files[start : start + encoding.shard]
-            file = out / f"latents_rank00_shard{number:0{width}d}.safetensors"
-            if (about := there.get(file.name)) is None:
-                tensors = _encoded(encoding, codec, root, part, names, device, notes, bar)
-                count = len(tensors[LATENTS])
-                held_out = torch.arange(done, done + count) % source.held_out_every == source.held_out_every - 1
-                own = {key: Moments.of(tensors[key][~held_out]) for key in tensors if key != LABELS}
-                about = {"recipe": recipe, "count": count, "moments": {key: one.as_dict() for key, one in own.items()}}
-                sha256 = write_shard(file, tensors, about)
+        for file, ours in claims.shared(list(parts)):
+            if ours:
+                tensors = _encoded(encoding, codec, root, parts[file], names, device, notes, bar)
+                write_shard(file, tensors, {"recipe": recipe, "count": len(tensors[LATENTS])})
             else:
-                sha256 = sha256_of(file)
-                bar.update(len(part))
-            for key, found in about["moments"].items():
-                here = Moments.from_dict(found)
-                moments[key] = moments[key].merged(here) if key in moments else here
-            shards.append(Shard(file.name, about["count"], sha256))
-            done += about["count"]
+                bar.update(len(parts[file]))
+            with claims.held("statistics", wait=False) as free:
+                if free:  # else another process gathers this one, too, or the last does
+                    gather(out, list(parts), recipe, source.held_out_every)
     notes.say(of=len(files), resolution=source.resolution)
-    source.require_enough(done)
-    ch, h, w = layout_of(out / shards[0].name)[LATENTS].shape[1:]
-    index = Index(
-        shape=(ch, h, w),
-        dtype=encoding.dtype,
-        shards=tuple(shards),
-        flips=encoding.flips,
-        classes=len(names),
-        label_names=names or None,
-        held_out_every=source.held_out_every,
-        moments=moments,
-        autoencoder=autoencoder_to_dict(encoding.autoencoder),
-        preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"},
-    )
-    index.write(out)
+    with claims.held("statistics"):
+        if (out / INDEX).exists():  # another process was first
+            return Index.read(out)
+        found = gather(out, list(parts), recipe, source.held_out_every)
+        source.require_enough(found.count)
+        ch, h, w = layout_of(out / found.shards[0].name)[LATENTS].shape[1:]
+        index = Index(
+            shape=(ch, h, w),
+            dtype=encoding.dtype,
+            shards=found.shards,
+            flips=encoding.flips,
+            classes=len(names),
+            label_names=names or None,
+            held_out_every=source.held_out_every,
+            moments=found.moments,
+            autoencoder=autoencoder_to_dict(encoding.autoencoder),
+            preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"},
+            statistics=keep_statistics(out, found.statistics),
+        )
+        index.write(out)
+        tidy(out)
+    claims.clear()
     return index
 
 

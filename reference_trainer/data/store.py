@@ -4,9 +4,11 @@
 
     latents_rank00_shard000.safetensors   latents [n, ch, h, w], latents_flip (optional), labels [n] int64
     autoencoder/codec.safetensors         a fitted autoencoder's weights, and what it made of a few images
+    statistics/covariance.safetensors     mean [d] and covariance [d, d] of what is trained on, float64; d up to 4096
+    statistics/checked.json               size and time of the shards that were held against their checksums
     index.json                            written last: a store without it is not finished
 
-LightningDiT and its descendants take every ``*.safetensors`` of the folder for a shard, so the codec lies below it.
+LightningDiT and its descendants take every ``*.safetensors`` of the folder for a shard, so what is no shard lies below it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -44,10 +46,12 @@ from reference_trainer.data.shards import (
     shards_of,
     shown,
 )
+from reference_trainer.data.statistics import Statistics, pieces_of
 from reference_trainer.errors import UserError, printable
-from reference_trainer.files import as_json, write_atomically
+from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
 
 INDEX, CODEC = "index.json", Path("autoencoder", "codec.safetensors")
+COVARIANCE = Path("statistics", "covariance.safetensors")
 HELD_OUT_EVERY = 10
 """Of shards that somebody else wrote; as ``ImageFolder`` has it."""
 Part = Literal["train", "held_out"]
@@ -85,6 +89,8 @@ class Index:
     """Its configuration, see ``autoencoders.as_dict``; None: shards of somebody else's."""
     preprocessing: dict[str, Any] | None
     """What was done to the images."""
+    statistics: dict[str, Any] | None = None
+    """Of the training entries, mirrored ones left out: see ``keep_statistics``. None: not measured yet."""
 
     @property
     def count(self) -> int:
@@ -128,6 +134,7 @@ class Index:
                 moments={key: Moments.from_dict(one) for key, one in found["moments"].items()},
                 autoencoder=found["autoencoder"],
                 preprocessing=found["preprocessing"],
+                statistics=found.get("statistics"),
             )
             if index.dtype not in DTYPES or index.held_out_every < 2 or LATENTS not in index.moments:
                 raise ValueError("its dtype, held_out_every or moments make no sense")
@@ -234,6 +241,39 @@ class Store:
         own = labels[self.entries(part, torch.arange(len(self.latents(part))))]
         return own.repeat(2) if flips else own
 
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Boxes and eigenvalues, see ``keep_statistics``: of the index, else by one pass, and put into it.
+
+        Raises:
+            UserError: a shard that cannot be read.
+        """
+        if (there := Index.read(self.root).statistics if (self.root / INDEX).exists() else None) is not None:
+            return there
+        shards, found, done = self.index.shards, None, 0
+        for shard in tqdm(shards, desc="measuring latents", unit="shard", leave=False, delay=1):
+            for piece in pieces_of(self.root / shard.name, LATENTS, done, self.index.held_out_every):
+                if len(piece):
+                    found = (found or Statistics.begun(piece)).with_latents(piece)
+            done += shard.count
+        try:
+            made = keep_statistics(self.root, found)
+            replace(self.index, statistics=made).write(self.root)
+        except UserError as error:  # the folder may be read-only
+            tqdm.write(f"the statistics are not kept: {error}")
+            assert found is not None
+            made = found.summary() | {"covariance": None}
+        return made
+
+    def covariance(self) -> Tensor | None:
+        """``[d, d]`` float64 of what is trained on, mirrored entries left out; None: not kept, see ``statistics``.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        about = self.statistics["covariance"]
+        return None if about is None else load_tensors(self.root / about["file"])[0]["covariance"]
+
     def fingerprint(self) -> str:
         """Changes when a shard, or what is held out, changes."""
         said = repr([shard.sha256 for shard in self.index.shards]) + repr(self.index.held_out_every)
@@ -292,6 +332,23 @@ class StoredLatents:
                         raise OSError(0, "it has become shorter")
         except OSError as error:
             raise UserError(f"cannot read {shown(file)}: {error.strerror}: put it back, and go on") from error
+
+
+def keep_statistics(root: Path, found: Statistics | None) -> dict[str, Any]:
+    """Write the covariance below ``root``, if there is one; returns what the index says: ``Statistics.summary`` and
+    ``covariance``, its file, shape and bytes, or None.
+
+    Raises:
+        UserError: no room.
+    """
+    if found is None:
+        return {"boxes": [], "eigenvalues": None, "left_out": "nothing is trained on", "covariance": None}
+    about, covariance = None, found.covariance()
+    if covariance is not None:
+        save_tensors(root / COVARIANCE, {"mean": found.mean, "covariance": covariance}, {"count": found.count})
+        size = (root / COVARIANCE).stat().st_size
+        about = {"file": COVARIANCE.as_posix(), "shape": list(covariance.shape), "bytes": size}
+    return found.summary() | {"covariance": about}
 
 
 def in_pieces(count: int, size: int = 1024) -> Iterator[Tensor]:
