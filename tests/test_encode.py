@@ -17,8 +17,9 @@ from reference_trainer.data import encode as encoding_module
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.encode import Encoding, class_names, encode_folder
 from reference_trainer.data.images import ImageFolder, to_unit
+from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.latents import ImpulsiveOutliers
-from reference_trainer.data.store import CODEC, INDEX, Index, Store
+from reference_trainer.data.store import Store
 from reference_trainer.data.stored import LatentStore, StoredImages, autoencoder_from_dict, autoencoder_to_dict
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import choose_features, evaluate

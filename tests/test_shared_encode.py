@@ -23,8 +23,9 @@ from reference_trainer.data.claims import Claims
 from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.gathered import GATHERED, Gathered
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.index import COVARIANCE, Index
 from reference_trainer.data.shards import sha256_of
-from reference_trainer.data.store import COVARIANCE, Index, Store
+from reference_trainer.data.store import Store
 from reference_trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -154,8 +155,13 @@ def test_a_resumed_encode_reads_no_shard_again(image_folder: Path, tmp_path: Pat
         patched.setattr(encoding_module, "write_shard", stops)
         with pytest.raises(KeyboardInterrupt):
             encode(image_folder, tmp_path / "store")
-    read, whole = [], Gathered.with_shard
-    monkeypatch.setattr(Gathered, "with_shard", lambda self, file, every: (read.append(file), whole(self, file, every))[1])
+    read, plain = list[Path](), Gathered.with_shard
+
+    def noted(self: Gathered, file: Path, held_out_every: int) -> Gathered:
+        read.append(file)
+        return plain(self, file, held_out_every)
+
+    monkeypatch.setattr(Gathered, "with_shard", noted)
     encode(image_folder, tmp_path / "store")
     assert [file.name[-15:-12] for file in read] == ["006", "007", "008", "009"]
     assert content(tmp_path / "store") == content(tmp_path / "whole")

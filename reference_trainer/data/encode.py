@@ -21,6 +21,7 @@ from reference_trainer.data.claims import Claims
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
+from reference_trainer.data.index import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.origin import Probe
 from reference_trainer.data.shards import (
@@ -35,7 +36,6 @@ from reference_trainer.data.shards import (
     shown,
     write_shard,
 )
-from reference_trainer.data.store import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.stored import autoencoder_to_dict, load_codec, save_codec
 from reference_trainer.errors import UserError, printable
 

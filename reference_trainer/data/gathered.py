@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reference_trainer.data.index import Shard
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.shards import FLIPPED, LATENTS, layout_of, sha256_of
 from reference_trainer.data.statistics import Statistics, pieces_of
-from reference_trainer.data.store import Shard
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
 

@@ -80,7 +80,7 @@ class Statistics:
 
 
 def pieces_of(file: Path, key: str, before: int, held_out_every: int) -> Iterator[Tensor]:
-    """The latents of one shard that are trained on, ``ROWS`` entries at a time; ``before``: entries of earlier shards."""
+    """The latents of one shard that are trained on, ``ROWS`` entries at a time, behind ``before`` entries of others."""
     with safe_open(file, framework="pt") as opened:
         stored = opened.get_slice(key)
         for start in range(0, stored.get_shape()[0], ROWS):
