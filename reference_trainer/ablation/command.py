@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "words", nargs="*", default=[], metavar="path.to.field=value", help="change a field in every arm"
     )
+    parser.add_argument("--data", type=path, metavar="PATH", help="as train takes it (default: the embedded digits)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; the baseline always takes part")
     parser.add_argument(
         "--arm",

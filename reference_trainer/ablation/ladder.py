@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from reference_trainer.config import TrainConfig
@@ -14,7 +15,7 @@ from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.errors import UserError
 from reference_trainer.options import override
-from reference_trainer.presets import PRESETS, digits, ilct, paper
+from reference_trainer.presets import PRESETS, digits, ilct, on_data, paper
 from robustcm.couplers import exact, independent
 from robustcm.early import EarlyDiffusion
 from robustcm.fences import ConditionalClip, TukeyClip
@@ -79,10 +80,10 @@ ARMS: tuple[Arm, ...] = (
 )
 
 
-def arm_from_words(words: Sequence[str]) -> Arm:
+def arm_from_words(words: Sequence[str], data: Path | None = None) -> Arm:
     """An arm typed by hand: a preset and what differs from it, ``["digits", "objective.c=MeasuredC(bins=8)"]``.
 
-    Its name is the words, without ``objective.``.
+    Its name is the words, without ``objective.``; ``data`` as ``on_data`` takes it.
 
     Raises:
         UserError: an unknown preset or option.
@@ -90,7 +91,7 @@ def arm_from_words(words: Sequence[str]) -> Arm:
     presets = {preset.__name__: preset for preset in PRESETS}
     if words[0] not in presets:
         raise UserError(f"--arm begins with a preset ({', '.join(presets)}), got {words[0]!r}")
-    config = with_options(presets[words[0]](), words[1:])
+    config = with_options(on_data(presets[words[0]](), data), words[1:])
     return Arm(" ".join(word.removeprefix("objective.") for word in words), lambda: config)
 
 
