@@ -74,13 +74,14 @@ def load() -> Tiles:
 
 
 def write(case: Case, root: Path) -> None:
-    """The shards of ``case``."""
+    """The shards of ``case``: Gaussian numbers, drawn once and shifted in each latent for every further shard."""
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, case.dtype)
+    keys = ["latents", "latents_flip"] if case.flips else ["latents"]
+    drawn = torch.randn(min(A_FILE, case.n), *case.shape, generator=generator).to(getattr(torch, case.dtype)).flatten(1)
     for number, start in enumerate(tqdm(range(0, case.n, A_FILE), desc="writing", unit="shard", leave=False)):
         count = min(A_FILE, case.n - start)
-        keys = ["latents", "latents_flip"] if case.flips else ["latents"]
-        tensors = {key: torch.randn(count, *case.shape, generator=generator).to(dtype) for key in keys}
+        shifted = (drawn[:count].roll(2 * number + i, 1) for i in range(len(keys)))
+        tensors = {key: one.reshape(count, *case.shape) for key, one in zip(keys, shifted, strict=True)}
         tensors["labels"] = torch.randint(1000, (count,), generator=generator)
         save_file(tensors, root / f"latents_rank00_shard{number:03d}.safetensors")
 
@@ -192,11 +193,11 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(vars(case) | {"gigabytes": gigabytes} | row)
         measured = f"; statistics {row['statistics_s']:.0f} s" if options.statistics else ""
+        reading = f"reading {row['reading_share']:.1%} of a step of {row['train_s'] / STEPS:.3f} s"
         print(
             f"{case.n:8} x {'x'.join(map(str, case.shape))} {case.dtype}, {gigabytes:5.2f} GB: "
-            f"index {row['index_s']:.1f} s, again {row['open_again_s']:.2f} s, start {row['start_s']:.1f} s; peak {row['train_peak_mb']:.0f} MB "
-            f"({row['imported_mb']:.0f} behind the imports); reading {row['reading_share']:.1%} of a step of "
-            f"{row['train_s'] / STEPS:.3f} s{measured}",
+            f"index {row['index_s']:.1f} s, again {row['open_again_s']:.2f} s, start {row['start_s']:.1f} s; "
+            f"peak {row['train_peak_mb']:.0f} MB ({row['imported_mb']:.0f} behind the imports); {reading}{measured}",
             flush=True,
         )
     name = "store_memory_lightningdit" if options.lightningdit else "store_memory"
