@@ -45,7 +45,7 @@ from reference_trainer.training.start import latents_of_run
 from reference_trainer.training.state import TrainState
 
 CPU = torch.device("cpu")
-A_FILE, STEPS = 10_000, 30
+A_FILE, STEPS = 10_000, 20
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def main() -> None:
         print(json.dumps(used(options.used, options.flips, options.statistics)))
         return
     about, rows = describe_machine(), []
+    name = "store_memory_lightningdit" if options.lightningdit else "store_memory"
     cases = [Case(n) for n in [*options.sizes, *([10**6] if options.million else [])]]
     if options.lightningdit:
         cases = [Case(50_000, (32, 16, 16), "float32", flips=True)]
@@ -200,8 +201,8 @@ def main() -> None:
             f"peak {row['train_peak_mb']:.0f} MB ({row['imported_mb']:.0f} behind the imports); {reading}{measured}",
             flush=True,
         )
-    name = "store_memory_lightningdit" if options.lightningdit else "store_memory"
-    print(f"wrote {write_json(name, rows, about).name}")
+        file = write_json(name, rows, about)  # behind each: the largest takes long
+    print(f"wrote {file.name}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,12 @@ def parser() -> Parser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
-    encoding = commands.add_parser("encode", help="encode a folder of images into a store of latents to train on")
+    encoding = commands.add_parser(
+        "encode",
+        help="encode a folder of images into a store of latents to train on",
+        epilog="Started several times, or by torchrun, the processes share the work. Whoever was interrupted: the same "
+        "command again goes on at the next shard.",
+    )
     encoding.add_argument("data", type=path, metavar="DATA", help="a folder of images; of class folders: with labels")
     encoding.add_argument("--out", type=path, required=True, metavar="STORE", help="folder for the latents")
     encoding.add_argument(
@@ -318,6 +323,8 @@ def run_encode(options: argparse.Namespace) -> int:
         f"{index.count} latents of {' x '.join(map(str, index.shape))} ({index.held_out} held out, {classes}) in "
         f"{len(index.shards)} shards: {options.out}"
     )
+    if (kept := (index.statistics or {}).get("covariance")) is not None:
+        print(f"covariance of what is trained on: {options.out / kept['file']}, {kept['bytes'] / 1e6:.1f} MB")
     print(f"train on them: python -m reference_trainer --data {shlex.quote(str(options.out))}")
     return 0
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PretrainedAutoencoder
 from reference_trainer.data.latents import ImpulsiveOutliers, InMemory, WithOutliers
+from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT
 from reference_trainer.presets import ilct, on_data
 from reference_trainer.run import RunFolder
@@ -165,6 +166,25 @@ def test_a_run_on_a_store_is_normalised_behind_what_is_done_to_its_latents(
     assert torch.equal(same.std, space.std)
     said = capsys.readouterr().out
     assert ("ConditionalClip is fitted on 500 of 900 latents" in said) == isinstance(clip, ConditionalClip)
+
+
+class Narrow(Twice):
+    """One whose decoder has a convolution of one channel."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return nn.functional.conv2d(latents, torch.ones(3, 1, 1, 1))
+
+
+def narrow() -> Narrow:
+    return Narrow()
+
+
+def test_channels_that_do_not_fit_the_decoder_are_one_line(tmp_path: Path):
+    config = on(tmp_path / "store", torch.zeros(20, 2, 4, 4))
+    config = replace(config, autoencoder=PretrainedAutoencoder(load="test_stored_changes:narrow"))
+    with pytest.raises(UserError, match=r"test_stored_changes:narrow: decode.. failed on .* 2 channels") as refused:
+        config.load_images(CPU)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_small_store_is_paired_with_noise_as_latents_in_memory_are(tmp_path: Path):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from reference_trainer.data.latents import not_finite
@@ -27,6 +26,7 @@ from reference_trainer.data.shards import (
     about_shard,
     layout_of,
     read_labels,
+    read_rows,
     sha256_of,
     shards_of,
     shown,
@@ -182,13 +182,12 @@ def index_of(root: Path, files: Sequence[Path], held_out_every: int = HELD_OUT_E
         shard = Shard(file.name, place.shape[0], sha256_of(file))
         _same_kind(file, layout, first, keys)
         train = torch.arange(done, done + shard.count) % held_out_every != held_out_every - 1
-        with safe_open(file, framework="pt") as opened:
-            for key, start in product(keys, range(0, max(1, shard.count), ROWS)):
-                latents = opened.get_slice(key)[start : start + ROWS]
-                if bad := not_finite(latents):
-                    raise UserError(f"{shown(file)}: {key} {start + bad[0]} is NaN or infinite: extract it again")
-                own = Moments.of(latents[train[start : start + ROWS]])
-                moments[key] = moments[key].merged(own) if key in moments else own
+        for key, start in product(keys, range(0, max(1, shard.count), ROWS)):
+            latents = read_rows(file, layout[key], start, start + ROWS)
+            if bad := not_finite(latents):
+                raise UserError(f"{shown(file)}: {key} {start + bad[0]} is NaN or infinite: extract it again")
+            own = Moments.of(latents[train[start : start + ROWS]])
+            moments[key] = moments[key].merged(own) if key in moments else own
         if LABELS in layout and len(labels := read_labels(file)):
             if len(labels) != shard.count or int(labels.min()) < 0:
                 raise UserError(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from reference_trainer.data.shards import layout_of, read_rows
 from robustcm.tails import TailStream
 
 MOST_ELEMENTS = 4096
@@ -81,9 +81,8 @@ class Statistics:
 
 def pieces_of(file: Path, key: str, before: int, held_out_every: int) -> Iterator[Tensor]:
     """The latents of one shard that are trained on, ``ROWS`` entries at a time, behind ``before`` entries of others."""
-    with safe_open(file, framework="pt") as opened:
-        stored = opened.get_slice(key)
-        for start in range(0, stored.get_shape()[0], ROWS):
-            piece = stored[start : start + ROWS]
-            entries = torch.arange(before + start, before + start + len(piece))
-            yield piece[entries % held_out_every != held_out_every - 1]
+    place = layout_of(file)[key]
+    for start in range(0, place.shape[0], ROWS):
+        piece = read_rows(file, place, start, start + ROWS)
+        entries = torch.arange(before + start, before + start + len(piece))
+        yield piece[entries % held_out_every != held_out_every - 1]
