@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from analysis.baselines import baseline_spaces
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
 from analysis.inputs import at_resolution, configuration, load_images, some_of_images
+from analysis.stored import run_on_store, stored_space
 from analysis.values import NoiseLevels, Residuals, Space, normalised, run_space
 from reference_trainer.command import Parser
 from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import RECOGNISED
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.files import write_atomically
 from reference_trainer.machine import cache_folder, device_of
@@ -50,6 +53,7 @@ examples:
   python analysis/td_outliers.py --data photos --resolution 128      as `train --data photos data.resolution=128` would
   python analysis/td_outliers.py --data photos --autoencoder "KLAutoencoder(latent_channels=8, likelihood='gaussian')"
   python analysis/td_outliers.py --data photos --autoencoder my_vae:load --steps 0     data values only
+  python analysis/td_outliers.py --data STORE                       latents that encode wrote, some of them
 """
 
 
@@ -62,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, metavar="RUN", help="look at this trained run (default: brief baselines)")
-    p.add_argument("--data", metavar="PATH", help="a folder of images (default: the embedded digits, or the run's)")
+    p.add_argument(
+        "--data", metavar="PATH", help="a folder of images, or a store of latents (default: the digits, or the run's)"
+    )
     p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")
     p.add_argument(
         "--autoencoder",
@@ -117,6 +123,17 @@ def spaces_of(options: argparse.Namespace) -> tuple[list[Space], list[str]]:
     device, cache, limit = device_of(options.device), cache_folder(), options.images
     if options.run is None:
         config = configuration(options.data, options.resolution, options.autoencoder, device)
+        if isinstance(config.data, LatentStore):
+            stored = config.data.decoded(config.autoencoder, device)
+            space = stored_space(
+                *(config, stored, limit),
+                num_levels=options.levels or 21,
+                steps=options.steps,
+                count=options.samples,
+                cache=cache,
+                device=device,
+            )
+            return [space], [f"{config.data.path}: a store of latents; training measures on all of them"]
         images = load_images(config.data)
         spaces, left_out = baseline_spaces(
             *(config, images, limit),
@@ -129,6 +146,10 @@ def spaces_of(options: argparse.Namespace) -> tuple[list[Space], list[str]]:
         return spaces, [about(images, limit), *left_out]
     run = RunFolder(options.run)
     data = data_for(run.config(), options)
+    if isinstance(data, LatentStore):
+        config = replace(run.config(), data=data)
+        space = run_on_store(run, config, limit, options.levels, options.samples, cache, device)
+        return [space], [f"{data.path}: a store of latents"]
     images = load_images(data)
     some = some_of_images(images, limit)
     own = data == run.config().data and some is images

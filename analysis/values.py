@@ -250,9 +250,22 @@ def run_space(
         UserError: no run, no checkpoint, or images it was not made for.
     """
     model = load_model(run, device)
-    trained, config = trained_of(model, run, images), model.config
+    return space_of_run(model, trained_of(model, run, images), own=own, num_levels=num_levels, count=count)
+
+
+def space_of_run(
+    model: TrainedModel,
+    trained: Trained,
+    *,
+    own: bool,
+    num_levels: int | None,
+    count: int,
+    notes: Sequence[str] = (),
+) -> Space:
+    """The data of ``trained`` in the space of ``model``, which it is; see ``run_space``."""
+    config = model.config
     name = "pixels" if isinstance(config.autoencoder, PixelSpace) else "latents"
-    notes = [] if config.clip is None else [f"data values are as the run sees them, behind {config.clip}"]
+    notes = [*notes, *([] if config.clip is None else [f"data values are as the run sees them, behind {config.clip}"])]
     found: Residuals | None = None
     try:
         found = trained.residuals(num_levels or last_stage(config), count)

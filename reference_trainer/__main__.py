@@ -124,7 +124,12 @@ def parser() -> Parser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
-    encoding = commands.add_parser("encode", help="encode images into a store of latents to train on")
+    encoding = commands.add_parser(
+        "encode",
+        help="encode images into a store of latents to train on",
+        epilog="Started several times, or by torchrun, the processes share the work. Whoever was interrupted: the same "
+        "command again goes on at the next shard.",
+    )
     encoding.add_argument(
         "data",
         type=path,
@@ -326,6 +331,8 @@ def run_encode(options: argparse.Namespace) -> int:
     )
     if left_out := (index.preprocessing or {}).get("left_out"):
         print(f"{left_out} of {index.count + left_out} images are left out: {options.out / LEFT_OUT} says why")
+    if (kept := (index.statistics or {}).get("covariance")) is not None:
+        print(f"covariance of what is trained on: {options.out / kept['file']}, {kept['bytes'] / 1e6:.1f} MB")
     print(f"train on them: python -m reference_trainer --data {shlex.quote(str(options.out))}")
     return 0
 

@@ -35,9 +35,11 @@ def keep_freed_memory() -> bool:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
+    """The device asked for, or the best there is; of several processes that torchrun starts each has a GPU."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        device = torch.device(f"cuda:{rank}" if name == "cuda" and rank.isdecimal() else name)
         float(torch.zeros(1, device=device))  # one without memory, such as meta, is none to train on
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -14,8 +14,8 @@ from pathlib import Path
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.index import is_store
 from reference_trainer.data.sources import require_no_archive
-from reference_trainer.data.store import is_store
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT
 from reference_trainer.published import DATA_SETS

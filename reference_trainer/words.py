@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.store import is_store
+from reference_trainer.data.index import is_store
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.options import override

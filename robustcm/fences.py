@@ -13,8 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustcm.checks import LARGEST, need_real, need_whole
+from robustcm.checks import LARGEST, need_finite, need_real, need_whole
 from robustcm.tails import box_statistics_along
+
+ROWS, COLUMNS = 2048, 256
+"""Of a sample that a clip is fitted on, taken to float64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,60 @@ class ConditionalClip:
             clipped = self._moved(x, clipped, _similar(clipped, count))
         return clipped.to(raw_latents.dtype).reshape(raw_latents.shape)
 
+    def fit(self, raw_latents: Tensor) -> FittedClip:
+        """What it does to samples such as ``raw_latents [n, ch, ...]``, as a function of each sample by itself.
+
+        For data that are not held at once: fit it on some of them. Of those it makes nearly what ``__call__`` makes.
+
+        Raises:
+            ValueError: fewer than ``SAMPLES_AN_ELEMENT`` samples for each latent element, more than ``MOST_ELEMENTS``
+                of these, or values that are not finite.
+        """
+        x = raw_latents.flatten(1)
+        n, d = x.shape
+        if d > self.MOST_ELEMENTS or n < self.SAMPLES_AN_ELEMENT * d:
+            raise ValueError(
+                f"clip=ConditionalClip is fitted on {self.SAMPLES_AN_ELEMENT} samples an element or more, of up to "
+                f"{self.MOST_ELEMENTS} elements, got {n} of {d}: use TukeyClip"
+            )
+        need_finite(raw_latents=raw_latents)
+        low, high = torch.cat([_inner_fences(columns.double()) for columns in x.split(COLUMNS, 1)], 1)
+        fitted = FittedClip(low, high, ())
+        clipped = torch.cat([part.double().clamp(low, high).to(x.dtype) for part in x.split(ROWS)])
+        groups = min(self.groups, n // (self.SAMPLES_AN_ELEMENT * d))
+        for count in [1] * self.rounds + ([groups] * self.rounds if groups > 1 else []):
+            found = self._round(clipped, count)
+            fitted = FittedClip(low, high, (*fitted.rounds, found))
+            parts = zip(x.split(ROWS), clipped.split(ROWS), strict=True)
+            clipped = torch.cat([found(part.double(), was.double()).to(x.dtype) for part, was in parts])
+        return fitted
+
+    def _round(self, clipped: Tensor, count: int) -> Round:
+        """What one round knows of ``clipped [n, d]``, in ``count`` groups or fewer."""
+        n, d = clipped.shape
+        centres = _centres(clipped.double(), count) if count > 1 else None
+        group = _nearest(clipped.double(), centres) if centres is not None else torch.zeros(n, dtype=torch.long)
+        members = [torch.nonzero(group == g)[:, 0] for g in range(count)]
+        means = torch.zeros(count, d, dtype=torch.float64)
+        spread = torch.zeros(count, d, d, dtype=torch.float64)
+        for g, those in enumerate(members):
+            parts = those.split(ROWS)
+            means[g] = sum(clipped[part].double().sum(0) for part in parts) / max(1, len(those))
+            for part in parts:
+                centred = clipped[part].double() - means[g]
+                spread[g].addmm_(centred.T, centred)
+        within = spread.sum(0) / max(1, n - 1)
+        ridge = torch.diag(1e-6 * within.diagonal() + 1e-12)
+        reach = torch.zeros(count, d, dtype=torch.float64)
+        for g, those in enumerate(members):  # a place for each precision: that of its spread
+            own = spread[g] / max(1, len(those) - 1)
+            spread[g] = torch.linalg.inv(self.shared * within + (1 - self.shared) * own + ridge)
+            # Samples that the Gaussian was not fitted to lie farther from it than those that it was: as residuals of a
+            # regression left out, by 1 / (1 - h), the mean leverage h = d / n (Allen 1974, PRESS).
+            leverage = d * (self.shared / n + (1 - self.shared) / max(1, len(those)))
+            reach[g] = self.k * spread[g].diagonal().rsqrt() / (1 - min(0.8, leverage))
+        return Round(centres, means, spread, reach)
+
     def _moved(self, x: Tensor, clipped: Tensor, group: Tensor) -> Tensor:
         """One round: ``x [n, d]`` where it fits the rest of ``clipped [n, d]``, given each one's ``group [n]``."""
         members = [torch.nonzero(group == g)[:, 0] for g in range(int(group.max()) + 1) if (group == g).any()]
@@ -128,15 +185,75 @@ class ConditionalClip:
         return out
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round of a ``FittedClip``, g groups of samples of d elements; float64."""
+
+    centres: Tensor | None
+    """``[g, d]``: a sample belongs to the nearest; None: all to one group."""
+    means: Tensor
+    """``[g, d]``."""
+    precisions: Tensor
+    """``[g, d, d]``, inverse covariances."""
+    reach: Tensor
+    """``[g, d]``, how far an element may be from where the others say."""
+
+    def __call__(self, x: Tensor, clipped: Tensor) -> Tensor:
+        """``x [n, d]`` where it fits the rest of ``clipped [n, d]``, else where that says."""
+        group = _nearest(clipped, self.centres) if self.centres is not None else x.new_zeros(len(x), dtype=torch.long)
+        out = torch.empty_like(x)
+        for g in group.unique().tolist():
+            those, precision = torch.nonzero(group == g)[:, 0], self.precisions[g]
+            likely = clipped[those] - (clipped[those] - self.means[g]) @ precision / precision.diagonal()
+            out[those] = torch.where((x[those] - likely).abs() <= self.reach[g], x[those], likely)
+        return out
+
+
+@dataclass(frozen=True)
+class FittedClip:
+    """What ``ConditionalClip.fit`` found: a function of each sample by itself, on the CPU.
+
+    Costs a product of each sample with a ``[d, d]`` matrix a round, in float64.
+    """
+
+    low: Tensor
+    """``[d]``, Tukey's inner fences of each element."""
+    high: Tensor
+    """``[d]``."""
+    rounds: tuple[Round, ...]
+
+    def __call__(self, raw_latents: Tensor) -> Tensor:
+        """``[n, ch, ...] -> [n, ch, ...]``, n may be 0; values must be finite."""
+        x = raw_latents.flatten(1).double()
+        clipped = x.clamp(self.low, self.high)
+        for one in self.rounds:
+            clipped = one(x, clipped)
+        return clipped.to(raw_latents.dtype).reshape(raw_latents.shape)
+
+
+def _inner_fences(x: Tensor) -> Tensor:
+    """``[2, d]`` of each column of ``x [n, d]``."""
+    q1, q3 = (x.kthvalue(max(1, round(q * len(x))), dim=0).values for q in (0.25, 0.75))
+    return torch.stack([q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)])
+
+
+def _nearest(x: Tensor, centres: Tensor) -> Tensor:
+    return torch.cdist(x, centres).argmin(1)
+
+
 def _similar(x: Tensor, groups: int, rounds: int = 15) -> Tensor:
     """The group ``[n]`` of each of ``x [n, d]``: k-means from evenly chosen samples, so a function of ``x`` alone."""
-    group = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if groups == 1:
-        return group
+        return torch.zeros(len(x), dtype=torch.long, device=x.device)
+    return _nearest(x, _centres(x, groups, rounds))
+
+
+def _centres(x: Tensor, groups: int, rounds: int = 15) -> Tensor:
+    """The centres ``[groups, d]`` that the last of ``rounds`` of k-means goes to."""
     centres = x[torch.linspace(0, len(x) - 1, groups).long()]
-    for _ in range(rounds):
-        group = torch.cdist(x, centres).argmin(1)
+    for _ in range(rounds - 1):
+        group = _nearest(x, centres)
         count = group.bincount(minlength=groups)[:, None]
         total = torch.zeros_like(centres).index_add(0, group, x)
         centres = torch.where(count > 0, total / count.clamp(min=1), centres)
-    return group
+    return centres

@@ -17,8 +17,8 @@ from reference_trainer.data import encode as encoding_module
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder, to_unit
-from reference_trainer.data.latents import ImpulsiveOutliers
-from reference_trainer.data.store import CODEC, INDEX, Index, Store
+from reference_trainer.data.index import CODEC, INDEX, Index
+from reference_trainer.data.store import Store
 from reference_trainer.data.stored import LatentStore, StoredImages, autoencoder_from_dict, autoencoder_to_dict
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import choose_features, evaluate
@@ -27,6 +27,7 @@ from reference_trainer.model import load_model
 from reference_trainer.networks import DiT
 from reference_trainer.presets import digits, ilct, on_data
 from reference_trainer.run import RunFolder
+from reference_trainer.training import batches as batches_module
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
 from reference_trainer.training.start import latents_of_run
@@ -432,13 +433,18 @@ def test_a_store_that_changed_behind_a_run_is_refused(image_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outliers": ImpulsiveOutliers()}, "take outliers=None"),
-        ({"clip": ConditionalClip()}, "take TukeyClip or None"),
-        ({"objective": replace(ilct().objective, coupler=Semidiscrete())}, "Semidiscrete holds all latents in memory"),
+        ({"clip": ConditionalClip()}, "is fitted on 5 samples an element or more, .* got 36 of 192: use TukeyClip"),
+        (
+            {"objective": replace(ilct().objective, coupler=Semidiscrete())},
+            "holds them all in memory: 6000 numbers at most, 6912 here",
+        ),
         ({"batch_size": 37}, "batch_size=37 is larger than the 36 training images"),
     ],
 )
-def test_what_needs_all_latents_at_once_is_refused(image_folder: Path, tmp_path: Path, change: dict, message: str):
+def test_what_a_store_has_too_few_or_too_many_latents_for_is_refused(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+):
+    monkeypatch.setattr(batches_module, "MOST_PAIRED", 6000)
     encode(image_folder, tmp_path / "store")
     config = replace(on_store(tmp_path / "store"), **change)
     with pytest.raises(UserError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reference_trainer.data import statistics
+from reference_trainer.data import store as store_module
+from reference_trainer.data.index import COVARIANCE, INDEX, Index, is_store
 from reference_trainer.data.latents import Changed, InMemory, Latents, some_of
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.shards import DTYPES, layout_of, write_shard
-from reference_trainer.data.store import INDEX, Index, Store, in_pieces, is_store
+from reference_trainer.data.store import Store, in_pieces
 from reference_trainer.errors import UserError
+from robustcm.tails import box_statistics_along
 
 SHAPE = (2, 3, 4)
 TYPES = st.sampled_from(list(DTYPES.values()))
@@ -162,6 +167,80 @@ def test_what_is_a_store(root: Path, tmp_path: Path):
     assert not is_store(tmp_path / "nowhere")
 
 
+# What is measured, and what is checked again
+
+
+@given(cuts=st.lists(st.integers(0, 57), max_size=5), dtype=TYPES)
+def test_boxes_and_eigenvalues_are_those_of_all_training_latents_from_any_sharding(cuts: list[int], dtype: torch.dtype):
+    latents = noise(57).to(dtype)
+    with TemporaryDirectory() as folder:
+        store = Store.open(extracted(Path(folder), latents, tuple(cuts)))
+        assert store.index.statistics is None
+        found, covariance = store.statistics, store.covariance()
+        assert Store.open(Path(folder)).index.statistics == found  # kept
+    trained = latents[is_trained(57)].double()
+    expected = torch.cov(trained.flatten(1).T)
+    assert covariance is not None
+    torch.testing.assert_close(covariance, expected, rtol=1e-10, atol=1e-10)
+    values = torch.tensor(found["eigenvalues"], dtype=torch.float64)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(expected).flip(0), rtol=1e-9, atol=1e-9)
+    assert found["covariance"]["shape"] == [24, 24]
+    for box, exact in zip(found["boxes"], box_statistics_along(trained, 1), strict=True):
+        near = 0.01 * (exact.max - exact.min)
+        for name in ("q1", "median", "q3"):
+            assert box[name] == pytest.approx(getattr(exact, name), abs=near)
+        assert box["mean"] == pytest.approx(exact.mean, rel=1e-9)
+        assert box["std"] == pytest.approx(exact.std, rel=1e-9)
+
+
+def test_of_many_elements_there_are_boxes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(statistics, "MOST_ELEMENTS", 23)
+    store = Store.open(extracted(tmp_path / "store", noise(40)))
+    assert store.covariance() is None
+    assert store.statistics["eigenvalues"] is None
+    assert store.statistics["left_out"] == "more than 23 elements: no eigenvalues and no covariance"
+    assert len(store.statistics["boxes"]) == 2
+    assert not (tmp_path / "store" / COVARIANCE).exists()
+
+
+def test_a_store_that_cannot_be_written_is_measured_each_time(root: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = Store.open(root).statistics["boxes"]
+    in_index(root, lambda index: index.update(statistics=None))
+
+    def refuse(*_: object) -> None:
+        raise UserError("read-only")
+
+    monkeypatch.setattr("reference_trainer.data.index.save_tensors", refuse)
+    assert Store.open(root).statistics == Store.open(root).statistics
+    assert Store.open(root).statistics["boxes"] == expected
+    assert Index.read(root).statistics is None
+
+
+def test_a_shard_is_read_again_only_when_its_size_or_time_changes(root: Path, monkeypatch: pytest.MonkeyPatch):
+    for file in root.glob("*.safetensors"):
+        os.utime(file, (1e9, 1e9))
+    read, plain = list[str](), store_module.sha256_of
+    monkeypatch.setattr(store_module, "sha256_of", lambda file: (read.append(file.name), plain(file))[1])
+    Store.open(root)
+    assert len(read) == 4
+    Store.open(root)
+    assert len(read) == 4
+    os.utime(shard(root, 2), (1e9, 1e9 + 1))
+    Store.open(root)
+    assert read[4:] == [shard(root, 2).name]
+    with_byte_changed(shard(root, 3))
+    with pytest.raises(UserError, match=r"shard003.*another sha256"):
+        Store.open(root)
+    in_index(root, lambda index: index["shards"][0].update(sha256="0" * 64))
+    with pytest.raises(UserError, match=r"shard000.*another sha256"):
+        Store.open(root)
+
+
+def test_a_shard_just_written_is_not_taken_for_checked(root: Path):
+    Store.open(root)
+    assert not (root / "statistics" / "checked.json").exists()
+
+
 # What does not fit
 
 
@@ -248,6 +327,14 @@ BAD = {
     "a mirrored one that is NaN": (
         lambda root: rewrite(root, latents_flip=with_nan(noise(20))),
         "latents_flip 7 is NaN",
+    ),
+    "a label below 0": (
+        lambda root: rewrite(root, labels=torch.arange(20) - 1),
+        "shard002.* has 20 labels from -1 on of 20 latents",
+    ),
+    "fewer labels than latents": (
+        lambda root: rewrite(root, labels=torch.arange(19)),
+        "shard002.* has 19 labels from 0 on of 20 latents",
     ),
     "an encode not finished": (
         lambda root: (write_shard(shard(root, 4), {"latents": noise(2)}, {}), (root / INDEX).unlink()),

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.presets import DATA, RECIPES
 from reference_trainer.run import RunFolder
-from reference_trainer.training.start import training_latents
+from reference_trainer.training.start import new_latents
 from reference_trainer.words import Chosen, with_options
 
 
@@ -259,7 +260,7 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
     fitted = set()
     for job in jobs:
         data, key = job.config.data, (job.config.data, job.config.autoencoder)
-        images = loaded[data] = loaded.get(data) or data.load()
+        images = loaded[data] = loaded.get(data) or job.config.load_images(device)
         if job.run.space_file.exists():
             reopen(job.run.space_file, job.run.config().autoencoder, images, device)
         elif not job.finished() and key not in fitted and not isinstance(images, StoredImages):
@@ -292,8 +293,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     arms = [(arm, with_options(arm.build(base), changes)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
-        images = arms[0][1].data.load()
-        latents, _ = training_latents(arms[0][1], images, cache_folder(), device)
+        images = arms[0][1].load_images(device)
+        latents, _ = new_latents(arms[0][1], images, cache_folder(), device)
         named_configs = [(arm.name, config) for arm, config in arms]
         timing = options.out / "timing.json"
         steps = steps_within(options.seconds, named_configs, latents, images.train_labels, timing, device)

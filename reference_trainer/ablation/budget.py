@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.latents import Latents
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.state import TrainState
@@ -22,7 +23,7 @@ from reference_trainer.training.state import TrainState
 def steps_within(
     seconds: float,
     arms: Sequence[tuple[str, TrainConfig]],
-    latents: Tensor,
+    latents: Tensor | Latents,
     labels: Tensor | None,
     file: Path,
     device: torch.device,
@@ -40,7 +41,7 @@ def steps_within(
 
 def seconds_per_step(
     arms: Sequence[tuple[str, TrainConfig]],
-    latents: Tensor,
+    latents: Tensor | Latents,
     labels: Tensor | None,
     device: torch.device,
     turns: int = 32,
@@ -63,10 +64,12 @@ def seconds_per_step(
     return {name: statistics.fmean(seconds) for name, seconds in times.items()}
 
 
-def _steps(config: TrainConfig, latents: Tensor, labels: Tensor | None, device: torch.device) -> Iterator[None]:
+def _steps(
+    config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None, device: torch.device
+) -> Iterator[None]:
     """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
-    ch, h, w = latents.shape[1:]
-    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents, labels)
+    batches = Batches(config, latents, labels)
+    state = TrainState.create(config, batches.latents.shape, device)
     f = config.preconditioned(state.network.train())
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)

@@ -1,4 +1,7 @@
-"""Images of any source into a store of latents, shard by shard; what was interrupted goes on at the next shard."""
+"""Images of any source into a store of latents, shard by shard; what was interrupted goes on at the next shard.
+
+Started several times, or by torchrun, the processes share the shards: each takes one that nobody works at.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.claims import Claims
 from reference_trainer.data.codecs import Codec
+from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageSet, to_unit
+from reference_trainer.data.index import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.latents import not_finite
-from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import Probe
 from reference_trainer.data.reading import ImageFiles, Notes, Source, identity_of, read, require_enough
 from reference_trainer.data.shards import (
@@ -28,12 +33,10 @@ from reference_trainer.data.shards import (
     VERSION,
     about_shard,
     layout_of,
-    sha256_of,
     shards_of,
     shown,
     write_shard,
 )
-from reference_trainer.data.store import CODEC, INDEX, Index, Shard
 from reference_trainer.data.stored import autoencoder_to_dict, load_codec, save_codec
 from reference_trainer.errors import UserError, printable
 from reference_trainer.files import write_atomically
@@ -91,55 +94,64 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
         if set(there) != {shard.name for shard in index.shards}:
             raise UserError(f"{shown(out / INDEX)} is of other shards than lie beside it: give another --out")
         return index
-    codec = _codec(encoding, files, out, recipe, device, cache)
+    claims, notes = Claims(out / "claims"), Notes()
+    try:
+        with claims.held("codec"):  # one fits it
+            codec = _codec(encoding, files, out, recipe, device, cache)
+    except UserError:
+        if not shards_of(out):
+            claims.clear()
+        raise
     width = max(3, len(str((len(files) - 1) // encoding.shard)))  # in the order of their names
-    shards, moments, notes = list[Shard](), dict[str, Moments](), Notes()
-    done = 0
+    parts = {
+        out / f"latents_rank00_shard{number:0{width}d}.safetensors": range(
+            start, min(start + encoding.shard, len(files))
+        )
+        for number, start in enumerate(range(0, len(files), encoding.shard))
+    }
     with tqdm(total=len(files), desc="encoding", unit="img") as bar:
-        for number, start in enumerate(range(0, len(files), encoding.shard)):
-            part = range(start, min(start + encoding.shard, len(files)))
-            file = out / f"latents_rank00_shard{number:0{width}d}.safetensors"
-            if (about := there.get(file.name)) is None:
-                own_notes = source.notes()
-                tensors = _encoded(encoding, codec, files, part, device, own_notes, bar)
-                count = len(tensors[LATENTS])
-                held_out = torch.arange(done, done + count) % source.held_out_every == source.held_out_every - 1
-                own = {key: Moments.of(tensors[key][~held_out]) for key in tensors if key != LABELS}
-                about = {"recipe": recipe, "count": count, "moments": {key: one.as_dict() for key, one in own.items()}}
-                about |= {"unreadable": own_notes.unreadable, "own": own_notes.own}
-                notes.enlarged += own_notes.enlarged
-                sha256 = write_shard(file, tensors, about)
+        for file, ours in claims.shared(list(parts)):
+            if ours:
+                own = source.notes()
+                tensors = _encoded(encoding, codec, files, parts[file], device, own, bar)
+                about = {"recipe": recipe, "count": len(tensors[LATENTS])}
+                write_shard(file, tensors, about | {"unreadable": own.unreadable, "own": own.own})
+                notes.enlarged += own.enlarged
             else:
-                sha256 = sha256_of(file)
-                bar.update(len(part))
-            for key, found in about["moments"].items():
-                here = Moments.from_dict(found)
-                moments[key] = moments[key].merged(here) if key in moments else here
-            shards.append(Shard(file.name, about["count"], sha256))
-            done += about["count"]
-    for shard in shards:  # also those of an encode before this one
-        about = about_shard(out / shard.name) or {}
-        notes.add(Notes(shard.count, about["unreadable"], about["own"]))
-    notes.say(of=len(files), resolution=source.resolution)
-    require_enough(done, files.where, source.held_out_every)
-    left_out = notes.left_out()
-    if left_out:
-        write_atomically(out / LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
-    ch, h, w = layout_of(out / shards[0].name)[LATENTS].shape[1:]
-    index = Index(
-        shape=(ch, h, w),
-        dtype=encoding.dtype,
-        shards=tuple(shards),
-        flips=encoding.flips,
-        classes=0 if files.labels is None else files.labels.classes,
-        label_names=None if files.labels is None else files.labels.names,
-        held_out_every=source.held_out_every,
-        moments=moments,
-        autoencoder=autoencoder_to_dict(encoding.autoencoder),
-        preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"}
-        | {"images": len(files), "left_out": len(left_out), "source": _about(source)},
-    )
-    index.write(out)
+                bar.update(len(parts[file]))
+            with claims.held("statistics", wait=False) as free:
+                if free:  # else another process gathers this one, too, or the last does
+                    gather(out, list(parts), recipe, source.held_out_every)
+    with claims.held("statistics"):
+        if (out / INDEX).exists():  # another process was first
+            return Index.read(out)
+        found = gather(out, list(parts), recipe, source.held_out_every)
+        for shard in found.shards:  # also those of another process, or of an encode before this one
+            about = about_shard(out / shard.name) or {}
+            notes.add(Notes(shard.count, about["unreadable"], about["own"]))
+        notes.say(of=len(files), resolution=source.resolution)
+        require_enough(found.count, files.where, source.held_out_every)
+        left_out = notes.left_out()
+        if left_out:
+            write_atomically(out / LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
+        ch, h, w = layout_of(out / found.shards[0].name)[LATENTS].shape[1:]
+        index = Index(
+            shape=(ch, h, w),
+            dtype=encoding.dtype,
+            shards=found.shards,
+            flips=encoding.flips,
+            classes=0 if files.labels is None else files.labels.classes,
+            label_names=None if files.labels is None else files.labels.names,
+            held_out_every=source.held_out_every,
+            moments=found.moments,
+            autoencoder=autoencoder_to_dict(encoding.autoencoder),
+            preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"}
+            | {"images": len(files), "left_out": len(left_out), "source": _about(source)},
+            statistics=keep_statistics(out, found.statistics),
+        )
+        index.write(out)
+        tidy(out)
+    claims.clear()
     return index
 
 

@@ -84,6 +84,37 @@ class Changed:
         return self.change(self.latents.take(indices))
 
 
+@dataclass(frozen=True)
+class WithOutliers:
+    """``latents`` made impulsive where they are taken: each by its index, so the same in whatever order they are read.
+
+    Other elements than ``outliers`` puts into the same latents in memory, where it draws for all of them at once.
+    """
+
+    latents: Latents
+    outliers: ImpulsiveOutliers
+    mean: Tensor
+    """``[ch]``, of ``latents``."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(ch, h, w)."""
+        return self.latents.shape
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See ``Latents``."""
+        values, outliers = self.latents.take(indices), self.outliers
+        hit = torch.zeros(values.shape, dtype=torch.bool)
+        for own, index in zip(hit, indices.tolist(), strict=True):
+            generator = step_generator(outliers.seed, index + 1, stream=Stream.OUTLIERS)  # 0 draws for all at once
+            torch.lt(torch.rand(own.shape, generator=generator), outliers.share, out=own)
+        mean = _map(self.mean.to(values.dtype), values)
+        return torch.where(hit, mean + outliers.factor * (values - mean), values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImpulsiveOutliers:
     """Latents made impulsive on purpose: a known amount of what the paper finds in the latents of large autoencoders.

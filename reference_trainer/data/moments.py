@@ -23,9 +23,12 @@ class Moments:
     @staticmethod
     def of(latents: Tensor) -> Moments:
         """Of ``[n, ch, h, w]``; n may be 0."""
-        values = latents.double().transpose(0, 1).flatten(1)
-        mean = values.mean(1) if values.shape[1] else values.new_zeros(len(values))
-        return Moments(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
+        channels = latents.shape[1]
+        count = latents.numel() // channels
+        values = latents.to(torch.float64, copy=True)
+        mean = values.mean((0, 2, 3)) if count else values.new_zeros(channels)
+        values -= mean[:, None, None]
+        return Moments(count, mean, values.square_().sum((0, 2, 3)))
 
     def merged(self, other: Moments) -> Moments:
         """Of both together.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,25 @@ def sha256_of(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {shown(file)}: {error.strerror}") from error
+
+
+def read_rows(file: Path, place: Place, start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of the tensor at ``place``, or up to its end. Read, not mapped: see ``StoredLatents``.
+
+    Raises:
+        UserError: the file can no longer be read.
+    """
+    dtype, count = DTYPES[place.dtype], max(0, min(stop, place.shape[0]) - start)
+    each = math.prod(place.shape[1:]) * dtype.itemsize
+    out = torch.empty(count * each, dtype=torch.uint8)
+    try:
+        with file.open("rb", buffering=0) as opened:
+            opened.seek(place.start + start * each)
+            if count and opened.readinto(out.numpy().data) != count * each:
+                raise OSError(0, "it has become shorter")
+    except OSError as error:
+        raise UserError(f"cannot read {shown(file)}: {error.strerror}: put it back, and go on") from error
+    return out.view(dtype).reshape(count, *place.shape[1:])
 
 
 def read_labels(file: Path) -> Tensor:

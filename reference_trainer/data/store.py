@@ -4,9 +4,11 @@
 
     latents_rank00_shard000.safetensors   latents [n, ch, h, w], latents_flip (optional), labels [n] int64
     autoencoder/codec.safetensors         a fitted autoencoder's weights, and what it made of a few images
+    statistics/covariance.safetensors     mean [d] and covariance [d, d] of what is trained on, float64; d up to 4096
+    statistics/checked.json               size and time of the shards that were held against their checksums
     index.json                            written last: a store without it is not finished
 
-LightningDiT and its descendants take every ``*.safetensors`` of the folder for a shard, so the codec lies below it.
+LightningDiT and its descendants take every ``*.safetensors`` of the folder for a shard, so what is none lies below it.
 """
 
 from __future__ import annotations
@@ -14,140 +16,79 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.latents import not_finite
-from reference_trainer.data.moments import Moments
+from reference_trainer.data.index import INDEX, Index, index_of, keep_statistics, require_fit
 from reference_trainer.data.shards import (
     DTYPES,
     FLIPPED,
-    FORMAT,
-    LABELS,
     LATENTS,
-    VERSION,
     Place,
-    about_shard,
     layout_of,
     read_labels,
     sha256_of,
     shards_of,
     shown,
 )
+from reference_trainer.data.statistics import Statistics, pieces_of
 from reference_trainer.errors import UserError, printable
-from reference_trainer.files import as_json, write_atomically
+from reference_trainer.files import as_json, load_tensors, write_atomically
 
-INDEX, CODEC = "index.json", Path("autoencoder", "codec.safetensors")
-HELD_OUT_EVERY = 10
-"""Of shards that somebody else wrote; as ``ImageFolder`` has it."""
+CHECKED = Path("statistics", "checked.json")
+SETTLED = 2.0
+"""Seconds behind which a change of a file changes its time, whatever the clock of the file system."""
 Part = Literal["train", "held_out"]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of a store, as the index knows it."""
+class Checked:
+    """Which shards were read and held against their checksums, as they were then: by name, size, time and sha256."""
 
-    name: str
-    count: int
-    sha256: str
-    """Of the file."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """index.json."""
-
-    shape: tuple[int, int, int]
-    """(ch, h, w) of the latents."""
-    dtype: str
-    """A key of ``DTYPES``."""
-    shards: tuple[Shard, ...]
-    flips: bool
-    """Whether each latent has a ``latents_flip``, of the mirrored image."""
-    classes: int
-    """0: the labels mean nothing."""
-    label_names: tuple[str, ...] | None
-    held_out_every: int
-    """Every so-many-th entry is never trained on."""
-    moments: dict[str, Moments]
-    """Of the training entries, under ``latents`` and ``latents_flip``; of what is stored, after rounding."""
-    autoencoder: dict[str, Any] | None
-    """Its configuration, see ``autoencoders.as_dict``; None: shards of somebody else's."""
-    preprocessing: dict[str, Any] | None
-    """What was done to the images."""
-
-    @property
-    def count(self) -> int:
-        """Entries, held-out ones included."""
-        return sum(shard.count for shard in self.shards)
-
-    @property
-    def held_out(self) -> int:
-        """Entries never trained on."""
-        return self.count // self.held_out_every
-
-    def write(self, root: Path) -> None:
-        """See ``write_atomically``."""
-        about = {"format": FORMAT, "version": VERSION} | vars(self) | {"count": self.count, "held_out": self.held_out}
-        about["shards"] = [vars(shard) for shard in self.shards]
-        about["moments"] = {key: moments.as_dict() for key, moments in self.moments.items()}
-        write_atomically(root / INDEX, (as_json(about, indent=1) + "\n").encode())
+    def __init__(self, found: dict[str, list[int | str]]) -> None:
+        self._found, self._now = found, dict[str, list[int | str]]()
 
     @staticmethod
-    def read(root: Path) -> Index:
-        """The index of the store at ``root``.
+    def read(root: Path) -> Checked:
+        """Kept at ``root``; none, if it cannot be read."""
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads((root / CHECKED).read_bytes())
+            if isinstance(found, dict):
+                return Checked(found)
+        return Checked({})
 
-        Raises:
-            UserError: it cannot be read, or is none of this version.
-        """
-        file = root / INDEX
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["format"] != FORMAT or found["version"] != VERSION:
-                raise ValueError(f"it is of version {found['version']}, expected {VERSION}")
-            ch, h, w = (int(side) for side in found["shape"])
-            names = found["label_names"]
-            index = Index(
-                shape=(ch, h, w),
-                dtype=found["dtype"],
-                shards=tuple(Shard(one["name"], int(one["count"]), one["sha256"]) for one in found["shards"]),
-                flips=bool(found["flips"]),
-                classes=int(found["classes"]),
-                label_names=None if names is None else tuple(names),
-                held_out_every=int(found["held_out_every"]),
-                moments={key: Moments.from_dict(one) for key, one in found["moments"].items()},
-                autoencoder=found["autoencoder"],
-                preprocessing=found["preprocessing"],
-            )
-            if index.dtype not in DTYPES or index.held_out_every < 2 or LATENTS not in index.moments:
-                raise ValueError("its dtype, held_out_every or moments make no sense")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{shown(file)} is no index of latents ({' '.join(str(error).split())}): put back the one that encode "
-                "wrote"
-            ) from error
-        return index
+    def has(self, file: Path, sha256: str) -> bool:
+        """Whether ``file`` has not changed since it was found to have this ``sha256``."""
+        if same := self._found.get(file.name) == [*self._stamp(file), sha256]:
+            self._now[file.name] = self._found[file.name]
+        return same
 
+    def sha256_of(self, file: Path) -> str:
+        """Read it, and note what it was found to have; one that has just been written may change unseen, so not yet."""
+        stamp, sha256 = self._stamp(file), sha256_of(file)
+        if time.time() - stamp[1] / 1e9 > SETTLED:
+            self._now[file.name] = [*stamp, sha256]
+        return sha256
 
-def is_store(path: Path) -> bool:
-    """Whether the folder ``path`` has latents: an index.json of ours, or shards with the key ``latents``."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((path / INDEX).read_bytes())
-        if isinstance(found, dict) and found.get("format") == FORMAT:
-            return True
-    with suppress(OSError, UserError):
-        return any(LATENTS in layout_of(file) for file in shards_of(path)[:1])
-    return False
+    def write(self, root: Path) -> None:
+        """For the next time; the folder may be read-only."""
+        if self._now != self._found:
+            with suppress(UserError):
+                write_atomically(root / CHECKED, as_json(self._now).encode())
+
+    @staticmethod
+    def _stamp(file: Path) -> tuple[int, int]:
+        found = file.stat()
+        return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -161,7 +102,10 @@ class Store:
 
     @staticmethod
     def open(root: Path) -> Store:
-        """The store at ``root``, every shard held against its checksum. Shards without an index are given one.
+        """The store at ``root``, its shards held against the index. Shards without an index are given one.
+
+        Every byte is held against the checksums the first time; then, while its size and time are those it had, a shard
+        is taken for the one that was checked. Delete ``statistics/checked.json`` to have all read again.
 
         Raises:
             UserError: nothing there, an unfinished encode, or index and shards that disagree.
@@ -178,19 +122,20 @@ class Store:
                 f"{shown(root)}: shard {printable(strange[0])} is not in its {INDEX}: take it away, or delete {INDEX} "
                 "to have one made of all shards"
             )
-        layouts = []
+        layouts, checked = [], Checked.read(root)
         bar = tqdm(index.shards, desc="checking shards", unit="shard", leave=False, delay=2)
         for shard in bar:
             file = root / shard.name
             if not file.is_file():
                 raise UserError(f"{shown(root)}: shard {printable(shard.name)} of its {INDEX} is missing: put it back")
             layouts.append(layout_of(file))
-            _require_fit(file, layouts[-1], index, shard)
-            if sha256_of(file) != shard.sha256:
+            require_fit(file, layouts[-1], index, shard)
+            if not checked.has(file, shard.sha256) and checked.sha256_of(file) != shard.sha256:
                 raise UserError(
                     f"{shown(file)} is not the shard that its {INDEX} tells of (another sha256): put a copy back, or "
                     "encode again into another folder"
                 )
+        checked.write(root)
         return Store(root, index, tuple(layouts))
 
     def latents(self, part: Part = "train", flips: bool = False) -> StoredLatents:
@@ -233,6 +178,39 @@ class Store:
             return None
         own = labels[self.entries(part, torch.arange(len(self.latents(part))))]
         return own.repeat(2) if flips else own
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Boxes and eigenvalues, see ``keep_statistics``: of the index, else by one pass, and put into it.
+
+        Raises:
+            UserError: a shard that cannot be read.
+        """
+        if (there := Index.read(self.root).statistics if (self.root / INDEX).exists() else None) is not None:
+            return there
+        shards, found, done = self.index.shards, None, 0
+        for shard in tqdm(shards, desc="measuring latents", unit="shard", leave=False, delay=1):
+            for piece in pieces_of(self.root / shard.name, LATENTS, done, self.index.held_out_every):
+                if len(piece):
+                    found = (found or Statistics.begun(piece)).with_latents(piece)
+            done += shard.count
+        try:
+            made = keep_statistics(self.root, found)
+            replace(self.index, statistics=made).write(self.root)
+        except UserError as error:  # the folder may be read-only
+            tqdm.write(f"the statistics are not kept: {error}")
+            assert found is not None
+            made = found.summary() | {"covariance": None}
+        return made
+
+    def covariance(self) -> Tensor | None:
+        """``[d, d]`` float64 of what is trained on, mirrored entries left out; None: not kept, see ``statistics``.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        about = self.statistics["covariance"]
+        return None if about is None else load_tensors(self.root / about["file"])[0]["covariance"]
 
     def fingerprint(self) -> str:
         """Changes when a shard, or what is held out, changes."""
@@ -298,82 +276,3 @@ def in_pieces(count: int, size: int = 1024) -> Iterator[Tensor]:
     """All indices below ``count``, in order, ``size`` at a time."""
     for start in range(0, count, size):
         yield torch.arange(start, min(count, start + size))
-
-
-def index_of(root: Path, files: Sequence[Path], held_out_every: int = HELD_OUT_EVERY) -> Index:
-    """The index of shards that somebody else's extraction wrote, by one pass over them.
-
-    Raises:
-        UserError: no shards, an encode of ours that is not finished, shards that differ, latents that are not finite.
-    """
-    if not files:
-        raise UserError(f"no latents at {shown(root)}: it has neither {INDEX} nor *.safetensors")
-    shards, moments, classes = list[Shard](), dict[str, Moments](), 0
-    first = layout_of(files[0])
-    keys = [key for key in (LATENTS, FLIPPED) if key in first]
-    done = 0
-    for file in tqdm(files, desc="reading latents", unit="shard", delay=1):
-        if about_shard(file) is not None:
-            raise UserError(f"{shown(root)} is not finished: run the encode command again, it goes on where it stopped")
-        layout = layout_of(file)
-        place = layout.get(LATENTS)
-        if place is None or len(place.shape) != 4 or place.dtype not in DTYPES:
-            raise UserError(
-                f"{shown(file)} has no {LATENTS} [n, ch, h, w] of {', '.join(str(t)[6:] for t in DTYPES.values())}"
-            )
-        shard = Shard(file.name, place.shape[0], sha256_of(file))
-        _same_kind(file, layout, first, keys)
-        train = torch.arange(done, done + shard.count) % held_out_every != held_out_every - 1
-        with safe_open(file, framework="pt") as opened:
-            for key in keys:
-                latents = opened.get_tensor(key)
-                if bad := not_finite(latents):
-                    raise UserError(f"{shown(file)}: {key} {bad[0]} is NaN or infinite: extract it again")
-                own = Moments.of(latents[train])
-                moments[key] = moments[key].merged(own) if key in moments else own
-        if LABELS in layout and len(labels := read_labels(file)):
-            classes = max(classes, int(labels.max()) + 1)
-        shards.append(shard)
-        done += shard.count
-    if done < held_out_every:
-        raise UserError(f"{done} latents at {shown(root)}, need at least {held_out_every}")
-    ch, h, w = first[LATENTS].shape[1:]
-    return Index(
-        shape=(ch, h, w),
-        dtype=first[LATENTS].dtype,
-        shards=tuple(shards),
-        flips=FLIPPED in keys,
-        classes=classes if classes > 1 else 0,
-        label_names=None,
-        held_out_every=held_out_every,
-        moments=moments,
-        autoencoder=None,
-        preprocessing=None,
-    )
-
-
-def _same_kind(file: Path, layout: dict[str, Place], first: dict[str, Place], keys: Sequence[str]) -> None:
-    for key in (LATENTS, FLIPPED, LABELS):
-        if (key in layout) != (key in first):
-            raise UserError(f"{shown(file)} {'has' if key in layout else 'has no'} {key}, unlike the first shard")
-    count = layout[LATENTS].shape[0]
-    for key in keys:
-        place, like = layout[key], first[LATENTS]
-        if (place.dtype, place.shape) != (like.dtype, (count, *like.shape[1:])):
-            raise UserError(
-                f"{shown(file)}: {key} is {place.dtype} {list(place.shape)}, expected {like.dtype} "
-                f"{[count, *like.shape[1:]]} as in the first shard"
-            )
-
-
-def _require_fit(file: Path, layout: dict[str, Place], index: Index, shard: Shard) -> None:
-    """See that the shard at ``file`` has the keys, shapes and dtype that the index says."""
-    shape = (shard.count, *index.shape)
-    for key in (LATENTS, FLIPPED) if index.flips else (LATENTS,):
-        place = layout.get(key)
-        if place is None or (place.dtype, place.shape) != (index.dtype, shape):
-            found = "nothing" if place is None else f"{place.dtype} {list(place.shape)}"
-            raise UserError(
-                f"{shown(file)} and {INDEX} disagree: {key} is {found}, by the index {index.dtype} {list(shape)}; put "
-                "back the shard or the index that belongs there"
-            )

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet, to_pixels
+from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.latents import Latents, not_finite, some_indices
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import Probe
 from reference_trainer.data.shards import FLIPPED, LATENTS, shown
-from reference_trainer.data.store import CODEC, INDEX, Index, Store, StoredLatents, in_pieces
+from reference_trainer.data.store import Store, StoredLatents, in_pieces
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,10 @@ from robustcm.randomness import Stream, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
 
 AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
+
+
+MOST_PAIRED = 2**26
+"""Numbers of a store that a ``Semidiscrete`` pairing takes into memory: 268 MB. Its fit takes time of order n^2 d."""
 
 
 class Batches:
@@ -123,10 +128,12 @@ def pairing_of(objective: FewStepObjective, latents: Latents) -> Pairing | None:
     if not isinstance(objective.coupler, Semidiscrete):
         return None
     if not isinstance(latents, InMemory):
-        raise UserError(
-            "objective.coupler=Semidiscrete holds all latents in memory, and those of LatentStore are read as they are "
-            "needed: take exact, Entropic or independent"
-        )
+        if (elements := len(latents) * math.prod(latents.shape)) > MOST_PAIRED:
+            raise UserError(
+                "objective.coupler=Semidiscrete compares each noise with every latent, and holds them all in memory: "
+                f"{MOST_PAIRED} numbers at most, {elements} here: take exact, Entropic or independent"
+            )
+        latents = InMemory(latents.take(torch.arange(len(latents))))
     started = time.monotonic()
     with tqdm(total=objective.coupler.steps, desc="pairing noise with all images", unit="step", delay=1) as bar:
         try:

@@ -19,18 +19,23 @@ from reference_trainer.data.latents import (
     InMemory,
     Latents,
     LatentSpace,
+    WithOutliers,
     encode_once,
     recognised_below,
     require_finite,
+    some_indices,
     some_of,
 )
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.origin import KeptSpace, Origin, Probe, reopen
-from reference_trainer.data.store import in_pieces
+from reference_trainer.data.store import StoredLatents, in_pieces
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.run import RunFolder
-from robustcm.fences import TukeyClip
+from robustcm.fences import ConditionalClip, TukeyClip
+
+FITTED_ON = 20_000
+"""Latents of a store that a ``ConditionalClip`` is fitted on, at most, if they are enough for it."""
 
 
 def latents_of_run(
@@ -82,6 +87,22 @@ def _normalised(raw: Latents, space: LatentSpace) -> Latents:
     return InMemory(space.normalise(raw.values)) if isinstance(raw, InMemory) else Changed(raw, space.normalise)
 
 
+def new_latents(
+    config: TrainConfig, images: ImageSet, cache: Path, device: torch.device
+) -> tuple[Latents, LatentSpace]:
+    """As ``latents_of_run`` of a run that has no space yet, and keeps none.
+
+    Raises:
+        UserError: see ``training_latents``.
+    """
+    if isinstance(images, StoredImages):
+        raw = _from_store(config, images)
+        space = _space_of(config, raw, images)
+        return _normalised(raw, space), space
+    values, space = training_latents(config, images, cache, device)
+    return InMemory(values), space
+
+
 def training_latents(
     config: TrainConfig, images: ImageSet, cache: Path, device: torch.device
 ) -> tuple[Tensor, LatentSpace]:
@@ -90,10 +111,6 @@ def training_latents(
     Raises:
         UserError: latents that are not finite, constant, or not what the clip is made for; or see ``Probe.of``.
     """
-    if isinstance(images, StoredImages):
-        raise UserError(
-            f"the latents of {images.store.root} are not taken into memory: give a folder of images, or --steps"
-        )
     raw, space, _ = _measured(config, images, cache, device)
     return space.normalise(raw), space
 
@@ -115,28 +132,39 @@ def _prepared(config: TrainConfig, codec: Codec, images: ImageSet, cache: Path, 
 
 
 def _from_store(config: TrainConfig, images: StoredImages) -> Latents:
-    """Raw latents of a store, clipped as they are taken, at fences that ``some_of`` them have.
+    """Raw latents of a store, with outliers put in and clipped as they are taken, by a clip fitted on some of them.
 
     Raises:
-        UserError: what is asked for needs all of them at once.
+        UserError: latents that the clip is not made for.
     """
+    raw: Latents = images.latents
     if config.outliers is not None:
-        raise UserError("outliers are put into latents in memory, not into a LatentStore: take outliers=None")
+        raw = WithOutliers(raw, config.outliers, images.moments.mean)
     if config.clip is None:
-        return images.latents
-    if not isinstance(config.clip, TukeyClip):
-        raise UserError("clip=ConditionalClip looks at all latents at once: take TukeyClip or None for a LatentStore")
+        return raw
     try:
-        low, high = config.clip.bounds(some_of(images.latents))
+        if isinstance(config.clip, TukeyClip):
+            low, high = config.clip.bounds(some_of(raw))
+            return Changed(raw, lambda values: values.clamp(low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)))
+        some = raw.take(_sample_of(raw).sort().values)
+        if len(some) < len(raw):
+            tqdm.write(f"clip=ConditionalClip is fitted on {len(some)} of {len(raw)} latents")
+        return Changed(raw, config.clip.fit(some))
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Changed(images.latents, lambda raw: raw.clamp(low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)))
+
+
+def _sample_of(raw: Latents) -> Tensor:
+    """Which latents ``ConditionalClip`` is fitted on: ``FITTED_ON``, no more than 200 MB, but enough for it."""
+    d = math.prod(raw.shape)
+    least = ConditionalClip.SAMPLES_AN_ELEMENT * min(d, ConditionalClip.MOST_ELEMENTS)
+    return some_indices(len(raw), raw.shape, most=max(FITTED_ON, least), most_elements=max(50_000_000, least * d))
 
 
 def _space_of(config: TrainConfig, raw: Latents, images: StoredImages) -> LatentSpace:
-    """The space of a store's latents ``raw``: statistics from its index or, of clipped ones, by a pass over all."""
+    """The space of a store's latents ``raw``: statistics from its index or, of changed ones, by a pass over all."""
     moments = images.moments
-    if config.clip is not None:
-        bar = tqdm(list(in_pieces(len(raw))), desc="statistics of clipped latents", unit="batch", leave=False, delay=2)
+    if not isinstance(raw, StoredLatents):
+        bar = tqdm(list(in_pieces(len(raw))), desc="statistics of changed latents", unit="batch", leave=False, delay=2)
         moments = reduce(Moments.merged, (Moments.of(raw.take(indices)) for indices in bar))
     return LatentSpace.measured(images.codec, moments.mean, moments.std, raw)
