@@ -294,13 +294,12 @@ def run_encode(options: argparse.Namespace) -> int:
     from reference_trainer.data.images import ImageFolder
     from reference_trainer.data.shards import DTYPES
     from reference_trainer.machine import cache_folder, device_of
-    from reference_trainer.options import override
+    from reference_trainer.options import autoencoder_option, override
     from reference_trainer.presets import PRESETS, on_folder
 
     config = on_folder(PRESETS[0](), str(options.data))
-    if (given := options.autoencoder) is not None:
-        part = f"PretrainedAutoencoder(load={given!r})" if ":" in given and "(" not in given else given
-        config = override(config, f"autoencoder={part}")
+    if options.autoencoder is not None:
+        config = override(config, autoencoder_option(options.autoencoder))
     (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
     try:
         encoding = Encoding(

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.codecs import Codec, Foreign, Pixels, check_codec
-from reference_trainer.data.fitting import fit
+from reference_trainer.data.fitting import Fit, fit
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.outputs import described
 from reference_trainer.data.posterior import need_latents, sampled
@@ -170,17 +171,7 @@ class KLAutoencoder:
             except UserError as error:
                 tqdm.write(f"fitting the autoencoder again: {error}")
         network = self._network(channels)
-        how = fit(
-            network,
-            partial(self._loss, network),
-            lambda unit: self._decoded(network, self._posterior(network, unit).mean),
-            *(images, device),
-            steps=self.steps,
-            most_steps=self.most_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            seed=self.seed,
-        )
+        how = self._fit(network, images, device)
         codec = _Kl(network, self, how.as_dict())
         there_and_back = codec.decode(codec.encode(to_unit(images.train[:2]).to(device)))
         if not (_is_finite(network) and there_and_back.isfinite().all()):
@@ -226,6 +217,20 @@ class KLAutoencoder:
                 mid_block_add_attention=self.attention,
             )
 
+    def _fit(self, network: Any, images: ImageSet, device: torch.device) -> Fit:
+        return fit(
+            network,
+            partial(self._loss, network),
+            lambda unit: self._decoded(network, self._posterior(network, unit).mean),
+            images,
+            device,
+            steps=self.steps,
+            most_steps=self.most_steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self.seed,
+        )
+
     def _loss(self, network: Any, images: Tensor, generator: torch.Generator) -> Tensor:
         posterior = self._posterior(network, images)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
@@ -251,7 +256,7 @@ class KLAutoencoder:
         return F.mse_loss(output, images)
 
 
-Autoencoder: TypeAlias = KLAutoencoder | PretrainedAutoencoder | PixelSpace
+Autoencoder: TypeAlias = KLAutoencoder | DiffusersAutoencoder | PretrainedAutoencoder | PixelSpace
 
 
 def _is_finite(network: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
-from reference_trainer.data.codecs import Codec
+from reference_trainer.data.codecs import Codec, notes_of
 from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.moments import Moments
@@ -125,6 +125,7 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
         moments=moments,
         autoencoder=autoencoder_to_dict(encoding.autoencoder),
         preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"},
+        codec=notes_of(codec) or None,
     )
     index.write(out)
     return index
