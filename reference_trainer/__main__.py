@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from reference_trainer.ablation.command import add_parser as add_ablate
 from reference_trainer.command import Parser, did_you_mean, path, whole
 from reference_trainer.errors import UserError, exit_status
-from reference_trainer.manual import OFTEN, page
+from reference_trainer.manual import ENCODE_EXAMPLES, OFTEN, page
 from robustcm import __version__
 
 if TYPE_CHECKING:
@@ -124,13 +124,24 @@ def parser() -> Parser:
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
-    encoding = commands.add_parser("encode", help="encode a folder of images into a store of latents to train on")
+    encoding = commands.add_parser(
+        "encode",
+        help="encode a folder of images into a store of latents to train on",
+        epilog=ENCODE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     encoding.add_argument("data", type=path, metavar="DATA", help="a folder of images; of class folders: with labels")
-    encoding.add_argument("--out", type=path, required=True, metavar="STORE", help="folder for the latents")
+    encoding.add_argument("--out", type=path, metavar="STORE", help="folder for the latents")
     encoding.add_argument(
         "--autoencoder",
         metavar="AUTOENCODER",
-        help="module:function that returns yours, or KLAutoencoder(...), fitted to the images (default)",
+        help="one of diffusers, by its name on the Hugging Face hub or its folder; module:function that returns yours; "
+        "or KLAutoencoder(...), fitted to the images (default)",
+    )
+    encoding.add_argument(
+        "--look",
+        action="store_true",
+        help="encode nothing: draw some images with their reconstructions and the latents' box plots, print figures",
     )
     encoding.add_argument("--resolution", type=whole, default=64, help="side in pixels (default 64)")
     encoding.add_argument("--flips", action="store_true", help="also encode the mirrored images")
@@ -300,6 +311,8 @@ def run_encode(options: argparse.Namespace) -> int:
     config = on_folder(PRESETS[0](), str(options.data))
     if options.autoencoder is not None:
         config = override(config, autoencoder_option(options.autoencoder))
+    if options.out is None and not options.look:
+        raise UserError("encode needs --out STORE, a folder for the latents; or --look, to see the autoencoder first")
     (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
     try:
         encoding = Encoding(
@@ -311,6 +324,14 @@ def run_encode(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(f"encode: {error}") from error
+    if options.look:
+        from reference_trainer.evaluation.look import look_at
+
+        picture = Path("runs") / f"look-{options.data.resolve().name}.png" if options.out is None else options.out
+        picture = picture if picture.suffix == ".png" else picture.with_name(f"{picture.name}-look.png")
+        require_writable(picture)
+        print(look_at(encoding, picture, device_of(options.device), cache_folder()))
+        return 0
     index = encode_folder(encoding, options.out, device_of(options.device), cache_folder())
     classes = f"{index.classes} classes" if index.classes else "no classes"
     print(

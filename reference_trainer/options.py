@@ -106,7 +106,7 @@ VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for t
 
 
 def autoencoder_option(word: str) -> str:
-    """What ``--autoencoder WORD`` says, as an option: a part, ``module:function``, a folder of diffusers', a hub name."""
+    """What ``--autoencoder WORD`` says: a part, ``module:function``, a folder of diffusers' or a hub name."""
     folder = Path(word).expanduser()
     if "(" in word or word in VOCABULARY:
         part = word

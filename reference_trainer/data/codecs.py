@@ -40,7 +40,7 @@ class Codec(Protocol):
 
 
 def notes_of(codec: Codec) -> dict[str, Any]:
-    """What a store's index and a run's report say of ``codec``: a fitted one's PSNR, the hash of loaded weights; or {}."""
+    """What an index and a report say of ``codec``: of a fitted one the PSNR, of a loaded one a hash of its weights."""
     return dict(getattr(codec, "notes", {}))
 
 

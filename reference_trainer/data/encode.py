@@ -176,6 +176,18 @@ def _codec(
         )
     if shards_of(out):
         raise UserError(f"{shown(out)} has shards, but no {CODEC}: put it back, or delete that folder")
+    images = images_to_fit(encoding, root, files)
+    codec = encoding.autoencoder.fit(images, device, cache)
+    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
+    return codec
+
+
+def images_to_fit(encoding: Encoding, root: Path, files: Sequence[Path]) -> ImageSet:
+    """What the autoencoder is fitted on, or tried on: of many images some.
+
+    Raises:
+        UserError: too few images, or none that can be read.
+    """
     source, notes = encoding.source, Notes()
     most = FIT_MOST if isinstance(encoding.autoencoder, KLAutoencoder) else PIECE
     every = source.held_out_every
@@ -192,10 +204,7 @@ def _codec(
             tqdm.write(f"the autoencoder is fitted on {len(names)} of {len(files)} images, evenly over them")
     if not len(pixels):
         raise UserError(f"none of {len(files)} images below {printable(source.path)} can be read")
-    images = ImageSet(root.name, pixels, None, is_held_out, names)
-    codec = encoding.autoencoder.fit(images, device, cache)
-    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
-    return codec
+    return ImageSet(root.name, pixels, None, is_held_out, names)
 
 
 def _encoded(

@@ -1,4 +1,4 @@
-"""An autoencoder that diffusers knows, by its name on the Hugging Face hub or from a folder, loaded whole or not at all.
+"""An autoencoder of diffusers, by its name on the Hugging Face hub or from a folder, loaded whole or not at all.
 
 Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
 """
@@ -36,8 +36,9 @@ OF_A_FOLDER = "give a folder that save_pretrained wrote, DiffusersAutoencoder(na
 class DiffusersAutoencoder:
     """An autoencoder of diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, ...), by hub name or from a folder.
 
-    Diffusers' own loader of the class that its config.json names; safetensors only, since a pickle may run code. Weights
-    that are missing, left over or of another shape are an error: diffusers only warns, and such an autoencoder blurs.
+    Diffusers' own loader of the class that its config.json names; safetensors only, since a pickle may run code.
+    Weights that are missing, left over or of another shape are an error: diffusers only warns, and such an autoencoder
+    blurs.
 
     Latents are kept as the encoder gives them. Its ``scaling_factor`` and ``shift_factor`` are not applied: training
     normalises channel by channel anyway. They stand in a store's index.json, for whoever hands the latents to a model

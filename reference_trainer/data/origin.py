@@ -93,7 +93,7 @@ def name_of(codec: Codec) -> str:
 
 
 def other_weights(notes: Mapping[str, Any], codec: Codec) -> list[str]:
-    """That the weights of ``codec`` are not those that ``notes`` (see ``notes_of``) tell of, in words; nothing if not."""
+    """That the weights of ``codec`` are not those that ``notes`` (``notes_of``) tell of, in words; nothing if not."""
     then, now = (found.get("weights_sha256") for found in (notes, notes_of(codec)))
     if then is None or now is None or then == now:
         return []

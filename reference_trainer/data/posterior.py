@@ -27,17 +27,15 @@ def need_latents(latents: str) -> None:
 def sampled(mean: Tensor, std: Tensor, images: Tensor, seed: int) -> Tensor:
     """One draw for each image: ``mean + std * noise``, ``[n, ch, h, w]``, float32.
 
-    The noise is that of a generator which (seed, the image's pixels) make. So whoever encodes an image again, in another
-    batch, shard, process or run, gets the same latents, and a mirrored image gets a draw of its own.
+    The noise is that of a generator which (seed, the image's pixels) make. So whoever encodes an image again, in
+    another batch, shard, process or run, gets the same latents, and a mirrored image gets a draw of its own.
 
     Args:
         mean, std: ``[n, ch, h, w]`` of the distributions.
         images: ``[n, ch, h, w]`` in -1 .. 1, that they are of.
     """
     pixels = to_pixels(images.float()).cpu().numpy()
-    noise = torch.stack(
-        [torch.randn(mean.shape[1:], generator=_generator(image.tobytes(), seed)) for image in pixels]
-    )
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=_generator(image.tobytes(), seed)) for image in pixels])
     return mean.float() + std.float() * noise.to(mean.device)
 
 

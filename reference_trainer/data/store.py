@@ -86,8 +86,8 @@ class Index:
     preprocessing: dict[str, Any] | None
     """What was done to the images."""
     codec: dict[str, Any] | None = None
-    """What is known of the autoencoder beside its configuration, see ``notes_of``: class and hash of its weights, or PSNR
-    and steps of its fit. None: nothing, or an earlier version's."""
+    """What is known of the autoencoder beside its configuration, see ``notes_of``: class and hash of its weights, or
+    PSNR and steps of its fit. None: nothing, or an earlier version's."""
 
     @property
     def count(self) -> int:
