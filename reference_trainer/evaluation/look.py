@@ -22,13 +22,14 @@ from reference_trainer.data.images import Notes, psnr_of_each, to_pixels, to_uni
 from reference_trainer.data.latents import not_finite, spread
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.boxes import Column
-from reference_trainer.evaluation.features import PooledLatents, vectors_of
+from reference_trainer.evaluation.features import PooledLatents, pooled, vectors_of
 from reference_trainer.evaluation.look_picture import Seen, column_of, draw_look
 from reference_trainer.evaluation.metrics import frechet_distance, kernel_distance
 from reference_trainer.options import literal
 from reference_trainer.plotting import save_figure
 from robustcm.tails import BoxStatistics, box_statistics
 
+FEATURES = "latents of this autoencoder, pooled to 4x4, which are blind to fine detail"
 MOST_OF_A_SET = 256
 """Images looked at of those trained on, and of those held out."""
 MOST_LINES = 16
@@ -87,9 +88,8 @@ def seen(codec: Codec, parts: Sequence[tuple[str, Tensor, int]], device: torch.d
         UserError: latents or reconstructions that are not finite.
     """
     sets, latents, spent = list[Seen](), list[Tensor](), [0.0, 0.0]
-    with tqdm(
-        total=sum(len(images) for _, images, _ in parts), desc="looking", unit="img", leave=False, delay=1
-    ) as bar:
+    count = sum(len(images) for _, images, _ in parts)
+    with tqdm(total=count, desc="looking", unit="img", leave=False, delay=1) as bar:
         for name, images, of in parts:
             there = list[Tensor]()
             for part in images.split(32):
@@ -120,21 +120,24 @@ def seen(codec: Codec, parts: Sequence[tuple[str, Tensor, int]], device: torch.d
         std=std,
         channels=channels,
         columns=tuple(column_of(str(i), scaled[i], boxes[i]) for i in channels),
-        distances=_distances(codec, sets, device),
+        distances=_distances(codec, sets, raw, device),
         seconds=(spent[0] / len(raw), spent[1] / len(raw)),
     )
 
 
-def _distances(codec: Codec, sets: Sequence[Seen], device: torch.device) -> str:
-    """Of reconstructions to images, beside what chance makes of two halves of the images, in the default features."""
-    features = PooledLatents(codec, device)
-    real = vectors_of(torch.cat([one.images for one in sets]), features)
-    fake = vectors_of(torch.cat([one.reconstructed for one in sets]), features)
+def _distances(codec: Codec, sets: Sequence[Seen], latents: Tensor, device: torch.device) -> str:
+    """Of reconstructions to images, beside what chance makes of two halves of the images, in the default features.
+
+    Args:
+        latents: of the images, ``[n, ch, h, w]``.
+    """
+    real = pooled(latents)
+    fake = vectors_of(torch.cat([one.reconstructed for one in sets]), PooledLatents(codec, device))
     kernel, chance = kernel_distance(real, fake), kernel_distance(real[::2], real[1::2])
     said = f"kernel x1000 {kernel:.2f} (of one half of the images to the other: {chance:.2f})"
     if len(real) > 2 * real.shape[1]:  # else its covariance means little
         said += f", Frechet {frechet_distance(real, fake):.3g}"
-    return f"{said}; in {features.name.replace('run', 'encode')}, n = {len(real)}"
+    return f"{said}; in {FEATURES}, n = {len(real)}"
 
 
 def farthest(boxes: Sequence[BoxStatistics], most: int = MOST_LINES) -> tuple[int, ...]:

@@ -38,8 +38,8 @@ class Seen:
     def in_words(self) -> str:
         """Mean and range of the PSNR."""
         return (
-            f"{float(self.psnr.mean()):.2f} dB, images {self.name} (worst {float(self.psnr.min()):.1f}, best "
-            f"{float(self.psnr.max()):.1f}, mean over {len(self.psnr)} of {self.of})"
+            f"images {self.name}: {float(self.psnr.mean()):.2f} dB, the mean over {len(self.psnr)} of {self.of} "
+            f"(worst {float(self.psnr.min()):.1f}, best {float(self.psnr.max()):.1f})"
         )
 
 
@@ -60,10 +60,11 @@ def draw_look(sets: Sequence[Seen], columns: Sequence[Column], title: str) -> Fi
     for ax in (boxes, histogram):
         ax.spines[["top", "right"]].set_visible(False)
     draw_boxes(boxes, columns, "latents by channel, (value - mean) / std", shares=len(columns) <= 8)
+    bins = np.histogram_bin_edges(np.concatenate([one.psnr.numpy() for one in sets]), 24)
     for one, colour in zip(sets, COLOURS, strict=False):
-        histogram.hist(one.psnr.numpy(), bins=24, density=True, color=colour, alpha=0.5, label=one.name)
+        histogram.hist(one.psnr.numpy(), bins=bins, density=True, color=colour, alpha=0.5, label=one.name)
         histogram.axvline(float(one.psnr.mean()), color=colour, linewidth=1.5)
-    histogram.set(title="PSNR of the images, line: mean", xlabel="dB", yticks=[])
+    histogram.set(title="PSNR by image; lines: means", xlabel="dB", yticks=[])
     histogram.spines["left"].set_visible(False)
     histogram.legend(frameon=False, fontsize=9)
     return figure
@@ -83,7 +84,9 @@ def _draw_set(ax: Axes, one: Seen) -> None:
     side, height = rows[0].shape[1] / len(chosen), len(rows[0])
     labels = [f"{float(one.psnr[i]):.1f}" for i in chosen]
     ax.set_xticks([side * (i + 0.5) for i in range(len(chosen))], labels, fontsize=9)
-    ax.set_yticks([height / 2, 1.5 * height + len(gap)], ["images", "back"], fontsize=9, rotation=90, va="center")
+    ax.set_yticks(
+        [height / 2, 1.5 * height + len(gap)], ["images", "reconstructed"], fontsize=9, rotation=90, va="center"
+    )
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(f"mean PSNR {one.in_words()}", fontsize=11)
+    ax.set_title(f"PSNR of {one.in_words()}", fontsize=11)
