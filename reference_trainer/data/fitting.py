@@ -1,14 +1,14 @@
 """How the small autoencoder is fitted: in so many steps, or until its PSNR on images held out no longer rises.
 
-The rule: every ``CHECK_EVERY`` steps the PSNR of the held-out images is measured, at a learning rate that stays. When
-the best of all checks is less than ``RISE`` dB above the best of the first two thirds of the steps, or the cap is near,
-the learning rate falls to 0 over another quarter of the steps done, and the fit is at its end.
+The rule: every ``CHECK_EVERY`` steps the PSNR of the held-out images is measured. Where it has not risen by ``RISE`` dB
+in ``PATIENCE`` steps, the learning rate falls to a third; when that is to happen for the fourth time, or at the cap, the
+fit is at its end. Its weights are those of the best check. Towards the cap the learning rate falls to 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,12 +22,16 @@ from robustcm.randomness import step_generator
 
 CHECK_EVERY = 100
 """Steps between two looks at the held-out images."""
-LEAST_STEPS = 600
-"""Before which no fit counts as flat."""
 RISE = 0.1
 """dB."""
-COOLING = 0.25
-"""Of the steps done: over so many more the learning rate falls to 0."""
+PATIENCE = 500
+"""Steps without such a rise."""
+FALLS = 3
+"""Of the learning rate, before a fit is at its end."""
+WARM_UP = 50
+"""Steps."""
+COOLING = 0.2
+"""Share of the cap, over the last of which the learning rate falls to 0."""
 HELD_OUT_SHARE = 0.05
 """Of the training images, evenly over them: not fitted on where the data set has no held-out images."""
 MOST_JUDGED = 256
@@ -56,18 +60,6 @@ class Fit:
         return asdict(self)
 
 
-def is_flat(checks: Sequence[tuple[int, float]]) -> bool:
-    """Whether the last third of the steps has raised the best PSNR by less than ``RISE``.
-
-    Args:
-        checks: (steps done, held-out PSNR), rising in the steps.
-    """
-    if not checks or (now := checks[-1][0]) < LEAST_STEPS:
-        return False
-    early = [psnr for step, psnr in checks if 3 * step <= 2 * now]
-    return bool(early) and max(psnr for _, psnr in checks) - max(early) < RISE
-
-
 def fitted_and_judged(images: ImageSet) -> tuple[Tensor, Tensor]:
     """The images to fit on and those to measure the PSNR on, uint8 ``[n, ch, h, w]`` both; the second may be empty.
 
@@ -85,26 +77,25 @@ class Course:
     """The learning rate of a fit without a number of steps, as a share of its peak; knows when it is at its end."""
 
     def __init__(self, most_steps: int) -> None:
-        self._cap = most_steps
-        self._checks: list[tuple[int, float]] = []
-        self._cooling_from = max(1, int(most_steps / (1 + COOLING)))  # at the latest: the cap leaves room for it
+        self._cap, self._falls = most_steps, 0
+        self._mark, self._since = -math.inf, 0
         self.end = most_steps
         self.stopped = f"the cap of {most_steps} steps (autoencoder.most_steps)"
 
     def __call__(self, step: int) -> float:
-        """Linear to the peak, the peak, linear to 0."""
-        if step > self._cooling_from:
-            return max(0.0, (self.end - step) / (self.end - self._cooling_from))
-        return min(1.0, (step + 1) / 50)
+        """At ``step``: warm-up, the peak or a third of it or a ninth, the way to the cap."""
+        warm, cool = (step + 1) / WARM_UP, (self._cap - step) / max(1.0, COOLING * self._cap)
+        return min(1.0, warm) * min(1.0, cool) / 3**self._falls
 
     def check(self, step: int, psnr: float) -> None:
-        """Note the held-out PSNR behind ``step`` steps; the first time that it is flat settles the end."""
-        if step > self._cooling_from:
-            return
-        self._checks.append((step, psnr))
-        if is_flat(self._checks):
-            self._cooling_from, self.end = step, min(self._cap, step + max(1, int(COOLING * step)))
-            self.stopped = f"held-out PSNR rose by less than {RISE:g} dB in the last third of {step} steps"
+        """Note the held-out PSNR behind ``step`` steps, at most ``end``."""
+        if psnr >= self._mark + RISE:
+            self._mark, self._since = psnr, step
+        elif step - self._since >= PATIENCE:
+            if self._falls == FALLS:
+                self.end = step
+                self.stopped = f"held-out PSNR no longer rose by {RISE:g} dB in {PATIENCE} steps"
+            self._falls, self._since = min(FALLS, self._falls + 1), step
 
 
 def fit(
@@ -147,6 +138,7 @@ def fit(
         warm = 0.05 if steps > 20 else 0.0
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warm)
     shown: dict[str, str] = {}
+    best, weights = -math.inf, dict[str, Tensor]()
     done = 0
     with tqdm(total=steps or most_steps, desc="fitting the autoencoder", unit="step") as bar:
         while done < (steps or course.end):
@@ -162,12 +154,16 @@ def fit(
                 shown["loss"] = f"{float(loss.detach()):.4f}"
             done += 1
             if done % CHECK_EVERY == 0 and (there := psnr(judged)) is not None:
-                course.check(done, there)
                 shown["psnr"] = f"{there:.2f} dB"
                 if math.isnan(there):  # the caller will say so
                     break
+                course.check(done, there)
+                if steps is None and there > best:
+                    best, weights = there, {name: t.clone() for name, t in network.state_dict().items()}
                 bar.total = steps or course.end
             bar.set_postfix(shown, refresh=False)
             bar.update()
+    if weights and best > (psnr(judged) or best):
+        network.load_state_dict(weights)
     why = f"as many as autoencoder.steps={steps} says" if steps else course.stopped
     return Fit(done, psnr(spread(pixels, MOST_JUDGED)) or 0.0, psnr(judged), why)

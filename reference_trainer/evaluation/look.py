@@ -151,9 +151,14 @@ def in_words(look: Look, codec: Codec, files: int, encoding: Encoding) -> list[s
     fewer = math.prod(size) / math.prod(look.shape)
     encode, decode = look.seconds
     images = (2 if encoding.flips else 1) * files
-    notes = ", ".join(f"{key} {value}" for key, value in notes_of(codec).items() if not isinstance(value, float))
+    notes = notes_of(codec)
     lines = [
-        *([f"             {notes}"] if notes else []),
+        *(
+            [f"             {notes['class']}, weights of sha256 {notes['weights_sha256'][:8]}"]
+            if "class" in notes
+            else []
+        ),
+        *([f"fit          {notes['steps']} steps: {notes['stopped']}"] if "steps" in notes else []),
         f"looked at    {', '.join(f'{len(one.images)} of {one.of} images {one.name}' for one in look.sets)}",
         f"latents      {_by(look.shape)} of images {_by(size)}: {fewer:.3g} times fewer numbers",
         *(f"PSNR         {one.in_words()}" for one in look.sets),
