@@ -1,8 +1,8 @@
 """How the small autoencoder is fitted: in so many steps, or until its PSNR on images held out no longer rises.
 
-The rule: every ``CHECK_EVERY`` steps the PSNR of the held-out images is measured. Where it has not risen by ``RISE`` dB
-in ``PATIENCE`` steps, the learning rate falls to a third; when that is to happen for the fourth time, or at the cap, the
-fit is at its end. Its weights are those of the best check. Towards the cap the learning rate falls to 0.
+The rule: every ``CHECK_EVERY`` steps the PSNR of the held-out images is measured. Where it has not risen by ``RISE``
+dB in ``PATIENCE`` steps, the learning rate falls to a third; when that is to happen for the fourth time, or at the cap,
+the fit is at its end. Its weights are those of the best check. Towards the cap the learning rate falls to 0.
 """
 
 from __future__ import annotations

@@ -153,11 +153,7 @@ def in_words(look: Look, codec: Codec, files: int, encoding: Encoding) -> list[s
     images = (2 if encoding.flips else 1) * files
     notes = notes_of(codec)
     lines = [
-        *(
-            [f"             {notes['class']}, weights of sha256 {notes['weights_sha256'][:8]}"]
-            if "class" in notes
-            else []
-        ),
+        *([f"weights      {notes['class']}, sha256 {notes['weights_sha256'][:8]}"] if "class" in notes else []),
         *([f"fit          {notes['steps']} steps: {notes['stopped']}"] if "steps" in notes else []),
         f"looked at    {', '.join(f'{len(one.images)} of {one.of} images {one.name}' for one in look.sets)}",
         f"latents      {_by(look.shape)} of images {_by(size)}: {fewer:.3g} times fewer numbers",
