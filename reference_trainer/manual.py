@@ -53,8 +53,6 @@ examples:
   python -m reference_trainer encode photos --out latents --autoencoder path/to/folder         without network
   python -m reference_trainer encode photos --out latents \\
       --autoencoder "DiffusersAutoencoder(name='path/to/pipeline', subfolder='vae', dtype='bfloat16', latents='sample')"
-  python -m reference_trainer encode photos --out latents --autoencoder "KLAutoencoder(latent_channels=8, steps=None,
-      likelihood='gaussian', kl_weight=1e-3)"
   python -m reference_trainer --data latents                                                   train on it"""
 
 
