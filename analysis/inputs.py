@@ -11,11 +11,12 @@ from torch import Tensor
 
 from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.codecs import Codec
+from reference_trainer.data.from_diffusers import looks_like_one
 from reference_trainer.data.images import ImageFolder, ImageSet
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
-from reference_trainer.options import override
+from reference_trainer.options import autoencoder_option, override
 from reference_trainer.presets import PRESETS, on_data
 from reference_trainer.run import RunFolder
 
@@ -41,7 +42,8 @@ def configuration(
 ) -> TrainConfig:
     """What `train --data DATA` trains with, in the default preset; ``resolution`` and ``autoencoder`` exchanged in it.
 
-    ``autoencoder`` is a part such as ``KLAutoencoder``, ``module:function``, or a run folder.
+    ``autoencoder`` is a part such as ``KLAutoencoder``, ``module:function``, a hub name or folder of diffusers', or a
+    run folder.
 
     Raises:
         UserError: none of the three, or a resolution that does not work.
@@ -51,14 +53,12 @@ def configuration(
         config = replace(config, data=at_resolution(config.data, resolution))
     if autoencoder is None:
         return config
-    if Path(autoencoder).is_dir():
+    if Path(autoencoder).is_dir() and not looks_like_one(Path(autoencoder)):
         codec = load_model(RunFolder(Path(autoencoder)), device).space.codec
         # In all that is used here it is as good as a part.
         return replace(config, autoencoder=cast(Any, GivenAutoencoder(autoencoder, codec)))
-    if ":" in autoencoder and "(" not in autoencoder:
-        return override(config, f"autoencoder=PretrainedAutoencoder(load={autoencoder!r})")
     try:
-        return override(config, f"autoencoder={autoencoder}")
+        return override(config, autoencoder_option(autoencoder))
     except UserError as error:
         where = f"--autoencoder {autoencoder}: no run folder of this name, no module:function"
         raise UserError(f"{where}; {error}") from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from analysis.baselines import baseline_spaces
 from analysis.command import add_common, check_common, run_command
-from analysis.drawing import COLOURS, Column, draw_outliers, gaussian_beside, outliers_of
+from analysis.drawing import COLOURS, draw_outliers, gaussian_beside
 from analysis.inputs import at_resolution, configuration, load_images, some_of_images
 from analysis.stored import run_on_store, stored_space
 from analysis.values import NoiseLevels, Residuals, Space, normalised, run_space
@@ -24,6 +24,7 @@ from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import RECOGNISED
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation.boxes import Column, outliers_of
 from reference_trainer.files import write_atomically
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.plotting import save_figure

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from reference_trainer.ablation.command import add_parser as add_ablate
 from reference_trainer.command import Parser, did_you_mean, path, whole
 from reference_trainer.errors import UserError, exit_status
-from reference_trainer.manual import OFTEN, page
+from reference_trainer.manual import ENCODE_EXAMPLES, OFTEN, page
 from robustcm import __version__
 
 if TYPE_CHECKING:
@@ -127,8 +127,10 @@ def parser() -> Parser:
     encoding = commands.add_parser(
         "encode",
         help="encode images into a store of latents to train on",
-        epilog="Started several times, or by torchrun, the processes share the work. Whoever was interrupted: the same "
-        "command again goes on at the next shard.",
+        description="Started several times, or by torchrun, the processes share the work. Whoever was interrupted: the "
+        "same command again goes on at the next shard.",
+        epilog=ENCODE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     encoding.add_argument(
         "data",
@@ -141,11 +143,17 @@ def parser() -> Parser:
     encoding.add_argument("--subset", metavar="NAME", help="of a Hugging Face dataset: its configuration")
     encoding.add_argument("--image-column", metavar="NAME", help="of a Hugging Face dataset with several of images")
     encoding.add_argument("--label-column", metavar="NAME", help="of a Hugging Face dataset with several of classes")
-    encoding.add_argument("--out", type=path, required=True, metavar="STORE", help="folder for the latents")
+    encoding.add_argument("--out", type=path, metavar="STORE", help="folder for the latents")
     encoding.add_argument(
         "--autoencoder",
         metavar="AUTOENCODER",
-        help="module:function that returns yours, or KLAutoencoder(...), fitted to the images (default)",
+        help="one of diffusers, by its name on the Hugging Face hub or its folder; module:function that returns yours; "
+        "or KLAutoencoder(...), fitted to the images (default)",
+    )
+    encoding.add_argument(
+        "--look",
+        action="store_true",
+        help="encode nothing: draw some images with their reconstructions and the latents' box plots, print figures",
     )
     encoding.add_argument("--resolution", type=whole, default=64, help="side in pixels (default 64)")
     encoding.add_argument("--flips", action="store_true", help="also encode the mirrored images")
@@ -304,13 +312,14 @@ def run_encode(options: argparse.Namespace) -> int:
     from reference_trainer.data.shards import DTYPES
     from reference_trainer.data.sources import source_of
     from reference_trainer.machine import cache_folder, device_of
-    from reference_trainer.options import override
+    from reference_trainer.options import autoencoder_option, override
     from reference_trainer.presets import PRESETS, on_folder
 
     config = on_folder(PRESETS[0](), str(options.data))
-    if (given := options.autoencoder) is not None:
-        part = f"PretrainedAutoencoder(load={given!r})" if ":" in given and "(" not in given else given
-        config = override(config, f"autoencoder={part}")
+    if options.autoencoder is not None:
+        config = override(config, autoencoder_option(options.autoencoder))
+    if options.out is None and not options.look:
+        raise UserError("encode needs --out STORE, a folder for the latents; or --look, to see the autoencoder first")
     (dtype,) = (name for name, found in DTYPES.items() if str(found) == f"torch.{options.dtype}")
     chosen = {name: getattr(options, name) for name in ("split", "subset", "image_column", "label_column")}
     try:
@@ -323,6 +332,14 @@ def run_encode(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(f"encode: {error}") from error
+    if options.look:
+        from reference_trainer.evaluation.look import look_at
+
+        picture = Path("runs") / f"look-{options.data.resolve().name}.png" if options.out is None else options.out
+        picture = picture if picture.suffix == ".png" else picture.with_name(f"{picture.name}-look.png")
+        require_writable(picture)
+        print(look_at(encoding, picture, device_of(options.device), cache_folder()))
+        return 0
     index = encode_folder(encoding, options.out, device_of(options.device), cache_folder())
     classes = f"{index.classes} classes" if index.classes else "no classes"
     print(

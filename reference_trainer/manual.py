@@ -24,7 +24,7 @@ OFTEN = (
     Often("network.width", "128", "of the transformer; network=UNet(...) for a U-Net"),
     Often("network.patch", "4", "side of a token (2 with --data)"),
     Often("autoencoder.latent_channels", "2", "of the autoencoder fitted here (4 with --data)"),
-    Often("autoencoder.steps", "1100", "of its fit; autoencoder=PretrainedAutoencoder(load='my_vae:load') for yours"),
+    Often("autoencoder.steps", "1100", "of its fit; None (with --data): until its held-out PSNR no longer rises"),
     Often("objective.distance", "geman_mcclure", "cauchy, pseudo_huber, squared_l2, PerToken(...), PerElement(...)"),
     Often("objective.c.multiple", "0.7", "scale of the distance over the median residual; objective.c=ConstantC"),
     Often("objective.coupler", "exact", "pairing of noise and data; independent, Entropic(reg=...)"),
@@ -40,10 +40,21 @@ EXAMPLES = """\
   python -m reference_trainer ilct steps=1000 --out runs/brief
   python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'
   python -m reference_trainer --data photos data.resolution=128 autoencoder.latent_channels=8
+  python -m reference_trainer --data photos autoencoder="DiffusersAutoencoder(name='stabilityai/sd-vae-ft-ema')"
   python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')"
   python -m reference_trainer celebahq paper network=DIT_B2 --show
   python -m reference_trainer train --fields objective.c     what there is to choose, with every number
   python -m reference_trainer --out runs/photos              go on with a run as it is configured"""
+
+
+ENCODE_EXAMPLES = """\
+examples:
+  python -m reference_trainer encode photos --look --autoencoder stabilityai/sd-vae-ft-ema     see it before you pay
+  python -m reference_trainer encode photos --out latents --autoencoder stabilityai/sd-vae-ft-ema
+  python -m reference_trainer encode photos --out latents --autoencoder path/to/folder         without network
+  python -m reference_trainer encode photos --out latents \\
+      --autoencoder "DiffusersAutoencoder(name='path/to/pipeline', subfolder='vae', dtype='bfloat16', latents='sample')"
+  python -m reference_trainer --data latents                                                   train on it"""
 
 
 def presets(module: str, argument: str | None = None) -> list[tuple[str, str]]:

@@ -13,10 +13,12 @@ import math
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.stored import LatentStore
@@ -48,7 +50,7 @@ RHOS = (
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "data"): (Digits, ImageFolder, LatentStore),
-    (TrainConfig, "autoencoder"): (KLAutoencoder, PretrainedAutoencoder, PixelSpace),
+    (TrainConfig, "autoencoder"): (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
     (TrainConfig, "network"): (DiT, UNet),
@@ -103,6 +105,20 @@ What a field of a class takes, its subclasses' take, where they say nothing else
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
 VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
 VOCABULARY |= NETWORKS
+
+
+def autoencoder_option(word: str) -> str:
+    """What ``--autoencoder WORD`` says: a part, ``module:function``, a folder of diffusers' or a hub name."""
+    folder = Path(word).expanduser()
+    if "(" in word or word in VOCABULARY:
+        part = word
+    elif folder.is_dir():
+        part = literal(DiffusersAutoencoder(name=str(folder.resolve())))
+    elif ":" in word:
+        part = literal(PretrainedAutoencoder(load=word))
+    else:
+        part = literal(DiffusersAutoencoder(name=word)) if "/" in word else word
+    return f"autoencoder={part}"
 
 
 def override(config: TrainConfig, option: str) -> TrainConfig:

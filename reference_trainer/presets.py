@@ -120,7 +120,7 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
     if config.clip is not None:  # of extreme values only: whether a decoder needs the others is not known
         config = replace(config, clip=TukeyClip(k=3.0))
     if isinstance(config.autoencoder, KLAutoencoder):
-        autoencoder = replace(config.autoencoder, latent_channels=4, likelihood="gaussian", kl_weight=1e-3)
+        autoencoder = replace(config.autoencoder, latent_channels=4, likelihood="gaussian", kl_weight=1e-3, steps=None)
         config = replace(config, autoencoder=autoencoder, network=DiT(patch=2))
     return config
 

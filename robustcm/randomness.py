@@ -21,6 +21,8 @@ class Stream(IntEnum):
     DROPOUT = 4
     OUTLIERS = 5
     """Outliers put into latents on purpose."""
+    POSTERIOR = 6
+    """Latents drawn from an encoder's distribution; the step is a number made of the image."""
 
 
 def step_generator(seed: int, step: int, stream: int = Stream.DRAW) -> torch.Generator:

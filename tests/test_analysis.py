@@ -23,6 +23,7 @@ from reference_trainer import __main__ as trainer
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder, to_unit
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation import boxes
 from reference_trainer.model import load_model
 from reference_trainer.presets import flow_map
 from reference_trainer.run import RunFolder
@@ -511,19 +512,19 @@ def test_the_gaussian_beside_has_the_same_size_box_and_no_tail():
 def test_outliers_drawn_are_outliers_the_farthest_among_them():
     x = np.random.default_rng(0).standard_t(2, 200_000).astype(np.float32)
     box = box_statistics(x)
-    shown = drawing.outliers_of(x, box)
-    assert 100 < len(shown) <= drawing.MOST_POINTS
+    shown = boxes.outliers_of(x, box)
+    assert 100 < len(shown) <= boxes.MOST_POINTS
     assert ((shown < box.inner_fences[0]) | (shown > box.inner_fences[1])).all()
     assert np.abs(x).max() in np.abs(shown)
     assert (
-        len(drawing.outliers_of(x[:100], box))
+        len(boxes.outliers_of(x[:100], box))
         == ((x[:100] < box.inner_fences[0]) | (x[:100] > box.inner_fences[1])).sum()
     )
 
 
 def column(label, x):
     box = box_statistics(x)
-    return drawing.Column(label, box, drawing.outliers_of(x, box))
+    return boxes.Column(label, box, boxes.outliers_of(x, box))
 
 
 def test_the_figure_shows_each_box_its_fences_and_shares():

@@ -226,6 +226,8 @@ def test_it_hides_no_nan(likelihood: Literal["bernoulli", "gaussian"], tmp_path:
         {"layers_per_block": 0},
         {"patch": 0},
         {"steps": 0},
+        {"most_steps": 0},
+        {"latents": "mode"},
         {"batch_size": 0},
         {"kl_weight": -0.1},
         {"kl_weight": math.nan},

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
 from reference_trainer.data.codecs import Pixels
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
@@ -41,7 +42,8 @@ NEEDED: dict[type, dict[str, Any]] = {
     AnnealedAbove: {"start": 8.0, "end": 0.5},
     ImageFolder: {"path": "photos"},
     PretrainedAutoencoder: {"load": "my_vae:load"},
-    KLAutoencoder: {"steps": 2, "block_out_channels": (8,), "norm_num_groups": 4},
+    DiffusersAutoencoder: {"name": "my/vae"},
+    KLAutoencoder: {"steps": 2, "most_steps": 2, "block_out_channels": (8,), "norm_num_groups": 4},
     PerToken: {"rho": cauchy_of_r2},
     PerElement: {"rho": cauchy_of_r2},
 }
@@ -67,7 +69,7 @@ def numeric(part: type) -> dict[str, Any]:
         hint = hints[field.name]
         if hint in (float, float | None):
             found[field.name] = REAL
-        elif hint is int:
+        elif hint in (int, int | None):
             found[field.name] = WHOLE
         elif hint == tuple[int, ...]:
             found[field.name] = st.lists(WHOLE, max_size=3).map(tuple)

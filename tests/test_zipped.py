@@ -20,8 +20,8 @@ from reference_trainer.data import zipped
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.encode import LEFT_OUT, Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder
-from reference_trainer.data.reading import Notes, Source, read
 from reference_trainer.data.index import Index
+from reference_trainer.data.reading import Notes, Source, read
 from reference_trainer.data.store import Store
 from reference_trainer.data.zipped import ZippedFiles, ZippedImages
 from reference_trainer.errors import UserError

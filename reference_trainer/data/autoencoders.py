@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,14 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.codecs import Codec, Foreign, Pixels, check_codec
+from reference_trainer.data.fitting import Fit, fit
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.outputs import described
+from reference_trainer.data.posterior import need_latents, sampled
 from reference_trainer.errors import UserError, type_and_message
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_json, load_tensors, save_tensors
 from reference_trainer.networks import MOST_CHANNELS, halvings_fit, need_convolutions
 from robustcm.checks import need_real, need_seed, need_whole
-from robustcm.randomness import step_generator
 
+HOW_IT_WENT = "fit"
+"""Among a fitted autoencoder's tensors: the JSON of its ``Fit``, as uint8."""
 LOGIT_SCALE = 3.0  # logits reach +-10 quickly; the network's output stays of order 1
 
 
@@ -99,7 +104,7 @@ class KLAutoencoder:
     It sees the image with its ``patch`` x ``patch`` squares laid into channels: full-resolution convolutions are what
     a small autoencoder spends its time on.
 
-    Encoding takes the mean of the posterior. The fit is a function of (this configuration, the images) and is cached
+    The fit is a function of (this configuration, the images) and is cached
     under a name made of both.
     """
 
@@ -121,28 +126,38 @@ class KLAutoencoder:
     ``gaussian``: it gives the pixel, the error is squared."""
     kl_weight: float = 0.01
     """Of the Kullback-Leibler term beside the reconstruction error."""
-    steps: int = 1100
-    """Of the fit."""
+    steps: int | None = 1100
+    """Of the fit; None (with a folder of images): until the PSNR of held-out images no longer rises, by the rule in
+    ``reference_trainer/data/fitting.py``."""
+    most_steps: int = 8000
+    """At most so many where ``steps`` is None."""
     batch_size: int = 32
     """Images a step of the fit."""
     lr: float = 4e-3
     """Peak of the fit's learning rate."""
     seed: int = 0
-    """Of the fit."""
+    """Of the fit, and of what ``latents='sample'`` draws."""
+    latents: Literal["mean", "sample"] = "mean"
+    """Of the posterior of each image its mean, or a draw from it: always the same one of the same image and seed."""
 
     def __post_init__(self) -> None:
         need_convolutions(self)
         need_whole(self, "latent_channels", least=1, most=MOST_CHANNELS)
-        need_whole(self, "steps", "batch_size", least=1)
+        need_whole(self, "most_steps", "batch_size", least=1)
+        if self.steps is not None:
+            need_whole(self, "steps", least=1)
         need_real(self, "kl_weight", least=0)
         need_real(self, "lr", above=0)
         need_seed(self)
         if self.likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f"likelihood is 'bernoulli' or 'gaussian', got {self.likelihood!r}")
+        need_latents(self.latents)
 
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
         """Load the fit from ``cache``, or fit with a progress bar and store it there."""
-        key = json.dumps(asdict(self), sort_keys=True) + images.fingerprint()
+        about = asdict(self)
+        del about["latents"]  # how they are taken changes nothing of the fit
+        key = json.dumps(about, sort_keys=True) + images.fingerprint()
         file = cache / f"autoencoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         channels, h, w = images.pixels.shape[1:]
         if not halvings_fit(self, h, w):
@@ -156,14 +171,15 @@ class KLAutoencoder:
             except UserError as error:
                 tqdm.write(f"fitting the autoencoder again: {error}")
         network = self._network(channels)
-        self._fit(network, images.train, device)
-        codec = _Kl(network, self)
+        how = self._fit(network, images, device)
+        codec = _Kl(network, self, how.as_dict())
         there_and_back = codec.decode(codec.encode(to_unit(images.train[:2]).to(device)))
         if not (_is_finite(network) and there_and_back.isfinite().all()):
             raise UserError(
                 f"the autoencoder became NaN or infinite in its fit: lower autoencoder.lr={self.lr:g} or "
                 f"autoencoder.kl_weight={self.kl_weight:g}"
             )
+        tqdm.write(f"the autoencoder: PSNR {how.in_words()}")
         try:
             save_tensors(file, codec.tensors(), {})
         except UserError as error:  # a cache is a convenience: the fit also goes into the run folder
@@ -173,13 +189,15 @@ class KLAutoencoder:
     def build(self, image_channels: int, tensors: dict[str, Tensor]) -> _Kl:
         """The codec of a stored fit."""
         network = self._network(image_channels)
+        weights = {name: tensor for name, tensor in tensors.items() if name != HOW_IT_WENT}
         try:
-            network.load_state_dict(tensors)
+            network.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"these are not the weights of {self}: {str(error).splitlines()[-1].strip()}") from error
         if not _is_finite(network):
             raise UserError(f"the stored weights of {self} are not all finite")
-        return _Kl(network, self)
+        how = bytes(tensors[HOW_IT_WENT].tolist()) if HOW_IT_WENT in tensors else b"{}"
+        return _Kl(network, self, json.loads(how))
 
     def _network(self, image_channels: int) -> Any:
         from diffusers import AutoencoderKL  # slow to import
@@ -199,31 +217,38 @@ class KLAutoencoder:
                 mid_block_add_attention=self.attention,
             )
 
-    def _fit(self, network: Any, pixels: Tensor, device: torch.device) -> None:
-        network.to(device).train()
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    def _fit(self, network: Any, images: ImageSet, device: torch.device) -> Fit:
+        return fit(
+            network,
+            partial(self._loss, network),
+            lambda unit: self._decoded(network, self._posterior(network, unit).mean),
+            images,
+            device,
+            steps=self.steps,
+            most_steps=self.most_steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self.seed,
         )
-        # Without a warm-up where it would be one step or less, which torch divides by.
-        warm = 0.05 if self.steps > 20 else 0.0
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps, pct_start=warm)
-        bar = tqdm(range(self.steps), desc="fitting the autoencoder", unit="step")
-        for step in bar:
-            generator = step_generator(self.seed, step)
-            chosen = torch.randint(len(pixels), (min(self.batch_size, len(pixels)),), generator=generator)
-            images = to_unit(pixels[chosen]).to(device)
-            posterior = network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            output = F.pixel_shuffle(network.decode(posterior.mean + posterior.std * noise).sample, self.patch)
-            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / images.numel()
-            loss = self._error(output, images) + self.kl_weight * kl
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+
+    def _loss(self, network: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+        posterior = self._posterior(network, images)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+        output = self._output(network, posterior.mean + posterior.std * noise)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / images.numel()
+        return self._error(output, images) + self.kl_weight * kl
+
+    def _posterior(self, network: Any, images: Tensor) -> Any:
+        return network.encode(F.pixel_unshuffle(images, self.patch)).latent_dist
+
+    def _output(self, network: Any, latents: Tensor) -> Tensor:
+        """What the decoder gives: pixels, or logits of them."""
+        return F.pixel_shuffle(network.decode(latents).sample, self.patch)
+
+    def _decoded(self, network: Any, latents: Tensor) -> Tensor:
+        """Images."""
+        output = self._output(network, latents)
+        return torch.tanh(LOGIT_SCALE / 2 * output) if self.likelihood == "bernoulli" else output
 
     def _error(self, output: Tensor, images: Tensor) -> Tensor:
         if self.likelihood == "bernoulli":
@@ -231,7 +256,7 @@ class KLAutoencoder:
         return F.mse_loss(output, images)
 
 
-Autoencoder: TypeAlias = KLAutoencoder | PretrainedAutoencoder | PixelSpace
+Autoencoder: TypeAlias = KLAutoencoder | DiffusersAutoencoder | PretrainedAutoencoder | PixelSpace
 
 
 def _is_finite(network: Any) -> bool:
@@ -239,8 +264,8 @@ def _is_finite(network: Any) -> bool:
 
 
 class _Kl:
-    def __init__(self, network: Any, config: KLAutoencoder) -> None:
-        self.config = config
+    def __init__(self, network: Any, config: KLAutoencoder, notes: dict[str, Any]) -> None:
+        self.config, self.notes = config, notes
         self.network = network.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> _Kl:
@@ -249,13 +274,16 @@ class _Kl:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.network.encode(F.pixel_unshuffle(images, self.config.patch)).latent_dist.mean
+        posterior = self.config._posterior(self.network, images)
+        if self.config.latents == "sample":
+            return sampled(posterior.mean, posterior.std, images, self.config.seed)
+        latents: Tensor = posterior.mean
         return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        output = F.pixel_shuffle(self.network.decode(latents).sample, self.config.patch)
-        return torch.tanh(LOGIT_SCALE / 2 * output) if self.config.likelihood == "bernoulli" else output
+        return self.config._decoded(self.network, latents)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
+        how = torch.tensor(list(as_json(self.notes).encode()), dtype=torch.uint8)
+        return self.network.state_dict() | {HOW_IT_WENT: how}

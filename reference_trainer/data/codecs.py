@@ -5,7 +5,7 @@ Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,11 @@ class Codec(Protocol):
         ...
 
 
+def notes_of(codec: Codec) -> dict[str, Any]:
+    """What an index and a report say of ``codec``: of a fitted one the PSNR, of a loaded one a hash of its weights."""
+    return dict(getattr(codec, "notes", {}))
+
+
 class Pixels:
     """Images as their own latents."""
 
@@ -66,8 +71,9 @@ class Foreign:
     PIXELS = 2**20  # encoded at a time
     ELEMENTS = 2**16  # decoded at a time: 16 images of 256 x 256 where 8 x 8 pixels are 4 numbers
 
-    def __init__(self, name: str, autoencoder: Any) -> None:
-        self.name, self.autoencoder = name, autoencoder
+    def __init__(self, name: str, autoencoder: Any, notes: Mapping[str, Any] | None = None) -> None:
+        """``notes``: see ``notes_of``."""
+        self.name, self.autoencoder, self.notes = name, autoencoder, dict(notes or {})
         self._budget = {"encode": self.PIXELS, "decode": self.ELEMENTS}
         for module in _modules_of(autoencoder):
             module.eval().requires_grad_(False)
@@ -149,7 +155,7 @@ class Foreign:
                 torch.manual_seed(seed)
                 output = getattr(self.autoencoder, method)(own)
                 out = tensor_in(output)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # the user's code, and that of any library below it, SystemExit included
             if _is_out_of_memory(error):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.claims import Claims
-from reference_trainer.data.codecs import Codec
+from reference_trainer.data.codecs import Codec, notes_of
 from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.index import CODEC, INDEX, Index, keep_statistics
@@ -147,6 +147,7 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
             autoencoder=autoencoder_to_dict(encoding.autoencoder),
             preprocessing={"resolution": source.resolution, "square": "largest, centred", "resize": "Lanczos"}
             | {"images": len(files), "left_out": len(left_out), "source": _about(source)},
+            codec=notes_of(codec) or None,
             statistics=keep_statistics(out, found.statistics),
         )
         index.write(out)
@@ -198,6 +199,18 @@ def _codec(
         )
     if shards_of(out):
         raise UserError(f"{shown(out)} has shards, but no {CODEC}: put it back, or delete that folder")
+    images = images_to_fit(encoding, files)
+    codec = encoding.autoencoder.fit(images, device, cache)
+    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
+    return codec
+
+
+def images_to_fit(encoding: Encoding, files: ImageFiles) -> ImageSet:
+    """What the autoencoder is fitted on, or tried on: of many images some.
+
+    Raises:
+        UserError: too few images, or none that can be read.
+    """
     source, notes = encoding.source, encoding.source.notes()
     most = FIT_MOST if isinstance(encoding.autoencoder, KLAutoencoder) else PIECE
     every = source.held_out_every
@@ -214,10 +227,7 @@ def _codec(
             tqdm.write(f"the autoencoder is fitted on {len(kept)} of {len(files)} images, evenly over them")
     if not len(pixels):
         raise UserError(f"none of the images {files.where} can be read")
-    images = ImageSet(Path(source.path).name, pixels, None, is_held_out, tuple(map(files.name, kept)))
-    codec = encoding.autoencoder.fit(images, device, cache)
-    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
-    return codec
+    return ImageSet(Path(source.path).name, pixels, None, is_held_out, tuple(map(files.name, kept)))
 
 
 def _encoded(

@@ -237,3 +237,14 @@ def to_unit(pixels: Tensor) -> Tensor:
 def to_pixels(images: Tensor) -> Tensor:
     """Float -1 .. 1 (cut there) -> uint8 0 .. 255."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def psnr_of_each(real: Tensor, fake: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images in pairs, in dB: uint8 ``[n, ch, h, w]`` both -> float64 ``[n]``.
+
+    ``10 log10(255^2 / mean squared error)``. Equal images, whose error is 0, count as those that differ by what
+    rounding to 8 bits costs, 1/12: 58.9 dB.
+    """
+    pairs = zip(real.split(250), fake.split(250), strict=True)
+    errors = [(a.double() - b.double()).square().mean((1, 2, 3)) for a, b in pairs]
+    return 10 * (255**2 / torch.cat(errors).clamp(min=1 / 12)).log10()

@@ -73,6 +73,9 @@ class Index:
     """Its configuration, see ``autoencoders.as_dict``; None: shards of somebody else's."""
     preprocessing: dict[str, Any] | None
     """What was done to the images."""
+    codec: dict[str, Any] | None = None
+    """What is known of the autoencoder beside its configuration, see ``notes_of``: class and hash of its weights, or
+    PSNR and steps of its fit. None: nothing, or an earlier version's."""
     statistics: dict[str, Any] | None = None
     """Of the training entries, mirrored ones left out: see ``keep_statistics``. None: not measured yet."""
 
@@ -118,6 +121,7 @@ class Index:
                 moments={key: Moments.from_dict(one) for key, one in found["moments"].items()},
                 autoencoder=found["autoencoder"],
                 preprocessing=found["preprocessing"],
+                codec=found.get("codec"),
                 statistics=found.get("statistics"),
             )
             if index.dtype not in DTYPES or index.held_out_every < 2 or LATENTS not in index.moments:

@@ -9,16 +9,18 @@ Axes: p = images of the probe, ch, h, w.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder
-from reference_trainer.data.codecs import Codec, Foreign
+from reference_trainer.data.codecs import Codec, Foreign, notes_of
 from reference_trainer.data.images import ImageSet, to_pixels
 from reference_trainer.data.latents import LatentSpace, encode, not_finite, spread
 from reference_trainer.errors import UserError
@@ -90,6 +92,14 @@ def name_of(codec: Codec) -> str:
     return f"autoencoder {codec.name}" if isinstance(codec, Foreign) else "the autoencoder"
 
 
+def other_weights(notes: Mapping[str, Any], codec: Codec) -> list[str]:
+    """That the weights of ``codec`` are not those that ``notes`` (``notes_of``) tell of, in words; nothing if not."""
+    then, now = (found.get("weights_sha256") for found in (notes, notes_of(codec)))
+    if then is None or now is None or then == now:
+        return []
+    return [f"{name_of(codec)} has other weights (sha256 {then[:8]} then, {now[:8]} now)"]
+
+
 def differs_by(now: Tensor, then: Tensor, tolerance: float) -> float:
     """Root mean square difference of the worst image, 0 if within ``tolerance``; what is not finite in both is equal.
 
@@ -119,12 +129,14 @@ class Origin:
     """(ch, h, w) of the images."""
     probe: Probe | None
     """None of a codec that is kept whole with the run."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """See ``notes_of``."""
 
     @staticmethod
     def of(images: ImageSet, probe: Probe, codec: Codec) -> Origin:
         counts = len(images.train), len(images.held_out)
         kept = probe if isinstance(codec, Foreign) else None
-        return Origin(images.fingerprint(), *counts, tuple(images.pixels.shape[1:]), kept)
+        return Origin(images.fingerprint(), *counts, tuple(images.pixels.shape[1:]), kept, notes_of(codec))
 
     def changes(self, images: ImageSet | None, codec: Codec, device: torch.device) -> list[str]:
         """What of ``images`` (if given) and ``codec`` is not what it was, in words."""
@@ -136,6 +148,7 @@ class Origin:
             else:
                 then = _in_words(self.train, self.held_out, self.size)
                 said.append(f"{then} then, {_in_words(*now, tuple(images.pixels.shape[1:]))} now")
+        said += other_weights(self.notes, codec)
         return said + (self.probe.changes(codec, device) if self.probe is not None else [])
 
 
@@ -161,7 +174,7 @@ class KeptSpace:
         tensors |= {"mean": self.space.mean, "std": self.space.std}
         about = {"shape": self.shape, "image_channels": self.image_channels, "recognised_at": self.space.recognised_at}
         if (origin := self.origin) is not None:
-            names = ("fingerprint", "train", "held_out", "size")
+            names = ("fingerprint", "train", "held_out", "size", "notes")
             about["origin"] = {name: getattr(origin, name) for name in names}
             tensors |= {} if origin.probe is None else {f"probe/{name}": t for name, t in vars(origin.probe).items()}
         save_tensors(file, tensors, about)

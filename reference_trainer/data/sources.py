@@ -10,9 +10,9 @@ from zipfile import is_zipfile
 
 from reference_trainer.data.hub import HubImages, is_dataset
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.index import is_store
 from reference_trainer.data.reading import Source
 from reference_trainer.data.squares import cause
-from reference_trainer.data.index import is_store
 from reference_trainer.data.zipped import ZippedImages
 from reference_trainer.errors import UserError, printable, some_of
 

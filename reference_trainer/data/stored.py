@@ -11,18 +11,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
-from reference_trainer.data.codecs import Codec
+from reference_trainer.data.codecs import Codec, notes_of
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_pixels
 from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.latents import Latents, not_finite, some_indices
 from reference_trainer.data.moments import Moments
-from reference_trainer.data.origin import Probe
+from reference_trainer.data.origin import Probe, other_weights
 from reference_trainer.data.shards import FLIPPED, LATENTS, shown
 from reference_trainer.data.store import Store, StoredLatents, in_pieces
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
 
-AUTOENCODERS: dict[str, Any] = {part.__name__: part for part in (KLAutoencoder, PretrainedAutoencoder, PixelSpace)}
+AUTOENCODERS: dict[str, Any] = {
+    part.__name__: part for part in (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace)
+}
 
 
 def autoencoder_to_dict(autoencoder: Autoencoder) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def save_codec(root: Path, codec: Codec, probe: Probe, image_channels: int, reci
     """Keep ``codec`` with the store at ``root``, and what it makes of a few images; ``recipe``: of the encode."""
     tensors = {f"codec/{name}": tensor for name, tensor in codec.tensors().items()}
     tensors |= {f"probe/{name}": tensor for name, tensor in vars(probe).items()}
-    save_tensors(root / CODEC, tensors, {"image_channels": image_channels, "recipe": recipe})
+    about = {"image_channels": image_channels, "recipe": recipe, "notes": notes_of(codec)}
+    save_tensors(root / CODEC, tensors, about)
 
 
 def load_codec(root: Path, autoencoder: Autoencoder, device: torch.device) -> tuple[Codec, str]:
@@ -62,7 +66,7 @@ def load_codec(root: Path, autoencoder: Autoencoder, device: torch.device) -> tu
     weights = {name.removeprefix("codec/"): tensor for name, tensor in tensors.items() if name.startswith("codec/")}
     codec = autoencoder.build(about["image_channels"], weights).to(device)
     probe = Probe(**{name: tensors[f"probe/{name}"] for name in ("pixels", "latents", "decoded")})
-    if changes := probe.changes(codec, device):
+    if changes := [*other_weights(about.get("notes", {}), codec), *probe.changes(codec, device)]:
         raise UserError(
             f"{shown(root)} was encoded by another autoencoder ({'; '.join(changes)}): bring that back, or encode "
             "again into another folder"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
@@ -80,6 +81,7 @@ def evaluate(
         "seed": seed,
         "features": features.name,
         "reference": f"{len(train)} training images of {images.name}{other}",
+        "autoencoder": notes_of(model.space.codec),
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
         **figures(rows, latent_rows(drawn.latents, reference, bounds), reference),
         "notes": [*small_samples(rows, reference.images, len(held_out)), *few_latents(reference.components)],
@@ -149,7 +151,8 @@ def _samples(rows: Mapping[str, Row]) -> dict[str, Row]:
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
     """evaluation.json, then the sheet of images and the loss curves, as far as there are any; returns the files."""
     files = [write_evaluation(run, evaluation)]
-    sheet = attempt(lambda: draw_sheet(panels_of(model, training_images(images, seed=0))))
+    stored = isinstance(images, StoredImages)
+    sheet = attempt(lambda: draw_sheet(panels_of(model, training_images(images, seed=0), stored)))
     if isinstance(sheet, Missing):
         tqdm.write(f"no samples.png: {sheet}")
     else:
@@ -160,10 +163,16 @@ def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluati
     return files
 
 
-def panels_of(model: TrainedModel, real: Tensor) -> list[tuple[str, Tensor]]:
-    """64 samples at 1 and 2 evaluations, and ``real`` images with what the model would best make of them."""
-    reconstructed = model.space.decode(model.latents_of(real)[:64].to(model.device))
+def panels_of(model: TrainedModel, real: Tensor, stored: bool = False) -> list[tuple[str, Tensor]]:
+    """64 samples at 1 and 2 evaluations, and ``real`` images with what the model would best make of them.
+
+    Args:
+        stored: ``real`` are latents of a store, decoded: reconstructions already, and no image to set beside them.
+    """
     sampled_images = [(name, model.images(64, model.sigmas(i + 1), seed=1)) for i, name in enumerate(SAMPLES)]
+    if stored:
+        return [*sampled_images, ("the store's latents, decoded", real[:64])]
+    reconstructed = model.space.decode(model.latents_of(real)[:64].to(model.device))
     return [*sampled_images, ("real", real[:64]), ("reconstructed", reconstructed)]
 
 

@@ -46,7 +46,12 @@ class PooledLatents:
         return torch.cat([self._pooled(part).cpu() for part in pixels.split(250)])
 
     def _pooled(self, pixels: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.codec.encode(to_unit(pixels).to(self.device)), 4).flatten(1)
+        return pooled(self.codec.encode(to_unit(pixels).to(self.device)))
+
+
+def pooled(latents: Tensor) -> Tensor:
+    """``[n, ch, h, w]``, averaged over a 4x4 grid: ``[n, 16 ch]``."""
+    return F.adaptive_avg_pool2d(latents, 4).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from reference_trainer.data.images import psnr_of_each
+
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Squared 2-Wasserstein distance of the two Gaussians with their means and covariances; features squared."""
@@ -57,14 +59,8 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, limit: int
 
 
 def psnr(real: Tensor, fake: Tensor) -> float:
-    """Peak signal-to-noise ratio of images in pairs, in dB: uint8 ``[n, ch, h, w]`` both, the mean over n.
-
-    ``10 log10(255^2 / mean squared error)`` of each image. Equal images, whose error is 0, count as those that differ
-    by what rounding to 8 bits costs, 1/12: 58.9 dB.
-    """
-    pairs = zip(real.split(250), fake.split(250), strict=True)
-    errors = [(a.double() - b.double()).square().mean((1, 2, 3)) for a, b in pairs]
-    return float((10 * (255**2 / torch.cat(errors).clamp(min=1 / 12)).log10()).mean())
+    """``psnr_of_each`` of images in pairs, in dB: uint8 ``[n, ch, h, w]`` both, the mean over n."""
+    return float(psnr_of_each(real, fake).mean())
 
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
