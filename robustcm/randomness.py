@@ -21,6 +21,10 @@ class Stream(IntEnum):
     DROPOUT = 4
     OUTLIERS = 5
     """Outliers put into latents on purpose."""
+    LABELS = 6
+    """Which labels training hides."""
+    CLASSES = 7
+    """Which class each sample is drawn of."""
 
 
 def step_generator(seed: int, step: int, stream: int = Stream.DRAW) -> torch.Generator:
