@@ -337,9 +337,7 @@ class _Timed(nn.Module):
         elif labels is not None:
             raise ValueError(NO_CLASSES)
         times = self.time_scale * (c_noise[0] if len(c_noise) == 1 else torch.stack(c_noise, 1))
-        output: Tensor = self.network(
-            x, encoder_hidden_states=None, timestep=times, added_cond_kwargs=told
-        ).sample
+        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=times, added_cond_kwargs=told).sample
         return output
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.store import is_store
 from reference_trainer.data.stored import LatentStore
@@ -30,6 +31,11 @@ from robustcm.trajectories import TrajectoryObjective
 def digits() -> TrainConfig:
     """The best recipe measured on the embedded digits in a few minutes of two cores."""
     return TrainConfig()
+
+
+def digits_by_class() -> TrainConfig:
+    """The recipe of `digits`, told which digit each image shows: `sample RUN --label 3`."""
+    return replace(digits(), classes=ByClass())
 
 
 def ilct() -> TrainConfig:
@@ -81,7 +87,10 @@ def trajectory() -> TrainConfig:
     return replace(config, objective=TrajectoryObjective(**shared))
 
 
-PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels, flow_map, trajectory)
+PRESETS: tuple[Callable[[], TrainConfig], ...] = (
+    *(digits, ilct, paper, pixels, flow_map, trajectory),
+    *(digits_by_class,),
+)
 
 
 def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:

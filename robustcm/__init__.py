@@ -3,8 +3,8 @@
 losses and barron (robust distances), early (diffusion loss at small noise), couplers and semidiscrete (OT) with gates,
 scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
 consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
-composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); guidance (by class); tails
-(outlier statistics) and sketch (streaming quantiles).
+composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); guidance (by
+class); tails (outlier statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.

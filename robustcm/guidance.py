@@ -1,7 +1,7 @@
-"""Classifier-free guidance: labels hidden from a share of the samples in training, two outputs drawn apart in sampling.
+"""Classifier-free guidance: some labels are hidden in training, and two outputs drawn apart in sampling.
 
-A network told the class of its sample has one label more than there are classes, ``no_class``, which says nothing. Where
-training hides some labels behind it, the same network is the conditional and the unconditional one::
+A network told the class of its sample has one label more than there are classes, ``no_class``, which says nothing.
+Where training hides some labels behind it, the same network is the conditional and the unconditional one::
 
     labels = hidden(labels, 0.1, no_class, generator)                          # training
     batch = objective.prepare(x, draws, step, total_steps, conditions={"labels": labels})

@@ -66,7 +66,8 @@ def seconds_per_step(
 def _steps(config: TrainConfig, latents: Tensor, labels: Tensor | None, device: torch.device) -> Iterator[None]:
     """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
     ch, h, w = latents.shape[1:]
-    state, batches = TrainState.create(config, (ch, h, w), device), Batches(config, latents, labels)
+    classes = 0 if config.classes is None or labels is None else int(labels.max()) + 1
+    state, batches = TrainState.create(config, (ch, h, w), device, classes), Batches(config, latents, labels, classes)
     f = config.preconditioned(state.network.train())
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.codecs import Codec
+from reference_trainer.data.folders import class_names
 from reference_trainer.data.images import ImageFolder, ImageSet, Notes, to_unit
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.moments import Moments
@@ -128,14 +129,6 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
     )
     index.write(out)
     return index
-
-
-def class_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """The folders right below the root, sorted, if all images are in such, and there are two or more; else none."""
-    if any(len(file.parts) == 1 for file in files):
-        return ()
-    names = sorted({file.parts[0] for file in files})
-    return tuple(names) if len(names) > 1 else ()
 
 
 def _shards_there(out: Path, recipe: str) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,21 @@ def list_files(root: Path, extensions: Set[str]) -> Listing:
             elif why := _broken_link(root / below):  # perhaps to a folder of images that is not mounted
                 unlisted.append((below, why))
     return Listing(tuple(sorted(files, key=lambda file: file.parts)), tuple(unlisted), tuple(runs))
+
+
+def class_names(files: Sequence[Path]) -> tuple[str, ...]:
+    """The folders right below the root, sorted, if all images are in such, and there are two or more; else none."""
+    if any(len(file.parts) == 1 for file in files):
+        return ()
+    names = sorted({file.parts[0] for file in files})
+    return tuple(names) if len(names) > 1 else ()
+
+
+def labels_of_folders(files: Sequence[Path]) -> tuple[tuple[str, ...], list[int] | None]:
+    """``class_names`` of ``files``, and the class of each; None without classes."""
+    names = class_names(files)
+    number = {name: label for label, name in enumerate(names)}
+    return names, [number[file.parts[0]] for file in files] if names else None
 
 
 def _is_passed_over(name: str) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.folders import list_files
+from reference_trainer.data.folders import labels_of_folders, list_files
 from reference_trainer.data.squares import cause, extensions, open_square, resized
 from reference_trainer.errors import UserError, printable
 
@@ -35,6 +35,8 @@ class ImageSet:
     """bool ``[n]``: never trained on, neither by the autoencoder nor by the model."""
     names: tuple[str, ...] | None = None
     """Files relative to the folder, with ``/``, in the order of ``pixels``; ``printable`` makes them fit to print."""
+    label_names: tuple[str, ...] | None = None
+    """Of the labels 0, 1, ...; None: they are called by their numbers."""
 
     @property
     def train(self) -> Tensor:
@@ -50,6 +52,13 @@ class ImageSet:
     def train_labels(self) -> Tensor | None:
         """int64 ``[n_train]`` or None."""
         return None if self.labels is None else self.labels[~self.is_held_out]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the labels; none without labels."""
+        if self.labels is None:
+            return ()
+        return self.label_names or tuple(map(str, range(int(self.labels.max()) + 1)))
 
     @property
     def held_out(self) -> Tensor:
@@ -91,7 +100,7 @@ class Digits:
         is_held_out = torch.zeros(len(pixels), dtype=torch.bool)
         for digit in range(10):  # the last of each class: a fixed rule, the same for every run
             is_held_out[torch.nonzero(label_tensor == digit).squeeze(1)[-self.held_out_per_class :]] = True
-        return ImageSet("digits", pixels, label_tensor, is_held_out)
+        return ImageSet("digits", pixels, label_tensor, is_held_out, label_names=tuple("0123456789"))
 
 
 @dataclass
@@ -122,7 +131,8 @@ class ImageFolder:
     """All images below a folder, any sizes and modes, to RGB squares.
 
     EXIF rotation is applied, transparency is laid on white, the largest centred square of the first frame is cut out
-    and resized with Lanczos to ``resolution``. Every ``held_out_every``-th image in sorted order is held out.
+    and resized with Lanczos to ``resolution``. Every ``held_out_every``-th image in sorted order is held out. Where all
+    images lie in folders of ``path``, two or more, these are their classes.
 
     Files that are no images by name are ignored, and so are hidden ones, runs of the trainer and pictures it drew.
     """
@@ -162,7 +172,10 @@ class ImageFolder:
                 "give a folder of different images"
             )
         is_held_out = torch.arange(len(names)) % self.held_out_every == self.held_out_every - 1
-        return ImageSet(root.name, pixels, None, is_held_out, names)
+        classes, labels = labels_of_folders([Path(name) for name in names])
+        return ImageSet(
+            root.name, pixels, None if labels is None else torch.tensor(labels), is_held_out, names, classes or None
+        )
 
     def files(self) -> tuple[Path, tuple[Path, ...]]:
         """The folder, and the files below it that are images by their names; what is left out is said.
