@@ -124,7 +124,7 @@ class Classes:
         if found < 0:
             few = map(printable, self.names[:FEW])
             there = f"{', '.join(few)}{', ...' if len(self.names) > FEW else ''}"
-            hint = did_you_mean(word, self.names) or f": there are {len(self.names)}, {there}"
+            hint = did_you_mean(word, self.names) or f": there are {there}"
             raise UserError(f"--label {printable(word)[:60]}: the run has no such class{hint}")
         if not self.counts[found]:
             raise UserError(f"--label {printable(word)}: the run had no training images of class {self.called(found)}")
