@@ -84,11 +84,9 @@ def test_a_weight_below_0_is_refused_and_the_range_of_f_is_kept():
     assert Guided(ByLabel(), 2.0, NO_CLASS).noise is None
 
 
-@pytest.mark.parametrize(
-    "objective", [Objective(), FlowMapObjective(), TrajectoryObjective()], ids=lambda o: type(o).__name__
-)
-def test_every_method_draws_what_is_asked_for(objective: FewStepObjective):
-    network = ByLabel()
+@pytest.mark.parametrize("part", [Objective, FlowMapObjective, TrajectoryObjective])
+def test_every_method_draws_what_is_asked_for(part: type[FewStepObjective]):
+    objective, network = part(), ByLabel()
     f = Guided(objective.function_of(network), 1.5, NO_CLASS)
     levels = objective.sampling_levels(2, 0.8, 10, 20)
     samples = [
