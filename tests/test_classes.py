@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from reference_trainer.__main__ import in_rows, main
 from reference_trainer.config import TrainConfig
@@ -118,6 +118,25 @@ def test_classes_survive_their_file_and_a_damaged_one_is_one_line(tmp_path: Path
 
 def test_the_digits_have_ten_classes_of_450():
     assert Classes.of(Digits().load()).counts == (450,) * 10
+
+
+class Labelled(nn.Module):
+    """Outputs the label."""
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
+        return labels.to(x.dtype).reshape(-1, 1, 1, 1).expand_as(x)
+
+
+def test_every_sample_is_of_its_own_class_by_default_in_the_proportions_of_the_data():
+    space = LatentSpace(Pixels(), torch.zeros(1), torch.ones(1), 0.2)
+    those = classes(30, 10, 60)
+    model = TrainedModel(TrainConfig(classes=ByClass()), Labelled(), space, (1, 2, 2), 9, CPU, classes=those)
+    asked = torch.arange(300) % 3
+    for labels, drawn in (
+        (asked, model.latents(300, (80.0,), 5, labels=asked)),
+        (those.proportional(300, 5), model.latents(300, (80.0,), 5)),
+    ):
+        assert torch.equal((2 * drawn).mean((1, 2, 3)).round().long(), labels)  # c_out is 1/2 at 80
 
 
 def test_as_asked_is_the_share_of_samples_that_the_classifier_takes_for_their_class():
