@@ -19,7 +19,7 @@ from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import SIGMA_DATA, LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.model import TrainedModel, build_network, load_model
+from reference_trainer.model import TrainedModel, build_network, kept_classes, load_model, number_of
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import batch_indices, with_measured_gate
 from robustcm.consistency import temporal_difference
@@ -153,7 +153,8 @@ def network_of(config: TrainConfig, run: RunFolder, shape: Sequence[int], device
     found = run.latest_checkpoint()
     if found is None:
         raise UserError(f"no checkpoint in {run.root}: train it first")
-    network = build_network(config, cast(tuple[int, int, int], tuple(shape)))
+    classes = number_of(kept_classes(config, run))
+    network = build_network(config, cast(tuple[int, int, int], tuple(shape)), classes)
     try:
         network.load_state_dict(
             {name.removeprefix("network/"): t for name, t in found[1].items() if name.startswith("network/")}
@@ -174,7 +175,7 @@ class Trained:
     origin: str
     device: torch.device
     labels: Tensor | None = None
-    """``[n]``, for couplers that need them."""
+    """``[n]``, for couplers that need them and networks that are told."""
 
     def residuals(self, num_levels: int, count: int) -> Residuals:
         """About ``count`` temporal differences at N = ``num_levels``.
@@ -185,7 +186,7 @@ class Trained:
         Raises:
             UserError: a single sample, or all the same, and a gate that asks the data; or none is finite.
         """
-        objective = with_measured_gate(self.config.objective, self.data)
+        objective = replace(with_measured_gate(self.config.objective, self.data), coupler=self.config.coupler)
         f = self.config.preconditioned(self.network)
         grid = objective.levels if isinstance(objective.levels, LevelGrid) else LevelGrid()
         grid = replace(grid, curriculum=FixedCurriculum(num_levels=num_levels))
@@ -198,9 +199,11 @@ class Trained:
             chosen = batch_indices(SEED, step, len(data), batch_size)
             labels = None if self.labels is None else self.labels[chosen]
             draws = draw(SEED, step, (batch_size, *data.shape[1:]))
-            batch = objective.prepare(data[chosen], draws, 0, 1, labels=labels).to(self.device)
+            told = {} if self.config.classes is None else {"labels": labels}
+            batch = objective.prepare(data[chosen], draws, 0, 1, labels=labels, conditions=told).to(self.device)
+            x, z, pairs, conditions = batch[:4]
             with torch.no_grad():
-                student, teacher = temporal_difference(f, batch.x, batch.z, batch.pairs.t_hi, batch.pairs.t_lo)
+                student, teacher = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, conditions=conditions)
             tds.append((student - teacher).cpu())
             levels.append((batch.pairs.depth * num_levels).round().long().cpu())
             weights.append(objective.weight(batch.pairs.t_hi, batch.pairs.t_lo).cpu())

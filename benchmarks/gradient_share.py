@@ -83,7 +83,7 @@ def main() -> None:
     model.network.requires_grad_(True)
     # The last steps of the run: their noise, their levels.
     images, steps = model.config.data.load(), model.config.steps
-    source = Batches(model.config, model.latents_of(images.train), images.train_labels)
+    source = Batches(model.config, model.latents_of(images.train), images.train_labels, len(images.classes))
     batches = [source(step) for step in range(max(0, steps - options.batches), steps)]
     about, rows = describe_machine(), []
     print(f"N = {batches[0].pairs.num_levels}, {sum(len(b.x) for b in batches)} samples of {options.run}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reference_trainer.ablation.command import add_parser as add_ablate
-from reference_trainer.command import Parser, did_you_mean, path, whole
+from reference_trainer.command import Parser, did_you_mean, path, real, whole
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.manual import ENCODE_EXAMPLES, OFTEN, page
 from robustcm import __version__
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from reference_trainer.config import TrainConfig
     from reference_trainer.data.images import ImageSet
     from reference_trainer.evaluation.features import Features
+    from reference_trainer.model import TrainedModel
 
+GUIDANCE = "of a run trained by class: weight of guidance (default: the run's, which is 1, none, unless set)"
 COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 
 
@@ -105,6 +107,10 @@ def parser() -> Parser:
     sampling.add_argument("--n", type=whole, default=64, help="number of images (default 64)")
     sampling.add_argument("--evaluations", type=whole, default=1, help="network evaluations an image (default 1)")
     sampling.add_argument("--seed", type=whole, default=0)
+    sampling.add_argument(
+        "--label", metavar="CLASS", help="of a run trained by class: name or number of one (default: a row for each)"
+    )
+    sampling.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
     sampling.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED.png)")
     sampling.set_defaults(run_command=run_sample)
 
@@ -117,6 +123,7 @@ def parser() -> Parser:
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
     )
     evaluating.add_argument("--seed", type=whole, default=0)
+    evaluating.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
     evaluating.add_argument(
         "--new-data",
         action="store_true",
@@ -198,6 +205,7 @@ def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
     import torch
 
+    from reference_trainer.data.classes import Classes
     from reference_trainer.evaluation.evaluate import (
         Evaluator,
         choose_features,
@@ -232,6 +240,8 @@ def run_train(options: argparse.Namespace) -> int:
     torch.set_num_threads(config.threads)
     images = config.load_images(device)
     check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
+    if config.classes is not None:
+        Classes.of(images)
     features = named_features(options.features, images)
     with run.locked():
         run.claim(config)
@@ -275,12 +285,44 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UserError(f"--n must be at least 1, got {options.n}")
     model = load_model(RunFolder(options.run), device_of(options.device))
     torch.set_num_threads(model.config.threads)
-    file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}.png"
+    if options.guidance is not None:
+        model = model.guided(options.guidance)
+    rows = asked_rows(model, options.n, options.label)
+    named = f"-class{rows[0][0]}" if options.label is not None else ""
+    named += f"-w{options.guidance:g}" if options.guidance is not None else ""
+    file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}{named}.png"
     require_writable(file)
-    pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed)
-    save_picture(pixels, file)
-    print(f"{options.n} images, NFE {options.evaluations}: {file}")
+    labels = torch.cat([torch.full((count,), label) for label, count in rows]) if rows else None
+    pixels = model.images(options.n, model.sigmas(options.evaluations), options.seed, labels=labels)
+    if len(rows) > 1 and rows[0][1] > 1:
+        save_picture(in_rows(pixels, [count for _, count in rows]), file, columns=rows[0][1])
+    else:
+        save_picture(pixels, file)
+    of = f" of {len(rows)} classes" if len(rows) > 1 else f" of class {options.label}" if rows else ""
+    print(f"{options.n} images{of}, NFE {options.evaluations}: {file}")
     return 0
+
+
+def asked_rows(model: TrainedModel, n: int, label: str | None) -> list[tuple[int, int]]:
+    """Labels and how many images of each: of the class asked for, else of all; none of a run without classes.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if model.classes is not None:
+        return [(model.classes.label(label), n)] if label is not None else model.classes.rows(n)
+    if label is not None:
+        raise UserError("the run was trained without classes: leave --label out, or train with classes=ByClass")
+    return []
+
+
+def in_rows(pixels: Tensor, counts: Sequence[int]) -> Tensor:
+    """``pixels [n, ...]``, of each class so many, the first the most, with white images where a row is short."""
+    import torch
+
+    parts = pixels.split(list(counts))
+    white = [part.new_full((counts[0] - len(part), *part.shape[1:]), 255) for part in parts]
+    return torch.cat([part for pair in zip(parts, white, strict=True) for part in pair])
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -299,6 +341,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     images = config.load_images(device)
     features = named_features(options.features, images)
     model = load_model(run, device, images, options.new_data)
+    if options.guidance is not None:
+        model = model.guided(options.guidance)
     evaluation = evaluate(model, images, choose_features(features, model), options.seed)
     print(as_table(evaluation), flush=True)
     files = write_report(run, model, images, evaluation)
@@ -376,15 +420,15 @@ def run_ablate(options: argparse.Namespace) -> int:
     return ablate.run_ablate(options)
 
 
-def save_picture(pixels: Tensor, file: Path, called: Path | None = None) -> None:
-    """uint8 ``[n, ch, h, w]`` as one PNG of square rows; an error calls it ``called``."""
+def save_picture(pixels: Tensor, file: Path, called: Path | None = None, columns: int | None = None) -> None:
+    """uint8 ``[n, ch, h, w]`` as one PNG of rows of ``columns``, None: a square; an error calls it ``called``."""
     import torch
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     from reference_trainer.plotting import OWN_PICTURE, tile
 
-    columns = max(1, round(len(pixels) ** 0.5))
+    columns = columns or max(1, round(len(pixels) ** 0.5))
     padding = -len(pixels) % columns
     pixels = torch.cat([pixels, pixels.new_full((padding, *pixels.shape[1:]), 255)])
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,6 +83,17 @@ def path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # nobody of that name
         return Path(text)
+
+
+def real(text: str) -> float:
+    """A finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text[:40]!r}")
+    return number
 
 
 def whole(text: str) -> int:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from robustcm.couplers import exact
+from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained
@@ -24,6 +25,7 @@ from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
+from robustcm.semidiscrete import Semidiscrete
 from robustcm.trajectories import TrajectoryObjective
 
 Data: TypeAlias = Digits | ImageFolder | LatentStore
@@ -161,6 +163,8 @@ class TrainConfig:
         gate=AboveExplained(),
     )
     """The loss: what is compared, at which noise levels, how robustly."""
+    classes: ByClass | None = None
+    """Tell the network the class of each sample, so that samples can be asked for by class; None: it is not told."""
     coupling_pool: int = 1
     """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
     time of order n^3 once in as many steps."""
@@ -200,6 +204,12 @@ class TrainConfig:
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.classes is not None and self.classes.coupled_within:
+            _require(
+                not isinstance(self.objective.coupler, Semidiscrete),
+                "objective.coupler=Semidiscrete pairs noise with images of any class: with classes=ByClass take exact "
+                "or Entropic, or classes.coupled_within=False",
+            )
         if self.second_sigma is not None:
             _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
             low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
@@ -207,6 +217,14 @@ class TrainConfig:
                 low < self.second_sigma < high,
                 f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
             )
+
+    @property
+    def coupler(self) -> Coupler:
+        """What pairs noise and data: the objective's, within each class where classes are trained."""
+        coupler = self.objective.coupler
+        if self.classes is None or not self.classes.coupled_within or coupler is independent:
+            return coupler
+        return coupler if isinstance(coupler, WithinClasses) else WithinClasses(coupler)
 
     def load_images(self, device: torch.device) -> ImageSet:
         """The images, or of a store some that ``device`` decodes.

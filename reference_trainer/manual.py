@@ -29,6 +29,7 @@ OFTEN = (
     Often("objective.c.multiple", "0.7", "scale of the distance over the median residual; objective.c=ConstantC"),
     Often("objective.coupler", "exact", "pairing of noise and data; independent, Entropic(reg=...)"),
     Often("objective.gate", "AboveExplained(0.2)", "where the pairing is used; Above(3), everywhere"),
+    Often("classes", "None", "ByClass trains by class, of class folders or a store with labels: sample --label"),
     Often("clip.k", "4.0", "where outliers of the latents are cut; clip=None leaves them in"),
     Often("non_scaling_norm", "False", "norms without a learned scale"),
     Often("evaluate_every", "0", "steps between two looks at the samples; 0: only at the end"),
@@ -76,9 +77,9 @@ def presets(module: str, argument: str | None = None) -> list[tuple[str, str]]:
 def page() -> str:
     """What stands below the options of `train --help`."""
     lines = ["presets of data, by our recipe (the first is the default; the last four want --data STORE):"]
-    lines += [f"  {name:11} {line}" for name, line in (*presets("presets"), *presets("published", "images"))]
+    lines += [f"  {name:15} {line}" for name, line in (*presets("presets"), *presets("published", "images"))]
     lines += ["recipes, alone or beside one of these:"]
-    lines += [f"  {name:11} {line}" for name, line in presets("presets", "config")]
+    lines += [f"  {name:15} {line}" for name, line in presets("presets", "config")]
     lines += ["", "fields people change, with their defaults (train --fields shows all of them):"]
     for often in OFTEN:
         lines.append(f"  {f'{often.path}={often.default}':36} {often.what}")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.classes import Classes
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.run import RunFolder
+from robustcm.guidance import Guided
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
 
@@ -33,6 +36,8 @@ class TrainedModel:
     device: torch.device
     changes: tuple[str, ...] = ()
     """In what the images at hand and the autoencoder are not what the run was made from, in words."""
+    classes: Classes | None = None
+    """That the network is told of."""
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
         """Levels of the sampler, as the objective has them: noise levels, of a flow map flow times.
@@ -52,15 +57,39 @@ class TrainedModel:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
-        """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
-        f = self.config.preconditioned(self.network)
+    def guided(self, weight: float) -> TrainedModel:
+        """The same, with another weight of guidance.
+
+        Raises:
+            UserError: it was trained without classes, or without the samples that guidance needs.
+        """
+        if self.config.classes is None:
+            raise UserError("the run was trained without classes: leave --guidance out, or train with classes=ByClass")
+        try:
+            classes = replace(self.config.classes, guidance=weight)
+        except ValueError as error:
+            raise UserError(f"--guidance {weight:g}: {error}") from error
+        return replace(self, config=replace(self.config, classes=classes))
+
+    def latents(
+        self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250, labels: Tensor | None = None
+    ) -> Tensor:
+        """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250.
+
+        Args:
+            labels: ``[n]`` int64, the classes to draw; None: where there are classes, in their proportions.
+        """
+        f: Callable[..., Tensor] = self.config.preconditioned(self.network)
+        if self.classes is not None and self.config.classes is not None:
+            f = Guided(f, self.config.classes.guidance, number_of(self.classes))
+            labels = self.classes.proportional(n, seed) if labels is None else labels
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
         for index, start in enumerate(range(0, n, batch_size)):
             generator = step_generator(seed, index, Stream.SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
-            parts.append(self.config.objective.sample(f, z, sigmas, generator).cpu())
+            told = {} if labels is None else {"labels": labels[start : start + len(z)].to(self.device)}
+            parts.append(self.config.objective.sample(f, z, sigmas, generator, told).cpu())
             bar.update(len(z))
         bar.close()
         return torch.cat(parts)
@@ -72,9 +101,9 @@ class TrainedModel:
         """
         return self.space.normalise(self.config.prepare_latents(encode(self.space.codec, pixels, self.device)))
 
-    def images(self, n: int, sigmas: tuple[float, ...], seed: int) -> Tensor:
-        """uint8 ``[n, ch, h, w]``."""
-        return self.space.decode(self.latents(n, sigmas, seed).to(self.device))
+    def images(self, n: int, sigmas: tuple[float, ...], seed: int, labels: Tensor | None = None) -> Tensor:
+        """uint8 ``[n, ch, h, w]``; see ``latents``."""
+        return self.space.decode(self.latents(n, sigmas, seed, labels=labels).to(self.device))
 
 
 def load_model(
@@ -96,7 +125,8 @@ def load_model(
     kept, changes = reopen(run.space_file, config.autoencoder, images, device, new_data)
     if math.isnan(kept.space.recognised_at):
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
-    network = build_network(config, kept.shape)
+    classes = kept_classes(config, run)
+    network = build_network(config, kept.shape, number_of(classes))
     weights = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
     try:
         check_layout(weights, network.state_dict())
@@ -111,13 +141,24 @@ def load_model(
         step=step,
         device=device,
         changes=changes,
+        classes=classes,
     )
 
 
-def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
-    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), norms converted if asked."""
+def kept_classes(config: TrainConfig, run: RunFolder) -> Classes | None:
+    """The classes of a trained ``run``; None if it is trained without."""
+    return None if config.classes is None else Classes.load(run.classes_file)
+
+
+def number_of(classes: Classes | None) -> int:
+    """How many there are; the label that says no class."""
+    return 0 if classes is None else len(classes.names)
+
+
+def build_network(config: TrainConfig, shape: tuple[int, int, int], classes: int = 0) -> nn.Module:
+    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), told of ``classes``, norms converted if asked."""
     try:
-        network = config.network.build(shape, config.seed, config.objective.num_times)
+        network = config.network.build(shape, config.seed, config.objective.num_times, classes)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
     if config.non_scaling_norm:

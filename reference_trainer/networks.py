@@ -1,7 +1,9 @@
-"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b]) -> [b, ch, h, w]``.
+"""Backbones from diffusers behind one signature: ``F(x [b, ch, h, w], c_noise [b], labels=None) -> [b, ch, h, w]``.
 
 Built for two times, as flow maps and trajectories are told, ``F(x, c_noise [b], c_noise_2 [b])``: the embedding of the
-second is added to that of the first.
+second is added to that of the first. Built for ``classes``, they take ``labels [b]`` (int64): the class of each sample,
+or the number of classes for no class, which is also what they take without. Its embedding is added as well, and starts
+at 0: the network starts as the one without classes.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from torch import Tensor, nn
 from robustcm.checks import LARGEST, need_real, need_whole, need_wholes
 
 MOST_CHANNELS, MOST_LAYERS, MOST_HALVINGS = 2**16, 1000, 15
-
-
+NO_CLASSES = "the network is built without classes and takes no labels: build it with their number"
 PLAIN_BLOCKS = {
     "conv": ("DownBlock2D", "UpBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
@@ -83,8 +84,10 @@ class UNet:
         if few := [ch for ch, attends in zip(channels, attending, strict=True) if attends and ch < least]:
             raise ValueError(f"block_out_channels must be at least attention_head_dim = {least}, got {few[0]}")
 
-    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1, classes: int = 0) -> nn.Module:
         """For latents of ``shape`` (ch, h, w), told 1 or 2 ``times``; the initial weights are a function of ``seed``.
+
+        ``classes`` that it is told of; 0: none.
 
         Raises:
             ValueError: the shape cannot be patched or halved as often as asked.
@@ -119,7 +122,7 @@ class UNet:
                 add_attention=any(self.attention),
                 class_embed_type="timestep" if times == 2 else None,
             )
-        return _Patched(network, self.patch)
+        return _Patched(network, self.patch, _Beside(network, classes) if classes else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +154,11 @@ class DiT:
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width must be a multiple of heads = {self.heads} and of 4, got {self.width}")
 
-    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1) -> nn.Module:
+    def build(self, shape: tuple[int, int, int], seed: int, times: int = 1, classes: int = 0) -> nn.Module:
         """For latents of ``shape`` (ch, h, w), square, told 1 or 2 ``times``; the initial weights are a function of
         ``seed``.
+
+        ``classes`` that it is told of; 0: none.
 
         Raises:
             ValueError: the shape is not square or not a multiple of the patch.
@@ -184,9 +189,11 @@ class DiT:
                 network.adaln_single = _two_times(network)
         if times == 1:
             network.adaln_single = _once_per_level(network)
+        if classes:
+            network.adaln_single = _ByLabel(network.adaln_single, classes)
         if h == self.patch:
             _leave_out_what_one_token_does_not_need(network)
-        return _Timed(network, self.time_scale)
+        return _Timed(network, self.time_scale, classes)
 
 
 def need_convolutions(owner: Convolutions) -> None:
@@ -259,6 +266,55 @@ def _two_times(network: Any) -> nn.Module:
     return TwoTimes(network.inner_dim)
 
 
+class _Labels(nn.Embedding):
+    """A row for each class and one for none, all 0 at the start; drawn by nobody, so that no other weight changes."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__(classes + 1, width, _weight=torch.zeros(classes + 1, width))
+
+    def or_none(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        """``labels [b]``; not given, no class for each of ``x [b, ...]``."""
+        return x.new_full((len(x),), self.num_embeddings - 1, dtype=torch.long) if labels is None else labels
+
+
+class _ByLabel(nn.Module):
+    """Time modulation, ``_once_per_level`` or ``_two_times``, with the label added before its last, linear layer."""
+
+    def __init__(self, timed: Any, classes: int) -> None:
+        super().__init__()
+        self.labels = _Labels(classes, timed.linear.in_features)
+        self.silu, self.linear, timed.linear = timed.silu, timed.linear, nn.Identity()
+        self.timed = timed
+
+    def forward(
+        self,
+        timestep: Tensor,
+        added_cond_kwargs: Any = None,
+        batch_size: int | None = None,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> Any:
+        _, embedded = self.timed(timestep, None, batch_size, hidden_dtype)
+        embedded = embedded + self.labels(added_cond_kwargs["labels"]).to(embedded.dtype)
+        return self.linear(self.silu(embedded)), embedded
+
+
+class _Beside(nn.Module):
+    """What a UNet2DModel with classes is told beside its first time, embedded: the label, and the second time."""
+
+    def __init__(self, network: Any, classes: int) -> None:
+        super().__init__()
+        self.labels = _Labels(classes, network.time_embedding.linear_2.out_features)
+        self.time_proj, self.second = network.time_proj, network.class_embedding
+        network.class_embedding = nn.Identity()
+        network.register_to_config(class_embed_type="identity")
+
+    def forward(self, labels: Tensor, *times: Tensor) -> Tensor:
+        embedded: Tensor = self.labels(labels)
+        for time in times:
+            embedded = embedded + self.second(self.time_proj(time))
+        return embedded
+
+
 def _leave_out_what_one_token_does_not_need(network: Any) -> None:
     """The same function in fewer operations: a single token has attention weight 1, whatever query and key say; two
     linear maps in a row, value and output, are one; and a convolution with one position is a product of matrices."""
@@ -292,25 +348,37 @@ class _OnePosition(nn.Module):
 
 
 class _Timed(nn.Module):
-    def __init__(self, network: nn.Module, time_scale: float) -> None:
+    def __init__(self, network: Any, time_scale: float, classes: int) -> None:
         super().__init__()
         self.network = network
         self.time_scale = time_scale
+        self.classes = classes
 
-    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        told = None
+        if self.classes:
+            told = {"labels": self.network.adaln_single.labels.or_none(labels, x)}
+        elif labels is not None:
+            raise ValueError(NO_CLASSES)
         times = self.time_scale * (c_noise[0] if len(c_noise) == 1 else torch.stack(c_noise, 1))
-        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=times).sample
+        output: Tensor = self.network(x, encoder_hidden_states=None, timestep=times, added_cond_kwargs=told).sample
         return output
 
 
 class _Patched(nn.Module):
-    def __init__(self, network: nn.Module, patch: int) -> None:
+    def __init__(self, network: nn.Module, patch: int, beside: _Beside | None) -> None:
         super().__init__()
         self.network = network
         self.patch = patch
+        self.beside = beside
 
-    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         p = self.patch
+        told = c_noise[1] if len(c_noise) == 2 else None
+        if self.beside is not None:
+            told = self.beside(self.beside.labels.or_none(labels, x), *c_noise[1:])
+        elif labels is not None:
+            raise ValueError(NO_CLASSES)
         x = rearrange(x, "b ch (h p) (w q) -> b (ch p q) h w", p=p, q=p)
-        x = self.network(x, c_noise[0], class_labels=c_noise[1] if len(c_noise) == 2 else None).sample
+        x = self.network(x, c_noise[0], class_labels=told).sample
         return rearrange(x, "b (ch p q) h w -> b ch (h p) (w q)", p=p, q=p)

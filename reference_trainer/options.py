@@ -18,6 +18,7 @@ from typing import Any
 
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.classes import ByClass
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
@@ -58,6 +59,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
         *(objective.Objective, flow_maps.FlowMapObjective),
         trajectories.TrajectoryObjective,
     ),
+    (TrainConfig, "classes"): (None, ByClass),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.FewStepObjective, "distance"): (

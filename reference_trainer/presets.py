@@ -13,6 +13,7 @@ from pathlib import Path
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.index import is_store
 from reference_trainer.data.sources import require_no_archive
@@ -36,6 +37,11 @@ DIGITS = TrainConfig()
 def digits() -> TrainConfig:
     """The best recipe measured on the embedded digits in a few minutes of two cores."""
     return DIGITS
+
+
+def digits_by_class() -> TrainConfig:
+    """The recipe of `digits`, told which digit each image shows: `sample RUN --label 3`."""
+    return replace(DIGITS, classes=ByClass())
 
 
 def ilct(config: TrainConfig = DIGITS) -> TrainConfig:
@@ -84,10 +90,10 @@ def trajectory(config: TrainConfig = DIGITS) -> TrainConfig:
     return replace(config, objective=TrajectoryObjective(**shared))
 
 
-PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, ilct, paper, pixels, flow_map, trajectory)
+PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, digits_by_class, ilct, paper, pixels, flow_map, trajectory)
 """On the embedded digits; the first is the default."""
 
-DATA: tuple[Callable[..., TrainConfig], ...] = (digits, pixels, *DATA_SETS)
+DATA: tuple[Callable[..., TrainConfig], ...] = (digits, digits_by_class, pixels, *DATA_SETS)
 RECIPES: tuple[Callable[[TrainConfig], TrainConfig], ...] = (ilct, paper, flow_map, trajectory)
 
 

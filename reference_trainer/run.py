@@ -30,6 +30,7 @@ class RunFolder:
     autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself, and what they were
                                made from
     checkpoints/step_*.safetensors
+    classes.json               of a run trained by class: their names, and how many training images each has
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
     tensorboard/events.*, evaluation.json, *.png
@@ -104,6 +105,11 @@ class RunFolder:
     def space_file(self) -> Path:
         """Where ``KeptSpace`` is kept."""
         return self.root / "autoencoder.safetensors"
+
+    @property
+    def classes_file(self) -> Path:
+        """Where ``Classes`` are kept."""
+        return self.root / "classes.json"
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""

@@ -3,8 +3,8 @@
 losses and barron (robust distances), early (diffusion loss at small noise), couplers and semidiscrete (OT) with gates,
 scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
 consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
-composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); tails (outlier
-statistics) and sketch (streaming quantiles).
+composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); guidance (by
+class); tails (outlier statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         of_data_time,
         of_flow_time,
     )
+    from robustcm.guidance import Guided, hidden
     from robustcm.losses import (
         LikeSquares,
         PerElement,
@@ -76,6 +77,7 @@ _MODULE_OF = {
         "flow_targets": "ConstantShare Derivative SigmoidShare TwoPoint",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
         "of_data_time of_flow_time",
+        "guidance": "Guided hidden",
         "losses": "LikeSquares PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
         "geman_mcclure_of_r2 pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
         "noise": "NoiseRange TimestepIndex data_time flow_time",
@@ -105,6 +107,7 @@ __all__ = [
     "EarlyDiffusion",
     "Entropic",
     "FlowMapObjective",
+    "Guided",
     "LevelGrid",
     "LikeSquares",
     "LogitNormalTimes",
@@ -148,6 +151,7 @@ __all__ = [
     "flow_time",
     "geman_mcclure",
     "geman_mcclure_of_r2",
+    "hidden",
     "independent",
     "of_adaptive_weight",
     "of_data_time",

@@ -132,9 +132,16 @@ class FlowMapObjective(FewStepObjective):
         """Equal steps of flow time, from 1; ``second`` is not asked: nothing is lost between evaluations."""
         return tuple(1 - i / evaluations for i in range(evaluations))
 
-    def sample(self, f: FlowMap, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        f: FlowMap,
+        z: Tensor,
+        levels: Sequence[float],
+        generator: torch.Generator,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """See ``sample_flow_map``."""
-        return sample_flow_map(f, z, times=(*levels, 0.0))
+        return sample_flow_map(f, z, times=(*levels, 0.0), conditions=conditions)
 
     def _compared(self, f: FlowMap, batch: Batch, teacher: FlowMap | None) -> tuple[Tensor, Tensor]:
         x, z, (t, r, _, _), conditions, progress = batch

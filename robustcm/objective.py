@@ -239,8 +239,19 @@ class FewStepObjective:
         """
         raise NotImplementedError
 
-    def sample(self, f: Any, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
-        """Samples of the data out of noise ``z [b, ...]``, with ``len(levels)`` evaluations of ``function_of``."""
+    def sample(
+        self,
+        f: Any,
+        z: Tensor,
+        levels: Sequence[float],
+        generator: torch.Generator,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Samples of the data out of noise ``z [b, ...]``, with ``len(levels)`` evaluations of ``function_of``.
+
+        Args:
+            conditions: keyword arguments of f, such as ``{"labels": labels}``.
+        """
         raise NotImplementedError
 
     def _compared(
@@ -291,9 +302,16 @@ class Objective(FewStepObjective):
             raise ValueError(f"{evaluations} evaluations are more than there are trained noise levels to halve through")
         return levels
 
-    def sample(self, f: ConsistencyFunction, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        f: ConsistencyFunction,
+        z: Tensor,
+        levels: Sequence[float],
+        generator: torch.Generator,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """See ``robustcm.consistency.sample``."""
-        return sample(f, z, sigmas=levels, noise=self.noise, generator=generator)
+        return sample(f, z, sigmas=levels, noise=self.noise, generator=generator, conditions=conditions)
 
     def _compared(
         self, f: ConsistencyFunction, batch: Batch, teacher: ConsistencyFunction | None

@@ -21,7 +21,11 @@ class Stream(IntEnum):
     DROPOUT = 4
     OUTLIERS = 5
     """Outliers put into latents on purpose."""
-    POSTERIOR = 6
+    LABELS = 6
+    """Which labels training hides."""
+    CLASSES = 7
+    """Which class each sample is drawn of."""
+    POSTERIOR = 8
     """Latents drawn from an encoder's distribution; the step is a number made of the image."""
 
 

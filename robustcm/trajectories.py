@@ -149,9 +149,16 @@ class TrajectoryObjective(FewStepObjective):
             raise ValueError(f"{evaluations} evaluations are more than there are trained noise levels")
         return levels
 
-    def sample(self, f: Trajectory, z: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        f: Trajectory,
+        z: Tensor,
+        levels: Sequence[float],
+        generator: torch.Generator,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """See ``sample_trajectory``; with gamma = 0."""
-        return sample_trajectory(f, z, levels=levels, noise=self.noise)
+        return sample_trajectory(f, z, levels=levels, noise=self.noise, conditions=conditions)
 
     def _compared(self, f: Trajectory, batch: Batch, teacher: Trajectory | None) -> tuple[Tensor, Tensor]:
         x, z, pairs, conditions = batch[:4]

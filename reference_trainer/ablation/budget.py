@@ -68,8 +68,9 @@ def _steps(
     config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None, device: torch.device
 ) -> Iterator[None]:
     """Training steps from the middle of the schedule on: later ones have more noise levels and take longer."""
-    batches = Batches(config, latents, labels)
-    state = TrainState.create(config, batches.latents.shape, device)
+    classes = 0 if config.classes is None or labels is None else int(labels.max()) + 1
+    batches = Batches(config, latents, labels, classes)
+    state = TrainState.create(config, batches.latents.shape, device, classes)
     f = config.preconditioned(state.network.train())
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference_trainer.data.folders import Listing, list_files
-from reference_trainer.data.labels import TABLE, Labels, labels_of, require_one_split
+from reference_trainer.data.labels import TABLE, Labels, labels_of, require_one_split, splits_in
 from reference_trainer.data.reading import Notes, read, reason, require_enough, require_squares, say_skipped
 from reference_trainer.data.squares import cause, extensions
 from reference_trainer.errors import UserError, printable
@@ -35,6 +35,8 @@ class ImageSet:
     """bool ``[n]``: never trained on, neither by the autoencoder nor by the model."""
     names: tuple[str, ...] | None = None
     """Files relative to the folder, with ``/``, in the order of ``pixels``; ``printable`` makes them fit to print."""
+    label_names: tuple[str, ...] | None = None
+    """Of the labels 0, 1, ...; None: they are called by their numbers."""
 
     @property
     def train(self) -> Tensor:
@@ -50,6 +52,13 @@ class ImageSet:
     def train_labels(self) -> Tensor | None:
         """int64 ``[n_train]`` or None."""
         return None if self.labels is None else self.labels[~self.is_held_out]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the labels; none without labels."""
+        if self.labels is None:
+            return ()
+        return self.label_names or tuple(map(str, range(int(self.labels.max()) + 1)))
 
     @property
     def held_out(self) -> Tensor:
@@ -91,7 +100,7 @@ class Digits:
         is_held_out = torch.zeros(len(pixels), dtype=torch.bool)
         for digit in range(10):  # the last of each class: a fixed rule, the same for every run
             is_held_out[torch.nonzero(label_tensor == digit).squeeze(1)[-self.held_out_per_class :]] = True
-        return ImageSet("digits", pixels, label_tensor, is_held_out)
+        return ImageSet("digits", pixels, label_tensor, is_held_out, label_names=tuple("0123456789"))
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ class ImageFolder:
     """All images below a folder, any sizes and modes, to RGB squares.
 
     EXIF rotation is applied, transparency is laid on white, the largest centred square of the first frame is cut out
-    and resized with Lanczos to ``resolution``. Every ``held_out_every``-th image in sorted order is held out.
+    and resized with Lanczos to ``resolution``. Every ``held_out_every``-th image in sorted order is held out. Where all
+    images lie in folders of ``path``, two or more, these are their classes.
 
     Files that are no images by name are ignored, and so are hidden ones, runs of the trainer and pictures it drew.
     """
@@ -166,7 +176,9 @@ class ImageFolder:
                 "give a folder of different images"
             )
         is_held_out = torch.arange(len(names)) % self.held_out_every == self.held_out_every - 1
-        return ImageSet(root.name, pixels, None, is_held_out, names)
+        labels = None if splits_in(names) else self._labels(root, listing)
+        of, called = (None, None) if labels is None else (labels.of[torch.tensor(kept)], labels.names)
+        return ImageSet(root.name, pixels, of, is_held_out, names, called)
 
     def _where(self) -> str:
         return f"below {printable(self.path)}"
@@ -194,14 +206,16 @@ class ImageFolder:
             UserError: no such folder, or none in it; see ``labels_of`` and ``require_one_split``.
         """
         root, listing = self._listing()
-        names, where = [file.as_posix() for file in listing.files], self._where()
-        require_one_split(names, where)
+        require_one_split([file.as_posix() for file in listing.files], self._where())
+        return FolderFiles(root, listing.files, self._where(), self._labels(root, listing))
+
+    def _labels(self, root: Path, listing: Listing) -> Labels | None:
         table = root / TABLE
         try:
             content = table.read_bytes() if table.is_file() else None
         except OSError as error:
             raise UserError(f"cannot read {printable(str(table))}: {error.strerror}") from error
-        return FolderFiles(root, listing.files, where, labels_of(names, listing.tops, content, where))
+        return labels_of([file.as_posix() for file in listing.files], listing.tops, content, self._where())
 
     def notes(self) -> Notes:
         """Empty ones, which stop where ``on_unreadable`` says so."""

@@ -140,9 +140,14 @@ def require_one_split(files: Sequence[str], where: str) -> None:
     Raises:
         UserError: which there are.
     """
-    tops = {file.partition("/")[0] for file in files if "/" in file}
-    splits = sorted(top for top in tops if top.lower() in SPLITS)
-    if len(splits) > 1 or (splits and len(splits) == len(tops)):
+    if splits := splits_in(files):
         raise UserError(
             f"the images {where} are in {some_of(splits)}: say which to read with --split, as in --split {splits[-1]}"
         )
+
+
+def splits_in(files: Sequence[str]) -> list[str]:
+    """The folders at the top that are splits by their names, if they are no classes: several, or all there are."""
+    tops = {file.partition("/")[0] for file in files if "/" in file}
+    splits = sorted(top for top in tops if top.lower() in SPLITS)
+    return splits if len(splits) > 1 or len(splits) == len(tops) else []

@@ -169,6 +169,7 @@ class LatentStore:
             pixels=torch.cat(parts),
             labels=torch.cat(labels) if labels else None,
             is_held_out=torch.arange(sum(map(len, parts))) >= len(parts[0]),
+            label_names=store.index.label_names or tuple(map(str, range(store.index.classes))),
             store=store,
             codec=codec,
             flips=self.flips,

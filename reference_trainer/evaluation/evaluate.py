@@ -13,10 +13,11 @@ from tqdm import tqdm
 from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
+from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried, vectors_of
 from reference_trainer.evaluation.latent_space import few_latents
-from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
+from reference_trainer.evaluation.pictures import draw_classes, draw_losses, draw_sheet, draw_tails
 from reference_trainer.evaluation.reference import MAX_IMAGES, Reference, training_images
 from reference_trainer.evaluation.rows import Missing, Row, attempt, known, small_samples
 from reference_trainer.evaluation.sets import (
@@ -70,6 +71,7 @@ def evaluate(
     stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
     vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds and not stored else {})
     rows = image_rows(vectors, reference, held_out_real)
+    rows = with_as_asked(rows, vectors, model, features, seed)
     if bounds:
         if not isinstance(row := rows.get(FITTED, Missing("")), Missing):
             row["psnr"] = known(reference.psnr)
@@ -86,6 +88,8 @@ def evaluate(
         **figures(rows, latent_rows(drawn.latents, reference, bounds), reference),
         "notes": [*small_samples(rows, reference.images, len(held_out)), *few_latents(reference.components)],
     }
+    if model.classes is not None:
+        out["classes"] = about_classes(model, vectors, features, len(train), seed)
     if isinstance(features, DigitClassifier) and images.labels is not None:
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
@@ -120,6 +124,7 @@ class Evaluator:
         drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
         rows, of_latents = image_rows(drawn.vectors, reference), latent_rows(drawn.latents, reference, bounds=False)
         about = {"step": model.step, "seed": self.seed, "features": reference.features.name}
+        rows = with_as_asked(rows, drawn.vectors, model, reference.features, self.seed)
         record(self.run, about | figures(rows, of_latents, reference))
 
 
@@ -157,6 +162,12 @@ def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluati
         tqdm.write(f"no samples.png: {sheet}")
     else:
         files.append(save_figure(sheet, run.root / "samples.png"))
+    if model.classes is not None:
+        by_class = attempt(lambda: draw_classes(*panels_by_class(model, images)))
+        if isinstance(by_class, Missing):
+            tqdm.write(f"no classes.png: {by_class}")
+        else:
+            files.append(save_figure(by_class, run.root / "classes.png"))
     if rows := run.metrics():
         files.append(save_figure(draw_losses(rows), run.root / "losses.png"))
         files.append(save_figure(draw_tails(rows), run.root / "tails.png"))

@@ -24,6 +24,19 @@ def draw_sheet(panels: Sequence[tuple[str, Tensor]], columns: int = 8) -> Figure
     return figure
 
 
+def draw_classes(names: Sequence[str], panels: Sequence[tuple[str, Tensor]], columns: int) -> Figure:
+    """Titled panels side by side, each ``uint8 [n, ch, h, w]``: of each of ``names`` a row of ``columns`` images."""
+    figure, axes = new_figure(len(panels), width=3.4 * len(panels), height=0.3 + 3.2 * len(names) / columns)
+    for i, (ax, (title, pixels)) in enumerate(zip(axes[0], panels, strict=True)):
+        side = pixels.shape[-2] + 1
+        ax.imshow(tile(pixels, columns), interpolation="nearest")
+        ax.set(title=title, xticks=[])
+        ax.set_yticks([(row + 0.5) * side for row in range(len(names))], names if i == 0 else [""] * len(names))
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    return figure
+
+
 def draw_losses(rows: Sequence[dict[str, Any]]) -> Figure:
     """From metrics.jsonl: consistency loss and residual norm over training, one line a range of noise levels."""
     figure, axes = new_figure(2, width=11, height=4.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from reference_trainer.errors import printable
 from reference_trainer.evaluation.features import PooledLatents
 
 NAME = 32
@@ -21,6 +22,9 @@ IMAGES = (
 )
 """Key of a row, heading, width, format."""
 SURE = ("sure_digits", "p >= .9", 9, ".3f")
+AS_ASKED = ("as_asked", "as asked", 10, ".3f")
+MOST_CLASSES = 20
+"""Lines about classes."""
 LATENTS = (
     ("n", "n", 6, "d"),
     ("whitened_frechet", "Frechet", 10, ".2f"),
@@ -37,6 +41,7 @@ Column = tuple[str, str, int, str]
 def as_table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as lines; a figure that it lacks, made by an earlier version or not measured, is a dash."""
     columns = (*IMAGES, *((SURE,) if "classifier_accuracy_held_out" in evaluation else ()))
+    columns += (AS_ASKED,) if any("as_asked" in row for row in evaluation["rows"].values()) else ()
     lines = [
         f"step {evaluation['step']}, in {evaluation['features']},",
         f"against {evaluation['reference']}; rec: against their reconstructions, encoded and decoded; precision and "
@@ -44,6 +49,7 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
         *_lines(evaluation["rows"], columns),
         *_about_autoencoder(evaluation),
         *_about_latents(evaluation.get("latents")),
+        *_about_classes(evaluation.get("classes")),
     ]
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
@@ -73,6 +79,29 @@ def _about_latents(latents: Mapping[str, Any] | None) -> list[str]:
         "rest:",
         *_lines(latents["rows"], LATENTS),
     ]
+
+
+def _about_classes(classes: Mapping[str, Any] | None) -> list[str]:
+    """Images of each class, how many samples were asked for, and how often one is of the class asked for."""
+    if not classes:
+        return []
+    rows = classes["rows"]
+    judged = list(dict.fromkeys(name for row in rows for name in row.get("as_asked", {})))
+    lines = [
+        f"{len(rows)} classes, samples in the proportions of the training images, guidance {classes['guidance']:g}"
+        + ("; as asked: the classifier's most probable class is the one asked for:" if judged else ":"),
+        f"{'class':{NAME}}{'images':>10}{'samples':>10}" + "".join(f"{f'{name}':>16}" for name in judged),
+    ]
+    for row in rows[:MOST_CLASSES]:
+        shares = (row.get("as_asked", {}).get(name) for name in judged)
+        cells = "".join(f"{'-':>16}" if share is None else f"{share:16.3f}" for share in shares)
+        lines.append(f"{printable(row['name']):{NAME}}{row['images']:10d}{row['samples']:10d}{cells}")
+    if len(rows) > MOST_CLASSES:
+        counts = [row["images"] for row in rows]
+        lines.append(
+            f"and {len(rows) - MOST_CLASSES} more, in evaluation.json; of all, {min(counts)} to {max(counts)} images"
+        )
+    return lines
 
 
 def _about_autoencoder(evaluation: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from reference_trainer.data.latents import InMemory, Latents, some_of
 from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
+from robustcm.guidance import hidden
 from robustcm.objective import Batch, FewStepObjective, draw
 from robustcm.randomness import Stream, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
@@ -34,8 +35,13 @@ class Batches:
     before.
     """
 
-    def __init__(self, config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None = None, classes: int = 0
+    ) -> None:
         """``latents [n, ch, h, w]``, normalised, and their classes ``[n]`` int64, if there are any (CPU).
+
+        Args:
+            classes: how many there are, where the network is told of them.
 
         Raises:
             UserError: fewer latents than a batch needs, or a coupler that needs labels where there are none.
@@ -43,7 +49,7 @@ class Batches:
         check_labels(config, labels)
         check_batch_size(config, len(latents))
         latents = InMemory(latents) if isinstance(latents, Tensor) else latents
-        self.config, self.latents, self.labels = config, latents, labels
+        self.config, self.latents, self.labels, self.classes = config, latents, labels, classes
         self.objective = with_measured_gate(config.objective, latents)
         self.pairing = pairing_of(config.objective, latents)
         self._solver = ThreadPoolExecutor(1)
@@ -52,13 +58,15 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``, on the CPU."""
         if self.pairing is None:
-            x, coupled = self._x(step), self._coupled(step)
+            indices, coupled = self._indices(step), self._coupled(step)
         else:  # the noise is drawn, the data follow it
             generator = step_generator(self.config.seed, step, Stream.COUPLING)
             coupled = torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
-            x = self.latents.take(self.pairing(coupled))
+            indices = self.pairing(coupled)
+        x = self.latents.take(indices)
         draws = draw(self.config.seed, step, x.shape)
-        return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled)
+        told = self._told(step, indices)
+        return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled, conditions=told)
 
     def wait(self) -> None:
         """Until the next pool is paired, which otherwise happens in the background."""
@@ -72,12 +80,24 @@ class Batches:
     def _indices(self, step: int) -> Tensor:
         return batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
 
+    def _told(self, step: int, indices: Tensor) -> dict[str, Tensor]:
+        """What the network is told of the samples ``indices [b]``: with classes their labels, some of them hidden.
+
+        Behind the coupling, which knows all labels: so noise is standard within each class and without one.
+        """
+        if self.config.classes is None:
+            return {}
+        assert self.labels is not None
+        generator = step_generator(self.config.seed, step, Stream.LABELS)
+        share = self.config.classes.dropout
+        return {"labels": hidden(self.labels[indices], share, self.classes, generator)}
+
     def _x(self, step: int) -> Tensor:
         return self.latents.take(self._indices(step))
 
     def _coupled(self, step: int) -> Tensor | None:
         """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
-        if self.config.objective.coupler is independent:
+        if self.config.coupler is independent:
             return None
         pool, part = divmod(step, self.config.coupling_pool)
         # The next pool is paired while this one is trained on: the solvers work outside Python's lock.
@@ -92,16 +112,21 @@ class Batches:
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
         labels = None if self.labels is None else self.labels[torch.cat([self._indices(s) for s in steps])]
         generator = step_generator(config.seed, pool, Stream.COUPLING)
-        perm = config.objective.coupler(x, z, labels=labels, generator=generator)
+        perm = config.coupler(x, z, labels=labels, generator=generator)
         return z[perm].split(config.batch_size)
 
 
 def check_labels(config: TrainConfig, labels: Tensor | None) -> None:
-    """Refuse a coupler that asks for classes where the data have none.
+    """Refuse a coupler or a network that asks for classes where the data have none.
 
     Raises:
         UserError: just that.
     """
+    if labels is None and config.classes is not None:
+        raise UserError(
+            f"classes=ByClass trains by class, and the images of {type(config.data).__name__} have no labels: put the "
+            "images of each class into a folder of their own, two classes or more, or take classes=None"
+        )
     if labels is None and isinstance(config.objective.coupler, WithinClasses):
         raise UserError(
             "objective.coupler=WithinClasses pairs noise within classes, and the images of "

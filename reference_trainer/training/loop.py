@@ -18,12 +18,12 @@ from tqdm import tqdm
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
-from reference_trainer.model import TrainedModel
+from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
-from reference_trainer.training.start import latents_of_run
+from reference_trainer.training.start import classes_of_run, latents_of_run
 from reference_trainer.training.state import TrainState
 
 
@@ -58,13 +58,14 @@ def train(
     """
     check_labels(config, images.train_labels)
     check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
+    classes = classes_of_run(config, run, images, new_data)
     latents, space = latents_of_run(config, run, images, cache, device, new_data)
-    batches = Batches(config, latents, images.train_labels)
+    batches = Batches(config, latents, images.train_labels, number_of(classes))
     ch, h, w = latents.shape
-    state = TrainState.create(config, (ch, h, w), device)
+    state = TrainState.create(config, (ch, h, w), device, number_of(classes))
     if found := run.latest_checkpoint():
         state.restore(*found)
-    averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device)
+    averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes)
     if judge:
         judge.prepare(averaged)
     run.keep_rows_until(state.step)

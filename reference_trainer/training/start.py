@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.classes import Classes
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import (
@@ -80,6 +81,34 @@ def latents_of_run(
     if changes or space is not kept.space:
         replace(kept, space=space).save(file)
     return _normalised(raw, space), space
+
+
+def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_data: bool = False) -> Classes | None:
+    """The classes that ``run`` is trained on, kept with it; None where it is trained without.
+
+    Raises:
+        UserError: no labels, labels that are no class, or others than those the run was begun with.
+    """
+    if config.classes is None:
+        return None
+    now, file = Classes.of(images), run.classes_file
+    if said := now.about_empty():
+        tqdm.write(said)
+    if run.space_file.exists():  # before that nothing was trained, and whatever lies there was not used
+        kept = Classes.load(file)
+        if kept == now:
+            return now
+        if len(kept.names) != len(now.names):
+            raise UserError(
+                f"{run.root} is trained on {len(kept.names)} classes, these are {len(now.names)}: give another --out"
+            )
+        if not new_data:
+            raise UserError(
+                f"{run.root} was begun with other labels or names of classes: bring those back, give a new run another "
+                "--out, or add --new-data to go on with what is there now"
+            )
+    now.save(file)
+    return now
 
 
 def _normalised(raw: Latents, space: LatentSpace) -> Latents:

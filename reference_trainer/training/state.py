@@ -38,9 +38,9 @@ class TrainState:
     """int64, 0-dim."""
 
     @staticmethod
-    def create(config: TrainConfig, shape: tuple[int, int, int], device: torch.device) -> TrainState:
-        """The state before the first step, for latents of ``shape`` (ch, h, w)."""
-        network = build_network(config, shape).to(device)
+    def create(config: TrainConfig, shape: tuple[int, int, int], device: torch.device, classes: int = 0) -> TrainState:
+        """The state before the first step, for latents of ``shape`` (ch, h, w) and a network told of ``classes``."""
+        network = build_network(config, shape, classes).to(device)
         return TrainState(
             step=0,
             network=network,
