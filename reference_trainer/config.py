@@ -16,6 +16,7 @@ from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from robustcm.averages import Average, PowerFunction
 from robustcm.couplers import exact
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
@@ -29,6 +30,7 @@ from robustcm.trajectories import TrajectoryObjective
 Data: TypeAlias = Digits | ImageFolder | LatentStore
 
 MOST_THREADS = 1024
+MOST_SNAPSHOTS = 1000
 
 
 def _require(condition: bool, message: str) -> None:
@@ -170,6 +172,12 @@ class TrainConfig:
     """Its size over the run."""
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
+    averages: tuple[Average, ...] = ()
+    """Further averages of the weights, any number: for ``sample --average`` and ``evaluate --averages``. Each takes the
+    memory of the weights once more, here and in a checkpoint; they change no weight."""
+    snapshot_every: int = 250
+    """Steps between two snapshots of the power-function averages among them, 1 or more. Of these any sigma_rel is
+    reconstructed after training. One file each, 4 bytes a weight and power function, none deleted; at most 1000."""
     batch_size: int = 256
     """Samples a step, 1 or more."""
     steps: int = 4000
@@ -195,11 +203,21 @@ class TrainConfig:
     """How many of the newest checkpoints stay, 1 or more."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "steps",
+            "coupling_pool",
+            "threads",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+            "snapshot_every",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        self._check_averages()
         if self.second_sigma is not None:
             _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
             low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
@@ -207,6 +225,20 @@ class TrainConfig:
                 low < self.second_sigma < high,
                 f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
             )
+
+    def _check_averages(self) -> None:
+        again = [average for index, average in enumerate(self.averages) if average in self.averages[:index]]
+        _require(not again, f"averages must differ, got {again[0] if again else None} twice")
+        _require(
+            not self.power_functions or self.steps <= MOST_SNAPSHOTS * self.snapshot_every,
+            f"snapshot_every must be at least {-(-self.steps // MOST_SNAPSHOTS)} for {self.steps} steps, so that no "
+            f"more than {MOST_SNAPSHOTS} snapshots are written, got {self.snapshot_every}",
+        )
+
+    @property
+    def power_functions(self) -> tuple[PowerFunction, ...]:
+        """Those among ``averages``."""
+        return tuple(average for average in self.averages if isinstance(average, PowerFunction))
 
     def load_images(self, device: torch.device) -> ImageSet:
         """The images, or of a store some that ``device`` decodes.
@@ -238,3 +270,7 @@ class TrainConfig:
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""
         return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
+
+    def keeps_snapshot_at(self, step: int) -> bool:
+        """Whether the power functions are kept as they are behind ``step`` steps; the end is in the checkpoint."""
+        return bool(self.power_functions) and step % self.snapshot_every == 0 and step < self.steps

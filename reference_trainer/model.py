@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reference_trainer.averages import averaged_weights, check_average
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace, encode
@@ -16,6 +17,7 @@ from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.run import RunFolder
+from robustcm.averages import Average
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
 
@@ -33,6 +35,8 @@ class TrainedModel:
     device: torch.device
     changes: tuple[str, ...] = ()
     """In what the images at hand and the autoencoder are not what the run was made from, in words."""
+    average: str = ""
+    """Which average of the weights, in words; empty: the one that samples."""
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
         """Levels of the sampler, as the objective has them: noise levels, of a flow map flow times.
@@ -78,40 +82,63 @@ class TrainedModel:
 
 
 def load_model(
-    run: RunFolder, device: torch.device, images: ImageSet | None = None, new_data: bool = False
+    run: RunFolder,
+    device: torch.device,
+    images: ImageSet | None = None,
+    new_data: bool = False,
+    average: Average | None = None,
 ) -> TrainedModel:
     """The newest readable checkpoint of ``run``.
 
     Args:
         images: are compared with those the run was made from.
         new_data: go on although they, or the user's autoencoder, have changed.
+        average: of the weights, see ``averaged_weights``; None: the one with ``ema_decay``.
     Raises:
-        UserError: no run, no checkpoint, or one that does not fit; something has changed.
+        UserError: no run, no checkpoint, or one that does not fit; something has changed; no such average.
     """
     config = run.config()
+    check_average(config, average)
     found = run.latest_checkpoint()
     if found is None:
         raise UserError(f"no checkpoint in {run.root}: train it first, with the same --out")
-    step, tensors = found
     kept, changes = reopen(run.space_file, config.autoencoder, images, device, new_data)
     if math.isnan(kept.space.recognised_at):
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
-    network = build_network(config, kept.shape)
-    weights = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
+    network, about = averaged_network(run, config, kept.shape, found, average)
+    return TrainedModel(
+        config=config,
+        network=network.to(device),
+        space=kept.space,
+        shape=kept.shape,
+        step=found[0],
+        device=device,
+        changes=changes,
+        average="" if average is None else about,
+    )
+
+
+def averaged_network(
+    run: RunFolder,
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    checkpoint: tuple[int, dict[str, Tensor]],
+    average: Average | None,
+) -> tuple[nn.Module, str]:
+    """The network of a checkpoint's step and tensors with ``average`` for its weights, on the CPU, and which it is.
+
+    Raises:
+        UserError: see ``averaged_weights``; or the checkpoint is of another network.
+    """
+    step, tensors = checkpoint
+    weights, about = averaged_weights(run, config, step, tensors, average)
+    network = build_network(config, shape)
     try:
         check_layout(weights, network.state_dict())
     except UserError as error:
         raise UserError(f"the checkpoint of step {step} in {run.root} does not fit its config.json: {error}") from error
     network.load_state_dict(weights)
-    return TrainedModel(
-        config=config,
-        network=network.to(device).eval().requires_grad_(False),
-        space=kept.space,
-        shape=kept.shape,
-        step=step,
-        device=device,
-        changes=changes,
-    )
+    return network.eval().requires_grad_(False), about
 
 
 def build_network(config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Averages of the weights: what counts how much in them, and how stored ones add up to others; held against ema-pytorch."""
+"""Averages of the weights: what counts how much, how stored ones add up to others; held against ema-pytorch."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ FLOORS = (
     {"config"},
     {"options", "presets"},
     {"fields", "run"},
+    {"averages"},
     {"model"},
     {"training", "evaluation"},
     {"ablation"},

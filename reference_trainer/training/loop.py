@@ -68,6 +68,7 @@ def train(
     if judge:
         judge.prepare(averaged)
     run.keep_rows_until(state.step)
+    run.keep_snapshots_until(state.step)
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     f = config.preconditioned(state.network.train())
@@ -97,6 +98,9 @@ def train(
             if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
                 check_finite(state, run)
                 judge(replace(averaged, step=state.step))
+            if config.keeps_snapshot_at(state.step):  # before saving, too
+                check_finite(state, run)
+                run.save_snapshot(state.step, state.snapshot())
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
