@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,9 +100,9 @@ def _distances(model: TrainedModel, reference: Reference, seed: int) -> Row:
 
 
 def _distance(real: Tensor | Missing, others: Tensor | Missing) -> float | None:
-    """None: there is nothing to measure; what is not finite counts as nothing."""
+    """None: nothing to measure, or nothing finite."""
     found = attempt(lambda: frechet_distance(known(real), known(others)))
-    return None if isinstance(found, Missing) else found
+    return None if isinstance(found, Missing) or not math.isfinite(found) else found
 
 
 def _line(row: Mapping[str, Any]) -> str:
