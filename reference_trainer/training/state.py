@@ -91,9 +91,9 @@ class TrainState:
     def update_ema(self, decay: float) -> None:
         """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps; the further ones alike."""
         ramped = min(decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - ramped)
-        for average, tensors in self.further.items():
-            torch._foreach_lerp_(tensors, self.weights, average(self.step))
+        shares = [(average(self.step), tensors) for average, tensors in self.further.items()]
+        for share, tensors in [(1 - ramped, self.averages), *shares]:
+            torch._foreach_lerp_(tensors, self.weights, share)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The power-function averages, float32, named as in ``tensors``."""
