@@ -19,6 +19,7 @@ from reference_trainer.run import RunFolder
 from robustcm.averages import Average, Exponential, PowerFunction, Profile, reconstruct
 
 Tensors = Mapping[str, Tensor]
+MOST_SNAPSHOTS = 1000
 
 
 class Averaged(NamedTuple):
@@ -49,6 +50,20 @@ def read_average(text: str) -> Average:
 def in_file_name(average: Average) -> str:
     """``PowerFunction-sigma_rel-0.1``."""
     return re.sub(r"[^\w.-]+", "-", literal(average)).strip("-")
+
+
+def check_snapshots(config: TrainConfig) -> None:
+    """See that a run writes no more snapshots than anybody wants on the disk.
+
+    Raises:
+        UserError: says how far apart they must be.
+    """
+    number = config.steps // config.snapshot_every
+    if config.power_functions and number > MOST_SNAPSHOTS:
+        raise UserError(
+            f"{config.steps} steps with snapshot_every={config.snapshot_every} make {number} snapshots, more than "
+            f"{MOST_SNAPSHOTS}: give snapshot_every={-(-config.steps // MOST_SNAPSHOTS)} or more"
+        )
 
 
 def check_average(config: TrainConfig, average: Average | None) -> None:

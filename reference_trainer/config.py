@@ -30,7 +30,6 @@ from robustcm.trajectories import TrajectoryObjective
 Data: TypeAlias = Digits | ImageFolder | LatentStore
 
 MOST_THREADS = 1024
-MOST_SNAPSHOTS = 1000
 
 
 def _require(condition: bool, message: str) -> None:
@@ -203,21 +202,13 @@ class TrainConfig:
     """How many of the newest checkpoints stay, 1 or more."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "steps",
-            "coupling_pool",
-            "threads",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-            "snapshot_every",
-        ):
+        for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        self._check_averages()
+        _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
+        _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:
             _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
             low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
@@ -225,15 +216,6 @@ class TrainConfig:
                 low < self.second_sigma < high,
                 f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
             )
-
-    def _check_averages(self) -> None:
-        again = [average for index, average in enumerate(self.averages) if average in self.averages[:index]]
-        _require(not again, f"averages must differ, got {again[0] if again else None} twice")
-        _require(
-            not self.power_functions or self.steps <= MOST_SNAPSHOTS * self.snapshot_every,
-            f"snapshot_every must be at least {-(-self.steps // MOST_SNAPSHOTS)} for {self.steps} steps, so that no "
-            f"more than {MOST_SNAPSHOTS} snapshots are written, got {self.snapshot_every}",
-        )
 
     @property
     def power_functions(self) -> tuple[PowerFunction, ...]:

@@ -1,8 +1,8 @@
 """Averages of the weights over training: exponential, or by a power of the step, which can also be had afterwards.
 
 An average moves towards the weights w once a step: ``a += share (w - a)``, with a list of tensors and no copy of the
-network ``torch._foreach_lerp_(averaged, weights, average(step))``. Each further one costs 4 bytes a weight in memory, as
-much in each checkpoint, and a pass over the weights a step: of the digits' 753,056 weights 0.6 ms of a core, 1.4 % of a
+network ``torch._foreach_lerp_(averaged, weights, average(step))``. Each further one costs 4 bytes a weight of memory,
+as much in a checkpoint, and a pass over the weights a step: of the digits' 753,056 weights 0.6 ms of a core, 1.4 % of a
 step (``benchmarks/step_time.py``, an Intel Xeon).
 
 How long an average should be is not known before training, and matters. Of two power functions, say sigma_rel 0.05

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reference_trainer.__main__ import main
-from reference_trainer.averages import averages_of, prefix
+from reference_trainer.averages import averages_of, check_snapshots, prefix
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import ImageFolder
@@ -173,6 +173,24 @@ def test_an_unfinished_run_is_reconstructed_of_what_it_kept_up_to_its_checkpoint
     assert not same(model.network.state_dict(), load_model(folder, CPU, average=wanted).network.state_dict())
 
 
+def test_snapshots_behind_the_restored_checkpoint_are_dropped(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = crashed(config, tmp_path / "run", 11, monkeypatch)
+    assert list(folder.snapshots()) == [2, 4, 6, 8, 10]
+    crashed(config, folder.root, 8, monkeypatch)  # at once
+    assert list(folder.snapshots()) == [2, 4, 6, 8]
+
+
+def test_snapshots_without_number_are_refused_before_training(config: TrainConfig, tmp_path: Path):
+    many = replace(config, steps=4001, snapshot_every=4)
+    check_snapshots(replace(many, snapshot_every=5))
+    check_snapshots(replace(many, averages=()))
+    check_snapshots(replace(many, steps=4000))
+    with pytest.raises(UserError, match=r"1250 snapshots, .* give snapshot_every=5 or more"):
+        run(replace(many, steps=5000), tmp_path / "run")
+
+
 def test_a_run_from_before_there_were_averages_goes_on(config: TrainConfig, tmp_path: Path):
     config = replace(config, averages=(), snapshot_every=250)
     folder = run(config, tmp_path / "run")
@@ -304,7 +322,6 @@ def test_averages_are_typed_alone_or_in_brackets_and_survive_json():
         ("averages=(PowerFunction, 3)", "takes Exponential"),
         ("averages=Exponential(decay=1)", "decay must be"),
         ("snapshot_every=0", "at least 1"),
-        ("snapshot_every=3", "snapshot_every must be at least 4 for 4000 steps"),
     ],
 )
 def test_averages_that_cannot_be_kept_are_refused(option: str, message: str):

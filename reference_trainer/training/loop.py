@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
@@ -57,6 +58,7 @@ def train(
         UserError: see its message; checkpoints written before stay good.
     """
     check_labels(config, images.train_labels)
+    check_snapshots(config)
     check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
     latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents, images.train_labels)
