@@ -97,7 +97,9 @@ class TrainState:
 
     def snapshot(self) -> dict[str, Tensor]:
         """The power-function averages, float32, named as in ``tensors``."""
-        kept = {average: found for average, found in self.further.items() if isinstance(average, PowerFunction)}
+        kept: dict[Average, list[Tensor]] = {
+            average: found for average, found in self.further.items() if isinstance(average, PowerFunction)
+        }
         return {name: tensor.float() for name, tensor in self._named(kept).items()}
 
     def _named(self, averages: dict[Average, list[Tensor]]) -> dict[str, Tensor]:
