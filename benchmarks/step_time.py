@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,16 +24,22 @@ from reference_trainer.presets import PRESETS
 from reference_trainer.training.batches import with_measured_gate
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
+from robustcm.averages import Exponential, PowerFunction
 from robustcm.consistency import add_noise
 from robustcm.couplers import exact
 from robustcm.objective import Batch, draw
 
 CPU = torch.device("cpu")
+FURTHER = (
+    *(Exponential(decay=0.9), Exponential(decay=0.999)),
+    *(PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.1)),
+)
 
 
 def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
     """The parts of a step, and the step."""
     state = TrainState.create(config, shape, CPU)
+    averaging = TrainState.create(replace(config, averages=FURTHER), shape, CPU)
     f, step = config.preconditioned(state.network), config.steps - 1
     x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
     objective = with_measured_gate(config.objective, x)
@@ -77,6 +84,7 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         "measured c": measured_c,
         "clip and optimiser": optimise,
         "EMA": partial(state.update_ema, config.ema_decay),
+        "EMA and four further averages": partial(averaging.update_ema, config.ema_decay),
         "level meter": partial(LevelMeter().add, state.meter, terms, batch.pairs),
         "tail meter": partial(tails.add, state.tails, terms, batch.pairs),
         "whole step": whole,
@@ -103,7 +111,7 @@ def main() -> None:
     keep_freed_memory()
     for name, call in parts(config, shape).items():
         rows.append({"part": name, "seconds": measure(call)})
-        print(f"{name:24} {rows[-1]['seconds']}", flush=True)
+        print(f"{name:30} {rows[-1]['seconds']}", flush=True)
     for memory in ("kept", "given back"):
         command = [sys.executable, __file__, f"--preset={options.preset}", f"--whole={memory}"]
         command += [f"--threads={torch.get_num_threads()}", "--latents"]

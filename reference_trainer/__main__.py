@@ -111,7 +111,8 @@ def parser() -> Parser:
         "--label", metavar="CLASS", help="of a run trained by class: name or number of one (default: a row for each)"
     )
     sampling.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
-    sampling.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED.png)")
+    sampling.add_argument("--average", metavar="AVERAGE", help="of the weights, see evaluate")
+    sampling.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED[-...].png)")
     sampling.set_defaults(run_command=run_sample)
 
     evaluating = commands.add_parser("evaluate", help="measure a run: Frechet and kernel distance, precision, recall")
@@ -128,6 +129,18 @@ def parser() -> Parser:
         "--new-data",
         action="store_true",
         help="compare with the images that are there now, though the run was made from others",
+    )
+    weights = evaluating.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--average",
+        metavar="AVERAGE",
+        help="of the weights: Exponential(decay=...) that the run keeps (decay=0: the weights themselves), or "
+        "PowerFunction(sigma_rel=...), kept or reconstructed of its snapshots (default: that of ema_decay)",
+    )
+    weights.add_argument(
+        "--averages",
+        action="store_true",
+        help="instead: Frechet distances by average, of those the run keeps and a ladder of sigma_rel; averages.png",
     )
     evaluating.set_defaults(run_command=run_evaluate)
 
@@ -277,19 +290,22 @@ def run_sample(options: argparse.Namespace) -> int:
     """One PNG of samples."""
     import torch
 
+    from reference_trainer.averages import in_file_name, read_average
     from reference_trainer.machine import device_of
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
     if options.n < 1:
         raise UserError(f"--n must be at least 1, got {options.n}")
-    model = load_model(RunFolder(options.run), device_of(options.device))
+    average = None if options.average is None else read_average(options.average)
+    model = load_model(RunFolder(options.run), device_of(options.device), average=average)
     torch.set_num_threads(model.config.threads)
     if options.guidance is not None:
         model = model.guided(options.guidance)
     rows = asked_rows(model, options.n, options.label)
     named = f"-class{rows[0][0]}" if options.label is not None else ""
     named += f"-w{options.guidance:g}" if options.guidance is not None else ""
+    named += "" if average is None else f"-{in_file_name(average)}"
     file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}{named}.png"
     require_writable(file)
     labels = torch.cat([torch.full((count,), label) for label, count in rows]) if rows else None
@@ -299,7 +315,7 @@ def run_sample(options: argparse.Namespace) -> int:
     else:
         save_picture(pixels, file)
     of = f" of {len(rows)} classes" if len(rows) > 1 else f" of class {options.label}" if rows else ""
-    print(f"{options.n} images{of}, NFE {options.evaluations}: {file}")
+    print(f"{options.n} images{of}, NFE {options.evaluations}{model.average and f', {model.average}'}: {file}")
     return 0
 
 
@@ -329,22 +345,33 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
     import torch
 
-    from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_report
+    from reference_trainer.averages import check_average, in_file_name, read_average
+    from reference_trainer.evaluation.averages import evaluate_averages
+    from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_evaluation, write_report
     from reference_trainer.evaluation.table import as_table
     from reference_trainer.machine import device_of
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
     run, device = RunFolder(options.run), device_of(options.device)
+    average = None if options.average is None else read_average(options.average)
     config = run.config()
+    check_average(config, average)  # before the images are loaded
     torch.set_num_threads(config.threads)
     images = config.load_images(device)
     features = named_features(options.features, images)
-    model = load_model(run, device, images, options.new_data)
+    model = load_model(run, device, images, options.new_data, average)
     if options.guidance is not None:
         model = model.guided(options.guidance)
+    if options.averages:
+        for line in evaluate_averages(run, model, images, choose_features(features, model), options.seed):
+            print(line, flush=True)
+        return 0
     evaluation = evaluate(model, images, choose_features(features, model), options.seed)
     print(as_table(evaluation), flush=True)
+    if average is not None:  # the report is of the average that samples
+        print(f"wrote {write_evaluation(run, evaluation, f'evaluation-{in_file_name(average)}.json')}")
+        return 0
     files = write_report(run, model, images, evaluation)
     print(f"look at {', '.join(str(file) for file in files)}")
     return 0

@@ -17,6 +17,7 @@ from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from robustcm.averages import Average, PowerFunction
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
@@ -174,6 +175,12 @@ class TrainConfig:
     """Its size over the run."""
     ema_decay: float = 0.99
     """Of the weights that sample; ramped up as min(ema_decay, (step + 1) / (step + 10))."""
+    averages: tuple[Average, ...] = ()
+    """Further averages of the weights, any number: for ``sample --average`` and ``evaluate --averages``. Each takes the
+    memory of the weights once more, here and in a checkpoint; they change no weight."""
+    snapshot_every: int = 250
+    """Steps between two snapshots of the power-function averages among them, 1 or more. Of these any sigma_rel is
+    reconstructed after training. One file each, 4 bytes a weight and power function, none deleted; at most 1000."""
     batch_size: int = 256
     """Samples a step, 1 or more."""
     steps: int = 4000
@@ -210,6 +217,8 @@ class TrainConfig:
                 "objective.coupler=Semidiscrete pairs noise with images of any class: with classes=ByClass take exact "
                 "or Entropic, or classes.coupled_within=False",
             )
+        _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
+        _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:
             _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
             low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
@@ -225,6 +234,11 @@ class TrainConfig:
         if self.classes is None or not self.classes.coupled_within or coupler is independent:
             return coupler
         return coupler if isinstance(coupler, WithinClasses) else WithinClasses(coupler)
+
+    @property
+    def power_functions(self) -> tuple[PowerFunction, ...]:
+        """Those among ``averages``."""
+        return tuple(average for average in self.averages if isinstance(average, PowerFunction))
 
     def load_images(self, device: torch.device) -> ImageSet:
         """The images, or of a store some that ``device`` decodes.
@@ -256,3 +270,7 @@ class TrainConfig:
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""
         return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
+
+    def keeps_snapshot_at(self, step: int) -> bool:
+        """Whether the power functions are kept as they are behind ``step`` steps; the end is in the checkpoint."""
+        return bool(self.power_functions) and step % self.snapshot_every == 0 and step < self.steps

@@ -33,6 +33,7 @@ OFTEN = (
     Often("clip.k", "4.0", "where outliers of the latents are cut; clip=None leaves them in"),
     Often("non_scaling_norm", "False", "norms without a learned scale"),
     Often("evaluate_every", "0", "steps between two looks at the samples; 0: only at the end"),
+    Often("averages", "()", "more averages of the weights: Exponential(0.999), PowerFunction(sigma_rel=0.1)"),
     Often("threads", "1", "of the CPU"),
 )
 """With the defaults of the first preset."""

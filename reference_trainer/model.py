@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reference_trainer.averages import averaged_weights, check_average
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.classes import Classes
 from reference_trainer.data.images import ImageSet
@@ -18,6 +19,7 @@ from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.run import RunFolder
+from robustcm.averages import Average
 from robustcm.guidance import Guided
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
@@ -38,6 +40,8 @@ class TrainedModel:
     """In what the images at hand and the autoencoder are not what the run was made from, in words."""
     classes: Classes | None = None
     """That the network is told of."""
+    average: str = ""
+    """Which average of the weights, in words; empty: the one that samples."""
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
         """Levels of the sampler, as the objective has them: noise levels, of a flow map flow times.
@@ -107,42 +111,66 @@ class TrainedModel:
 
 
 def load_model(
-    run: RunFolder, device: torch.device, images: ImageSet | None = None, new_data: bool = False
+    run: RunFolder,
+    device: torch.device,
+    images: ImageSet | None = None,
+    new_data: bool = False,
+    average: Average | None = None,
 ) -> TrainedModel:
     """The newest readable checkpoint of ``run``.
 
     Args:
         images: are compared with those the run was made from.
         new_data: go on although they, or the user's autoencoder, have changed.
+        average: of the weights, see ``averaged_weights``; None: the one with ``ema_decay``.
     Raises:
-        UserError: no run, no checkpoint, or one that does not fit; something has changed.
+        UserError: no run, no checkpoint, or one that does not fit; something has changed; no such average.
     """
     config = run.config()
+    check_average(config, average)
     found = run.latest_checkpoint()
     if found is None:
         raise UserError(f"no checkpoint in {run.root}: train it first, with the same --out")
-    step, tensors = found
     kept, changes = reopen(run.space_file, config.autoencoder, images, device, new_data)
     if math.isnan(kept.space.recognised_at):
         raise UserError(f"{run.root} is of an earlier version: the train command, given again, brings it up to date")
     classes = kept_classes(config, run)
-    network = build_network(config, kept.shape, number_of(classes))
-    weights = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
+    network, about = averaged_network(run, config, kept.shape, found, average, number_of(classes))
+    return TrainedModel(
+        config=config,
+        network=network.to(device),
+        space=kept.space,
+        shape=kept.shape,
+        step=found[0],
+        device=device,
+        changes=changes,
+        classes=classes,
+        average="" if average is None else about,
+    )
+
+
+def averaged_network(
+    run: RunFolder,
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    checkpoint: tuple[int, dict[str, Tensor]],
+    average: Average | None,
+    classes: int = 0,
+) -> tuple[nn.Module, str]:
+    """The network of a checkpoint's step and tensors with ``average`` for its weights, on the CPU, and which it is.
+
+    Raises:
+        UserError: see ``averaged_weights``; or the checkpoint is of another network.
+    """
+    step, tensors = checkpoint
+    weights, about = averaged_weights(run, config, step, tensors, average)
+    network = build_network(config, shape, classes)
     try:
         check_layout(weights, network.state_dict())
     except UserError as error:
         raise UserError(f"the checkpoint of step {step} in {run.root} does not fit its config.json: {error}") from error
     network.load_state_dict(weights)
-    return TrainedModel(
-        config=config,
-        network=network.to(device).eval().requires_grad_(False),
-        space=kept.space,
-        shape=kept.shape,
-        step=step,
-        device=device,
-        changes=changes,
-        classes=classes,
-    )
+    return network.eval().requires_grad_(False), about
 
 
 def kept_classes(config: TrainConfig, run: RunFolder) -> Classes | None:

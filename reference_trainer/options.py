@@ -27,6 +27,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.published import NETWORKS
 from robustcm import (
+    averages,
     barron,
     couplers,
     early,
@@ -60,6 +61,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
         trajectories.TrajectoryObjective,
     ),
     (TrainConfig, "classes"): (None, ByClass),
+    (TrainConfig, "averages"): (averages.Exponential, averages.PowerFunction),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.FewStepObjective, "distance"): (
@@ -183,6 +185,8 @@ def choices_of(owner: Any, field: str) -> tuple[Any, ...] | None:
 def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-inf":
         return -math.inf
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_evaluate(element) for element in node.elts)
     if isinstance(node, ast.Name):
         if node.id not in VOCABULARY:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
@@ -224,8 +228,16 @@ def _build(part: type, given: dict[str, Any]) -> Any:
 def _fitted(owner: type, field: str, value: Any, where: str) -> Any:
     """``value`` as ``owner.field`` takes it: one of its choices, or of its type."""
     choices = choices_of(owner, field)
+    hint = typing.get_type_hints(owner)[field]
     if choices is None:
-        return _fit(value, typing.get_type_hints(owner)[field], where)
+        return _fit(value, hint, where)
+    if typing.get_origin(hint) is tuple:  # any number of parts; one may stand without its brackets
+        return tuple(_chosen(part, choices, where) for part in (value if isinstance(value, tuple) else (value,)))
+    return _chosen(value, choices, where)
+
+
+def _chosen(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    """``value`` if it is one of ``choices`` or an instance of one."""
     if _is_part(value):  # PowerLawC for PowerLawC()
         value = _build(value, {})
     if not any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices):

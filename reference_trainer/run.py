@@ -31,6 +31,8 @@ class RunFolder:
                                made from
     checkpoints/step_*.safetensors
     classes.json               of a run trained by class: their names, and how many training images each has
+    snapshots/step_*.safetensors
+                               the power-function averages, float32, every ``snapshot_every`` steps
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
     tensorboard/events.*, evaluation.json, *.png
@@ -120,6 +122,20 @@ class RunFolder:
         save_tensors(self.root / "checkpoints" / f"step_{step:08d}.safetensors", tensors, {"step": step})
         for old in self.checkpoints()[keep:]:
             old.unlink()
+
+    def snapshots(self) -> dict[int, Path]:
+        """Files by step, oldest first; what has another name is passed over."""
+        files = sorted((self.root / "snapshots").glob("step_*.safetensors"))
+        return {int(step): file for file in files if (step := file.stem.removeprefix("step_")).isdecimal()}
+
+    def save_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write averages as they are behind ``step`` steps."""
+        save_tensors(self.root / "snapshots" / f"step_{step:08d}.safetensors", tensors, {"step": step})
+
+    def keep_snapshots_until(self, step: int) -> None:
+        """Drop those behind ``step``: the run goes on from there and will write them again."""
+        for file in (file for at, file in self.snapshots().items() if at > step):
+            file.unlink()
 
     def latest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
         """Step and tensors of the newest checkpoint that can be read; damaged ones are named and passed over.

@@ -4,7 +4,7 @@ losses and barron (robust distances), early (diffusion loss at small noise), cou
 scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
 consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
 composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); guidance (by
-class); tails (outlier statistics) and sketch (streaming quantiles).
+class); averages (of the weights); tails (outlier statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from robustcm.averages import Exponential, PowerFunction, Profile, reconstruct
     from robustcm.barron import Barron, BarronOfR2, of_adaptive_weight
     from robustcm.consistency import Preconditioned, Preconditioning, sample, temporal_difference
     from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     name: module
     for module, names in {
+        "averages": "Exponential PowerFunction Profile reconstruct",
         "barron": "Barron BarronOfR2 of_adaptive_weight",
         "consistency": "Preconditioned Preconditioning sample temporal_difference",
         "couplers": "Entropic WithinClasses coupling_gain exact independent",
@@ -106,6 +108,7 @@ __all__ = [
     "DoublingCurriculum",
     "EarlyDiffusion",
     "Entropic",
+    "Exponential",
     "FlowMapObjective",
     "Guided",
     "LevelGrid",
@@ -117,9 +120,11 @@ __all__ = [
     "Objective",
     "PerElement",
     "PerToken",
+    "PowerFunction",
     "PowerLawC",
     "Preconditioned",
     "Preconditioning",
+    "Profile",
     "RatioLevels",
     "RobustLoss",
     "Semidiscrete",
@@ -158,6 +163,7 @@ __all__ = [
     "of_flow_time",
     "pseudo_huber",
     "pseudo_huber_of_r2",
+    "reconstruct",
     "robust_distance",
     "sample",
     "sample_flow_map",

@@ -30,6 +30,7 @@ from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.options import CHOICES
+from robustcm.averages import Exponential, PowerFunction
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained, AnnealedAbove
 from robustcm.losses import PerElement, PerToken, cauchy_of_r2
@@ -159,6 +160,8 @@ def works(part: Any, changed: dict[str, Any]) -> None:
     elif isinstance(part, Semidiscrete):
         x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
         assert part.fit(x, torch.Generator().manual_seed(0)).potential.isfinite().all()
+    elif isinstance(part, (Exponential, PowerFunction)):
+        assert all(0 <= part(step) <= 1 for step in (0, 1, 10, 10**9))
     elif not isinstance(part, (Digits, ImageFolder)):
         one_step(in_a_config(part))
 

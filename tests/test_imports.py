@@ -22,6 +22,7 @@ FLOORS = (
     {"published"},
     {"options", "presets"},
     {"words", "fields", "run"},
+    {"averages"},
     {"model"},
     {"training", "evaluation"},
     {"ablation"},

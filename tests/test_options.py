@@ -254,6 +254,7 @@ CHANGES = [
     *("objective.levels=RatioLevels", "objective.extra=EarlyDiffusion", "objective.coupler=WithinClasses(Entropic())"),
     *("objective.levels.curriculum=DoublingCurriculum(s0=700, s1=900)", "data=ImageFolder(path='it\\'s \"here\"')"),
     *("objective=FlowMapObjective(target=Derivative)", "objective.target=TwoPoint(ConstantShare(0.5))"),
+    *("averages=(PowerFunction(sigma_rel=0.05), Exponential)", "averages=PowerFunction", "snapshot_every=10"),
     *("objective=TrajectoryObjective(reach=0.5)", "objective=Objective(c=PowerLawC)", "objective.reach=1"),
 ]
 

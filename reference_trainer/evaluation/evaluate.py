@@ -80,6 +80,7 @@ def evaluate(
     other = ", which are not those the run was made from" if model.changes else ""
     out = {
         "step": model.step,
+        **({"average": model.average} if model.average else {}),
         "seed": seed,
         "features": features.name,
         "reference": f"{len(train)} training images of {images.name}{other}",
@@ -187,8 +188,8 @@ def panels_of(model: TrainedModel, real: Tensor, stored: bool = False) -> list[t
     return [*sampled_images, ("real", real[:64]), ("reconstructed", reconstructed)]
 
 
-def write_evaluation(run: RunFolder, evaluation: dict[str, Any]) -> Path:
-    """evaluation.json."""
-    file = run.root / "evaluation.json"
+def write_evaluation(run: RunFolder, evaluation: dict[str, Any], name: str = "evaluation.json") -> Path:
+    """The file ``name`` of the run."""
+    file = run.root / name
     write_atomically(file, (as_json(evaluation, indent=2) + "\n").encode())
     return file

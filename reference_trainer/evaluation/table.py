@@ -44,6 +44,7 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
     columns += (AS_ASKED,) if any("as_asked" in row for row in evaluation["rows"].values()) else ()
     lines = [
         f"step {evaluation['step']}, in {evaluation['features']},",
+        *([f"averaged weights: {evaluation['average']},"] if "average" in evaluation else []),
         f"against {evaluation['reference']}; rec: against their reconstructions, encoded and decoded; precision and "
         "recall on up to 2000 of each, held-out: Frechet distance to the held-out images:",
         *_lines(evaluation["rows"], columns),

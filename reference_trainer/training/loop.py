@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
@@ -57,6 +58,7 @@ def train(
         UserError: see its message; checkpoints written before stay good.
     """
     check_labels(config, images.train_labels)
+    check_snapshots(config)
     check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
     classes = classes_of_run(config, run, images, new_data)
     latents, space = latents_of_run(config, run, images, cache, device, new_data)
@@ -69,6 +71,7 @@ def train(
     if judge:
         judge.prepare(averaged)
     run.keep_rows_until(state.step)
+    run.keep_snapshots_until(state.step)
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     f = config.preconditioned(state.network.train())
@@ -98,6 +101,9 @@ def train(
             if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
                 check_finite(state, run)
                 judge(replace(averaged, step=state.step))
+            if config.keeps_snapshot_at(state.step):  # before saving, too
+                check_finite(state, run)
+                run.save_snapshot(state.step, state.snapshot())
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)

@@ -9,11 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from reference_trainer.averages import prefix
 from reference_trainer.config import Adam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.model import build_network
 from reference_trainer.training.meters import LevelMeter, TailMeter
+from robustcm.averages import Average, PowerFunction
 
 
 @dataclass
@@ -25,6 +27,8 @@ class TrainState:
     network: nn.Module
     ema: nn.Module
     """Same architecture, the averaged weights; for sampling."""
+    further: dict[Average, list[Tensor]]
+    """Of each further average its tensors, in the order of ``weights``."""
     optimizer: torch.optim.Optimizer
     c: Tensor
     """State of the objective's c schedule."""
@@ -41,10 +45,12 @@ class TrainState:
     def create(config: TrainConfig, shape: tuple[int, int, int], device: torch.device, classes: int = 0) -> TrainState:
         """The state before the first step, for latents of ``shape`` (ch, h, w) and a network told of ``classes``."""
         network = build_network(config, shape, classes).to(device)
+        further = {average: [p.detach().clone() for p in network.parameters()] for average in config.averages}
         return TrainState(
             step=0,
             network=network,
             ema=copy.deepcopy(network).eval().requires_grad_(False),
+            further=further,
             optimizer=config.optimizer.build(network.parameters()),
             c=config.objective.init(device),
             meter=LevelMeter().init(device),
@@ -83,15 +89,33 @@ class TrainState:
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps."""
+        """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps; the further ones alike."""
         ramped = min(decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - ramped)
+        shares = [(average(self.step), tensors) for average, tensors in self.further.items()]
+        for share, tensors in [(1 - ramped, self.averages), *shares]:
+            torch._foreach_lerp_(tensors, self.weights, share)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The power-function averages, float32, named as in ``tensors``."""
+        kept: dict[Average, list[Tensor]] = {
+            average: found for average, found in self.further.items() if isinstance(average, PowerFunction)
+        }
+        return {name: tensor.float() for name, tensor in self._named(kept).items()}
+
+    def _named(self, averages: dict[Average, list[Tensor]]) -> dict[str, Tensor]:
+        names = [name for name, _ in self.network.named_parameters()]
+        return {
+            prefix(average) + name: tensor
+            for average, tensors in averages.items()
+            for name, tensor in zip(names, tensors, strict=True)
+        }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state under readable names: ``network/..., ema/..., optimizer/NAME/exp_avg, ...``."""
+        """All of the state under readable names: ``network/..., ema/..., averages/AVERAGE/..., optimizer/NAME/...``."""
         names = [name for name, _ in self.network.named_parameters()]
         out = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         out |= {f"ema/{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        out |= self._named(self.further)
         for index, moments in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer/{names[index]}/{key}": torch.as_tensor(value) for key, value in moments.items()}
         return out | {name: getattr(self, name) for name in self._LOOSE}
@@ -115,6 +139,8 @@ class TrainState:
             ) from error
         self.network.load_state_dict(_below("network/", tensors))
         self.ema.load_state_dict(_below("ema/", tensors))
+        for name, tensor in self._named(self.further).items():
+            tensor.copy_(tensors[name])
         state = {index: found for index, found in enumerate(moments.values()) if found}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         for name in self._LOOSE:
