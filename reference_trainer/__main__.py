@@ -20,6 +20,7 @@ from reference_trainer.manual import OFTEN, page
 from robustcm import __version__
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from reference_trainer.config import TrainConfig
@@ -86,7 +87,7 @@ def parser() -> Parser:
     )
     # Its first name. torchrun takes it for one of its own options, shortened, and stops.
     training.add_argument("--run", type=path, help=argparse.SUPPRESS)
-    training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    training.add_argument("--features", metavar="FEATURES", help="feature network for the metrics, see evaluate")
     training.add_argument("--brief", action="store_true", help="at the end measure the samples alone, no pictures")
     training.add_argument("--show", action="store_true", help="print the configuration, as one can type it, and stop")
     training.add_argument(
@@ -112,9 +113,17 @@ def parser() -> Parser:
     evaluating.add_argument("run", type=path, metavar="RUN")
     evaluating.add_argument(
         "--features",
-        metavar="MODULE:FUNCTION",
-        help="an importable function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
+        metavar="FEATURES",
+        help="inception (FID, KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or an "
+        "importable module:function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
+    )
+    evaluating.add_argument(
+        "--samples",
+        type=whole,
+        default=5000,
+        metavar="N",
+        help="images to draw, and training images to compare them with, as far as there are so many (default 5000)",
     )
     evaluating.add_argument("--seed", type=whole, default=0)
     evaluating.add_argument(
@@ -214,15 +223,16 @@ def run_train(options: argparse.Namespace) -> int:
     torch.set_num_threads(config.threads)
     images = config.load_images(device)
     check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
-    features = named_features(options.features, images)
+    features = named_features(options.features, images, device)
     with run.locked():
         run.claim(config)
-        judge = Evaluator(run, images, features)
+        judge = Evaluator(run, images, features, cache=cache_folder())
         if not train(config, run, images, cache_folder(), device, judge, options.new_data):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
-        evaluation = evaluate(model, images, choose_features(features, model), bounds=not options.brief)
+        chosen = choose_features(features, model)
+        evaluation = evaluate(model, images, chosen, bounds=not options.brief, cache=cache_folder())
         print(as_table(evaluation), flush=True)  # before anything is written: a full disk shall not cost the figures
         record(run, evaluation)
         if options.brief:
@@ -234,15 +244,16 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def named_features(name: str | None, images: ImageSet) -> Features | None:
-    """What ``--features`` names, imported and tried on two images.
+def named_features(name: str | None, images: ImageSet, device: torch.device) -> Features | None:
+    """What ``--features`` names, loaded and tried on two images.
 
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    from reference_trainer.evaluation.features import Imported, tried
+    from reference_trainer.evaluation.features import tried
+    from reference_trainer.evaluation.named import named
 
-    return None if name is None else tried(Imported.of(name), images.pixels)
+    return None if name is None else tried(named(name, device), images.pixels)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -271,17 +282,20 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_report
     from reference_trainer.evaluation.table import as_table
-    from reference_trainer.machine import device_of
+    from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
+    if options.samples < 2:
+        raise UserError(f"--samples must be at least 2, got {options.samples}")
     run, device = RunFolder(options.run), device_of(options.device)
     config = run.config()
     torch.set_num_threads(config.threads)
     images = config.load_images(device)
-    features = named_features(options.features, images)
+    features = named_features(options.features, images, device)
     model = load_model(run, device, images, options.new_data)
-    evaluation = evaluate(model, images, choose_features(features, model), options.seed)
+    chosen = choose_features(features, model)
+    evaluation = evaluate(model, images, chosen, options.seed, n=options.samples, cache=cache_folder())
     print(as_table(evaluation), flush=True)
     files = write_report(run, model, images, evaluation)
     print(f"look at {', '.join(str(file) for file in files)}")

@@ -52,12 +52,18 @@ class TrainedModel:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> Tensor:
-        """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250."""
+    def latents(
+        self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250, first: int = 0
+    ) -> Tensor:
+        """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250.
+
+        Args:
+            first: number of the first image, a multiple of ``batch_size``: many can be drawn part by part.
+        """
         f = self.config.preconditioned(self.network)
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
-        for index, start in enumerate(range(0, n, batch_size)):
+        for index, start in enumerate(range(0, n, batch_size), first // batch_size):
             generator = step_generator(seed, index, Stream.SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
             parts.append(self.config.objective.sample(f, z, sigmas, generator).cpu())
