@@ -199,15 +199,16 @@ class Children:
             if child.returncode:
                 lines = (job.run.root / "log.txt").read_text(errors="replace").strip().splitlines()
                 failure = lines[-1].removeprefix("error: ")[:200] if lines else f"status {child.returncode}"
-        rows = {} if failure else json.loads((job.run.root / "evaluation.json").read_text())["rows"]
+        evaluation = {} if failure else json.loads((job.run.root / "evaluation.json").read_text())
         return Result(
             suite=job.suite,
             arm=job.arm,
             seed=job.seed,
             steps=job.config.steps,
             seconds=training_seconds(job.run),
-            rows=rows,
+            rows=evaluation.get("rows", {}),
             failure=failure,
+            manifest=evaluation.get("manifest"),
         )
 
 

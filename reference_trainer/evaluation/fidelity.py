@@ -23,6 +23,8 @@ from reference_trainer.evaluation.features import Imported
 from reference_trainer.evaluation.identity import INSIDE, Identity, digest_of
 
 INCEPTION = "inception-v3-compat"
+KNOWN_AS = {(INCEPTION, "2048"): "FID; kernel: KID", ("dinov2-vit-l-14", "dinov2"): "FD-DINOv2"}
+"""Names by which the literature knows the Frechet distance of an extractor's layer."""
 BATCH = 50
 """Images at a time: the first layers of Inception make 30 MB of numbers of one."""
 
@@ -40,8 +42,9 @@ class Fidelity:
     extractor: str = INCEPTION
     """Its name there: inception-v3-compat, dinov2-vit-s-14, -b-14, -l-14, -g-14, vgg16, clip-vit-b-32, ..."""
     weights: str | None = None
-    """File of its weights, .pth or .safetensors; None: torch-fidelity's own, from the torch hub's cache, else
-    downloaded. Only of the extractors that take one (inception-v3-compat)."""
+    """File of its weights, .pth or .safetensors, for an extractor that takes one, such as Inception; it is not unpickled.
+    None: those that torch-fidelity keeps in the torch hub's cache, else downloads. Of DINOv2 these come with the code of
+    their repository, which torch.hub runs: as far as you trust that."""
     layer: str | None = None
     """Features it provides, by name; None: those of its Frechet distance."""
 
@@ -71,8 +74,9 @@ class Fidelity:
         side = getattr(kind, "INPUT_IMAGE_SIZE", None)
         resize = INSIDE if side is None else f"to {side} px, bilinear as in TensorFlow 1, by torch-fidelity"
         digest = digest_of(network.state_dict(), f"{self.extractor} {layer}")
+        known_as = KNOWN_AS.get((self.extractor, layer))
         return Imported(
-            name=name,
+            name=f"{name} ({known_as})" if known_as else name,
             function=lambda pixels: network(in_colour(pixels).to(device)),
             identity=Identity(digest, resize),
             batch=BATCH,
@@ -81,7 +85,7 @@ class Fidelity:
 
     def _built(self, kind: Any, layer: str, where: str) -> nn.Module:
         """The network; torch-fidelity would unpickle a file of weights, so that it is given one of ours."""
-        given = {} if self.weights is None else {"feature_extractor_weights_path": _repacked(Path(self.weights), where)}
+        given = {} if self.weights is None else {"feature_extractor_weights_path": _repacked(Path(self.weights).expanduser(), where)}
         if self.weights is None and self.extractor == INCEPTION:
             given = {"feature_extractor_weights_path": _own_inception(where)}
         try:

@@ -41,6 +41,6 @@ def _part(text: str) -> Any:
             raise ValueError("give every value with its name")
         return PARTS[kind](**{str(given.arg): ast.literal_eval(given.value) for given in call.keywords})
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        said = " ".join(str(error).replace("__init__() ", "").split())
-        example = 'Fidelity(weights=\'PATH\')' if kind == "Fidelity" else "TorchScript(path='FILE.pt', images='unit')"
+        said = " ".join(str(error).replace("__init__() ", " ").split())
+        example = "Fidelity(weights='PATH')" if kind == "Fidelity" else "TorchScript(path='FILE.pt', images='unit')"
         raise UserError(f"--features {' '.join(text.split())[:80]}: {said}; as in {example}") from error
