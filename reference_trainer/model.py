@@ -52,14 +52,14 @@ class TrainedModel:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def latents(
-        self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250, first: int = 0
-    ) -> Tensor:
+    def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250, first: int = 0) -> Tensor:
         """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250.
 
         Args:
             first: number of the first image, a multiple of ``batch_size``: many can be drawn part by part.
         """
+        if first % batch_size:
+            raise ValueError(f"first must be a multiple of {batch_size}, got {first}")
         f = self.config.preconditioned(self.network)
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)

@@ -17,7 +17,7 @@ from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation import sets, training_set
+from reference_trainer.evaluation import reference, sets, training_set
 from reference_trainer.evaluation.evaluate import evaluate
 from reference_trainer.evaluation.features import Imported
 from reference_trainer.evaluation.identity import Identity
@@ -97,7 +97,7 @@ class Untrained(torch.nn.Module):
         return x
 
 
-def many(n: int = 1300) -> tuple[ImageSet, TrainedModel]:
+def many(n: int = 351) -> tuple[ImageSet, TrainedModel]:
     pixels = torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = ImageSet("many", pixels, None, torch.arange(n) % 13 == 12)
     space = LatentSpace.of(PixelSpace().build(1, {}), to_unit(images.train))
@@ -119,9 +119,11 @@ class Counted:
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1200 images only 500 are held at a time."""
+    """Of 324 training images only 250 are held at a time."""
     for module in (training_set, sets):
-        monkeypatch.setattr(module, "MAX_IMAGES", 500)
+        monkeypatch.setattr(module, "MAX_IMAGES", 250)
+    for module in (training_set, reference):
+        monkeypatch.setattr(module, "BATCH", 50)
 
 
 def test_an_evaluation_batch_by_batch_is_that_in_memory(request: pytest.FixtureRequest):
@@ -131,29 +133,29 @@ def test_an_evaluation_batch_by_batch_is_that_in_memory(request: pytest.FixtureR
     request.getfixturevalue("small_memory")
     streamed = evaluate(model, images, features, bounds=False, n=5000)
     assert streamed["rows"] == whole["rows"]
-    assert streamed["rows"]["1 evaluation"]["n"] == 1200
+    assert streamed["rows"]["1 evaluation"]["n"] == 324
     assert streamed["manifest"] == whole["manifest"]
-    assert streamed["latents"]["rows"]["1 evaluation"]["n"] == 500  # these alone are held
+    assert streamed["latents"]["rows"]["1 evaluation"]["n"] == 250  # these alone are held
 
 
 @pytest.mark.usefixtures("small_memory")
 def test_fewer_samples_are_as_many_on_both_sides_and_rows_that_bound_are_of_those_in_memory():
     images, model = many()
-    found = evaluate(model, images, Imported("three", Counted()), n=800)
+    found = evaluate(model, images, Imported("three", Counted()), n=300)
     n = {name: row["n"] for name, row in found["rows"].items()}
-    assert [n["1 evaluation"], n["reconstructions"], n["bound: Gaussian latents decoded"]] == [800, 800, 500]
-    assert found["manifest"]["reference"]["n"] == found["manifest"]["samples"]["n"] == 800
+    assert [n["1 evaluation"], n["reconstructions"], n["bound: Gaussian latents decoded"]] == [300, 300, 250]
+    assert found["manifest"]["reference"]["n"] == found["manifest"]["samples"]["n"] == 300
     assert evaluate(model, images, Imported("three", Counted()), n=20, bounds=False)["rows"]["1 evaluation"]["n"] == 20
 
 
 @pytest.mark.usefixtures("small_memory")
 def test_the_training_images_behind_the_first_are_the_rest_of_one_shuffle():
     images, _ = many()
-    train = TrainingSet.of(images, seed=3, n=1100)
+    train = TrainingSet.of(images, seed=3, n=310)
     all_of_them = torch.cat([train.first, *train.rest()])
-    order = torch.randperm(1200, generator=torch.Generator().manual_seed(3))[:1100]
+    order = torch.randperm(324, generator=torch.Generator().manual_seed(3))[:310]
     assert torch.equal(all_of_them, images.train[order])
-    assert [len(part) for part in train.rest()] == [500, 100]
+    assert [len(part) for part in train.rest()] == [50, 10]
 
 
 def kept(folder: Path, features: Imported, **changed: object) -> Kept:
@@ -164,11 +166,11 @@ def kept(folder: Path, features: Imported, **changed: object) -> Kept:
 def test_a_second_evaluation_finds_the_reference_of_the_first(tmp_path: Path):
     (images, model), counted = many(), Counted()
     features = Imported("three", counted)
-    first = evaluate(model, images, features, bounds=False, n=1200, cache=tmp_path)
+    first = evaluate(model, images, features, bounds=False, n=324, cache=tmp_path)
     once, counted.seen = counted.seen, 0
-    assert evaluate(model, images, features, bounds=False, n=1200, cache=tmp_path) == first
-    assert once - counted.seen == 1200 + 700  # images; and reconstructions, but for the first 500
-    assert first == evaluate(model, images, features, bounds=False, n=1200)
+    assert evaluate(model, images, features, bounds=False, n=324, cache=tmp_path) == first
+    assert once - counted.seen == 324 + 74  # images; and reconstructions, but for the first 250
+    assert first == evaluate(model, images, features, bounds=False, n=324)
 
 
 def other(function: Callable[[torch.Tensor], torch.Tensor]) -> Imported:
@@ -188,7 +190,7 @@ def test_statistics_are_found_by_content_and_not_for_another(tmp_path: Path):
         kept(tmp_path, replace(features, identity=Identity("b"))),
         kept(tmp_path, replace(features, identity=Identity("a", "another resize"))),
         kept(tmp_path, features, images=replace(images, pixels=pixels)),
-        kept(tmp_path, features, count=1000),
+        kept(tmp_path, features, count=100),
         kept(tmp_path, features, seed=1),
         kept(tmp_path, features).also(torch.zeros(1)),
         kept(tmp_path, features).also(torch.ones(1)),

@@ -104,7 +104,13 @@ def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tupl
         parts += [f"### {suite}", "", *_HEAD]
         for arm in _distinct([r.arm for r in results if r.suite == suite]):
             parts.append(_line(results, suite, arm, baseline, (suite, arm) in stopped))
-        parts += ["", *unlike_of([r for r in results if r.suite == suite]), *_ranks(results, suite, baseline), *_bounds([r for r in results if r.suite == suite]), ""]
+        parts += [
+            "",
+            *unlike_of([r for r in results if r.suite == suite]),
+            *_ranks(results, suite, baseline),
+            *_bounds([r for r in results if r.suite == suite]),
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -148,7 +154,11 @@ def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
 def unlike_of(results: Sequence[Result]) -> list[str]:
     """A warning for a table of ``results`` that were not measured alike, as lines; none where they were."""
     found = unlike({f"{r.arm}, seed {r.seed}": r.manifest for r in results if r.rows})
-    return [f"**Warning: not measured alike, so that these figures do not compare.** {'. '.join(found)}.", ""] if found else []
+    return (
+        [f"**Warning: not measured alike, so that these figures do not compare.** {'. '.join(found)}.", ""]
+        if found
+        else []
+    )
 
 
 def _ranks(results: Sequence[Result], suite: str, baseline: str) -> list[str]:

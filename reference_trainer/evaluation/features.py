@@ -6,7 +6,7 @@ Axes: pixels uint8 [n, ch, h, w], features [n, k].
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,16 +140,17 @@ def scales_kernel(features: Features) -> bool:
     return not isinstance(features, Imported) or features.scaled
 
 
-def identity_of(features: Features, pixels: Tensor) -> Identity:
-    """That which ``features`` states, else the digest of what it makes of the first few of ``pixels``.
+def identity_of(features: Features, shape: Sequence[int]) -> Identity:
+    """That which ``features`` states, else the digest of what it makes of noise images of ``shape`` (ch, h, w).
 
     Raises:
-        UserError: see ``vectors_of``.
+        UserError: the user's function fails.
     """
     stated = getattr(features, "identity", None)
     if isinstance(stated, Identity):
         return stated
-    return Identity(digest_of({"": vectors_of(pixels[:PROBED], features)}))
+    noise = torch.randint(0, 256, (PROBED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Identity(digest_of({"": features(noise)}))
 
 
 def vectors_of(pixels: Tensor, features: Features) -> Tensor:

@@ -85,7 +85,11 @@ class Fidelity:
 
     def _built(self, kind: Any, layer: str, where: str) -> nn.Module:
         """The network; torch-fidelity would unpickle a file of weights, so that it is given one of ours."""
-        given = {} if self.weights is None else {"feature_extractor_weights_path": _repacked(Path(self.weights).expanduser(), where)}
+        given = (
+            {}
+            if self.weights is None
+            else {"feature_extractor_weights_path": _repacked(Path(self.weights).expanduser(), where)}
+        )
         if self.weights is None and self.extractor == INCEPTION:
             given = {"feature_extractor_weights_path": _own_inception(where)}
         try:
@@ -99,7 +103,9 @@ class Fidelity:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a download, a hub's code or weights that do not fit raise
-            what = f"{self.weights} does not fit {self.extractor}" if self.weights else f"{self.extractor} has no weights"
+            what = (
+                f"{self.weights} does not fit {self.extractor}" if self.weights else f"{self.extractor} has no weights"
+            )
             instead = "give the file of this extractor" if self.weights else _elsewhere(self.extractor)
             raise UserError(f"{where}: {what} ({type_and_message(error)}): {instead}") from error
         return network.eval().requires_grad_(False)
@@ -121,7 +127,9 @@ def _package(where: str) -> Any:
         from torch_fidelity import registry
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "torch_fidelity":
-            raise UserError(f"{where} needs torch-fidelity, which is not installed: pip install torch-fidelity") from error
+            raise UserError(
+                f"{where} needs torch-fidelity, which is not installed: pip install torch-fidelity"
+            ) from error
         raise UserError(f"{where}: torch-fidelity needs {error.name}, which is not installed") from error
     except Exception as error:  # torchvision of another torch raises what it likes
         raise UserError(

@@ -39,7 +39,7 @@ class Kept:
             UserError: see ``vectors_of``.
         """
         few = train.first[:PROBED]
-        identity = identity_of(features, few)
+        identity = identity_of(features, few.shape[1:])
         made = digest_of({"pixels": few, "features": vectors_of(few, features)})
         said = repr([FORMAT, train.images.fingerprint(), train.count, train.seed, identity, made])
         return Kept(folder, hashlib.sha256(said.encode()).hexdigest())

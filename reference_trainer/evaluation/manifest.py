@@ -29,7 +29,7 @@ def manifest_of(model: TrainedModel, train: TrainingSet, features: Features) -> 
     ``samples.seed`` also orders the training images. Without features that can be computed their digest is null.
     """
     try:
-        identity = identity_of(features, train.first)
+        identity = identity_of(features, train.first.shape[1:])
         digest, resize = identity.digest, identity.resize
     except UserError:  # the rows say why
         digest, resize = None, None
