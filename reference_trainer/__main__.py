@@ -114,8 +114,8 @@ def parser() -> Parser:
     evaluating.add_argument(
         "--features",
         metavar="FEATURES",
-        help="inception (FID, KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or an "
-        "importable module:function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
+        help="inception (FID, KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or "
+        "an importable module:function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
     )
     evaluating.add_argument(
@@ -251,9 +251,9 @@ def named_features(name: str | None, images: ImageSet, device: torch.device) -> 
         UserError: there is none, or it cannot be used.
     """
     from reference_trainer.evaluation.features import tried
-    from reference_trainer.evaluation.named import named
+    from reference_trainer.evaluation.named import features_named
 
-    return None if name is None else tried(named(name, device), images.pixels)
+    return None if name is None else tried(features_named(name, device), images.pixels)
 
 
 def run_sample(options: argparse.Namespace) -> int:

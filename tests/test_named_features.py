@@ -20,7 +20,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.evaluation import fidelity
 from reference_trainer.evaluation.features import Imported, identity_of, scales_kernel, vectors_of
 from reference_trainer.evaluation.identity import digest_of
-from reference_trainer.evaluation.named import named
+from reference_trainer.evaluation.named import features_named
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_weights_come_from_a_file_and_grey_images_count_as_coloured(
 ):
     file = tmp_path / f"weights{suffix}"
     save(weights(), file)
-    found = named(f"Fidelity(weights={str(file)!r})", CPU)
+    found = features_named(f"Fidelity(weights={str(file)!r})", CPU)
     torch.testing.assert_close(vectors_of(GREY, found), expected())
     assert not scales_kernel(found)  # KID
     assert "FID" in found.name
@@ -108,11 +108,11 @@ def test_weights_come_from_a_file_and_grey_images_count_as_coloured(
 def test_weights_of_its_own_come_from_the_cache_of_the_torch_hub(tmp_path: Path):
     file = tmp_path / "hub" / "checkpoints" / URL.rpartition("/")[2]
     with pytest.raises(UserError, match=rf"no weights at {file}.*no network.*put .* there, or give") as caught:
-        named("inception", CPU)
+        features_named("inception", CPU)
     assert "\n" not in str(caught.value)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights(), file)
-    torch.testing.assert_close(vectors_of(GREY, named("inception", CPU)), expected())
+    torch.testing.assert_close(vectors_of(GREY, features_named("inception", CPU)), expected())
 
 
 @pytest.mark.usefixtures("package")
@@ -120,8 +120,8 @@ def test_other_weights_or_another_layer_are_another_extractor(tmp_path: Path):
     digests = []
     for seed in (0, 0, 1):
         torch.save(weights(seed), tmp_path / "w.pth")
-        digests.append(named(f"Fidelity(weights='{tmp_path / 'w.pth'}')", CPU).identity.digest)
-    layer = named(f"Fidelity(weights='{tmp_path / 'w.pth'}', layer='64')", CPU)
+        digests.append(features_named(f"Fidelity(weights='{tmp_path / 'w.pth'}')", CPU).identity.digest)
+    layer = features_named(f"Fidelity(weights='{tmp_path / 'w.pth'}', layer='64')", CPU)
     assert vectors_of(GREY, layer).shape == (7, 2)
     assert "FID" not in layer.name
     assert digests[0] == digests[1]
@@ -141,7 +141,7 @@ def test_a_file_of_no_such_weights_is_a_line_and_not_unpickled(content: object, 
     file = tmp_path / "w.pth"
     torch.save(content, file)
     with pytest.raises(UserError, match=rf"--features Fidelity.*{file}") as caught:
-        named(f"Fidelity(weights={str(file)!r})", CPU)
+        features_named(f"Fidelity(weights={str(file)!r})", CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def test_a_file_of_no_such_weights_is_a_line_and_not_unpickled(content: object, 
 def test_what_cannot_be_had_is_a_line_that_says_what_to_do(name: str, said: str, tmp_path: Path):
     torch.save(weights(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=f"--features .*{said}") as caught:
-        named(name.replace("FILE", str(tmp_path / "w.pth")), CPU)
+        features_named(name.replace("FILE", str(tmp_path / "w.pth")), CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -194,7 +194,7 @@ def test_without_the_package_or_with_one_that_is_broken_a_line_says_what_to_inst
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.raises(UserError, match=f"--features inception.*{said}") as caught:
-        named("inception", CPU)
+        features_named("inception", CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -221,16 +221,16 @@ def script(network: torch.nn.Module, file: Path) -> Path:
 
 @pytest.mark.parametrize("network", [Means(), Inception()])
 def test_a_torchscript_file_is_given_bytes_in_colour_and_gives_features(network: torch.nn.Module, tmp_path: Path):
-    found = named(str(script(network, tmp_path / "network.pt")), CPU)
+    found = features_named(str(script(network, tmp_path / "network.pt")), CPU)
     torch.testing.assert_close(vectors_of(GREY, found), GREY.float().mean((2, 3)).expand(-1, 3))
 
 
 def test_a_torchscript_file_can_have_numbers_about_0_and_is_then_another_extractor(tmp_path: Path):
     file = script(Means(), tmp_path / "network.ts")
-    unit = named(f"TorchScript(path='{file}', images='unit', scaled=False)", CPU)
+    unit = features_named(f"TorchScript(path='{file}', images='unit', scaled=False)", CPU)
     torch.testing.assert_close(vectors_of(GREY, unit), (GREY.float().mean((2, 3)) / 127.5 - 1).expand(-1, 3))
     assert not scales_kernel(unit)
-    assert unit.identity != named(str(file), CPU).identity
+    assert unit.identity != features_named(str(file), CPU).identity
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", None])
@@ -238,19 +238,19 @@ def test_a_file_that_is_no_torchscript_is_a_line_and_not_unpickled(content: byte
     file = tmp_path / "network.pt"
     torch.save({"weight": Trap()}, file) if content is None else file.write_bytes(content)
     with pytest.raises(UserError, match=rf"{file} is no TorchScript .*torch.jit.script") as caught:
-        named(str(file), CPU)
+        features_named(str(file), CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_two_channels_are_refused_in_a_line(tmp_path: Path):
-    found = named(str(script(Means(), tmp_path / "network.pt")), CPU)
+    found = features_named(str(script(Means(), tmp_path / "network.pt")), CPU)
     with pytest.raises(UserError, match="images of 2 channels; the network takes 3"):
         vectors_of(torch.zeros(2, 2, 4, 4, dtype=torch.uint8), found)
 
 
 def test_any_other_name_is_a_function_of_the_users():
     with pytest.raises(UserError, match="expected an importable module:function"):
-        named("no_such_module:f", CPU)
+        features_named("no_such_module:f", CPU)
 
 
 def test_a_network_of_the_users_is_known_by_its_weights_and_a_function_by_what_it_makes_of_images():
@@ -278,5 +278,5 @@ def test_the_real_package_gives_the_features_of_its_inception_through_our_door(t
     torch.save({}, tmp_path / "nothing.pth")
     network = Blank(fidelity.INCEPTION, ["2048"], feature_extractor_weights_path=tmp_path / "nothing.pth")
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    found = vectors_of(GREY[:2], named(f"Fidelity(weights='{tmp_path / 'w.pth'}')", CPU))
+    found = vectors_of(GREY[:2], features_named(f"Fidelity(weights='{tmp_path / 'w.pth'}')", CPU))
     torch.testing.assert_close(found, network(GREY[:2].expand(-1, 3, -1, -1))[0])

@@ -32,7 +32,7 @@ from reference_trainer.data.latents import encode_once
 from reference_trainer.data.origin import reopen
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation.named import named
+from reference_trainer.evaluation.named import features_named
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
@@ -280,8 +280,8 @@ def run_ablate(options: argparse.Namespace) -> int:
         if word.partition("=")[0] in ("steps", "seed"):
             raise UserError(f"{word}: every arm gets the same steps and seeds; give them with --steps and --seeds")
     device = device_of(options.device)
-    if options.features:
-        named(options.features, device)  # a name that cannot be loaded would stop every run behind its training
+    if options.features:  # a name that cannot be loaded would stop every run behind its training
+        features_named(options.features, device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
     named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]

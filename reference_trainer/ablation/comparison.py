@@ -182,8 +182,7 @@ def _bounds(results: Sequence[Result]) -> list[str]:
 
 
 def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
-    """A panel a suite, a line an arm: the distance by which it is judged at 1 (filled) and 2 evaluations (open), a dot a
-    seed."""
+    """A panel a suite, a line an arm: the distance it is judged by at 1 (filled) and 2 evaluations (open)."""
     suites = _distinct([r.suite for r in results])
     arms = _distinct([r.arm for r in results])
     figure, axes = new_figure(len(suites), width=3.4 + 3.6 * len(suites), height=1.3 + 0.34 * len(arms))

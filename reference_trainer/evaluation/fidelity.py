@@ -1,7 +1,7 @@
 """Features of torch-fidelity's networks: Inception's for FID, KID, precision and recall, DINOv2's for FD-DINOv2.
 
 The package is the extra ``fid``. Its networks bring images to their size themselves, bilinearly as TensorFlow 1 did and
-without antialiasing, also DINOv2 (Stein et al. shrink with PIL's bicubic filter): figures compare with torch-fidelity's.
+without antialiasing, also DINOv2 (Stein et al. use PIL's bicubic filter): compare figures with torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Fidelity:
     extractor: str = INCEPTION
     """Its name there: inception-v3-compat, dinov2-vit-s-14, -b-14, -l-14, -g-14, vgg16, clip-vit-b-32, ..."""
     weights: str | None = None
-    """File of its weights, .pth or .safetensors, for an extractor that takes one, such as Inception; it is not unpickled.
-    None: those that torch-fidelity keeps in the torch hub's cache, else downloads. Of DINOv2 these come with the code of
-    their repository, which torch.hub runs: as far as you trust that."""
+    """File of its weights, .pth or .safetensors, for an extractor that takes one, such as Inception; no object is
+    unpickled. None: what torch-fidelity keeps in the torch hub's cache, else downloads. With DINOv2's weights comes the
+    code of their repository, which torch.hub runs: use it if you trust that."""
     layer: str | None = None
     """Features it provides, by name; None: those of its Frechet distance."""
 

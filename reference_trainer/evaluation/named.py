@@ -16,7 +16,7 @@ SHORT = {"inception": Fidelity(), "dinov2": Fidelity(extractor="dinov2-vit-l-14"
 PARTS: dict[str, Any] = {"Fidelity": Fidelity, "TorchScript": TorchScript}
 
 
-def named(name: str, device: torch.device) -> Imported:
+def features_named(name: str, device: torch.device) -> Imported:
     """The features ``name``, loaded: ``inception``, ``dinov2``, ``Fidelity(...)``, ``TorchScript(...)``, the path of a
     TorchScript file, or ``module:function``.
 
