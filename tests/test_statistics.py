@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data import stored
 from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation import reference, sets, training_set
 from reference_trainer.evaluation.evaluate import evaluate
@@ -156,6 +159,22 @@ def test_the_training_images_behind_the_first_are_the_rest_of_one_shuffle():
     order = torch.randperm(324, generator=torch.Generator().manual_seed(3))[:310]
     assert torch.equal(all_of_them, images.train[order])
     assert [len(part) for part in train.rest()] == [50, 10]
+
+
+def test_images_of_a_store_that_were_not_decoded_come_as_they_are_needed(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = ImageFolder(path=str(image_folder), resolution=16)
+    encode_folder(Encoding(source=source, autoencoder=PixelSpace(), shard=15), tmp_path / "store", CPU, tmp_path)
+    monkeypatch.setattr(stored, "some_indices", lambda n, *_: torch.randperm(n, generator=torch.Generator())[:10])
+    images = LatentStore(path=str(tmp_path / "store")).decoded(PixelSpace(), CPU)
+    assert len(images.train) == 10
+    train = TrainingSet.of(images, seed=1, n=30)
+    assert (len(train.first), train.count, TrainingSet.of(images, seed=1).count) == (10, 30, 36)
+    seen = torch.cat([train.first, *train.rest()]).flatten(1)
+    there = source.load().train.flatten(1)
+    assert sorted((seen[:, None] == there).all(2).sum(1).tolist()) == [1] * 30  # each is one of the training images
+    assert len(seen.unique(dim=0)) == 30  # and none comes twice
 
 
 def kept(folder: Path, features: Imported, **changed: object) -> Kept:
