@@ -20,6 +20,7 @@ from analysis.values import Trained, trained_run
 from reference_trainer.command import Parser
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import brief
+from reference_trainer.evaluation.manifest import unlike
 from reference_trainer.files import write_atomically
 from reference_trainer.machine import device_of
 from reference_trainer.plotting import save_figure
@@ -147,6 +148,8 @@ def table(schedules: dict[str, list[tuple[int, float]]], runs: Sequence[RunCurve
         lines.append(f"{n:5}{scales}   {spread}")
     if len(names := {run.evaluations[-1]["features"] for run in runs if run.evaluations}) > 1:
         lines.append(f"not comparable: Frechet distance and recall are in {' / '.join(sorted(names))}")
+    manifests = {run.name: run.evaluations[-1].get("manifest") for run in runs if run.evaluations}
+    lines += [f"not measured alike: {difference}" for difference in unlike(manifests)]
     return lines
 
 

@@ -20,6 +20,7 @@ from reference_trainer.manual import ENCODE_EXAMPLES, OFTEN, page
 from robustcm import __version__
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from reference_trainer.config import TrainConfig
@@ -88,7 +89,7 @@ def parser() -> Parser:
     )
     # Its first name. torchrun takes it for one of its own options, shortened, and stops.
     training.add_argument("--run", type=path, help=argparse.SUPPRESS)
-    training.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    training.add_argument("--features", metavar="FEATURES", help="feature network for the metrics, see evaluate")
     training.add_argument("--brief", action="store_true", help="at the end measure the samples alone, no pictures")
     training.add_argument("--show", action="store_true", help="print the configuration, as one can type it, and stop")
     training.add_argument(
@@ -119,9 +120,17 @@ def parser() -> Parser:
     evaluating.add_argument("run", type=path, metavar="RUN")
     evaluating.add_argument(
         "--features",
-        metavar="MODULE:FUNCTION",
-        help="an importable function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
+        metavar="FEATURES",
+        help="inception (FID, KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or "
+        "an importable module:function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
         "(default: a digit classifier for digits, the run's own autoencoder for other images)",
+    )
+    evaluating.add_argument(
+        "--samples",
+        type=whole,
+        default=5000,
+        metavar="N",
+        help="images to draw, and training images to compare them with, as far as there are so many (default 5000)",
     )
     evaluating.add_argument("--seed", type=whole, default=0)
     evaluating.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
@@ -255,15 +264,16 @@ def run_train(options: argparse.Namespace) -> int:
     check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
     if config.classes is not None:
         Classes.of(images)
-    features = named_features(options.features, images)
+    features = named_features(options.features, images, device)
     with run.locked():
         run.claim(config)
-        judge = Evaluator(run, images, features)
+        judge = Evaluator(run, images, features, cache=cache_folder())
         if not train(config, run, images, cache_folder(), device, judge, options.new_data):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
         model = load_model(run, device)
-        evaluation = evaluate(model, images, choose_features(features, model), bounds=not options.brief)
+        chosen = choose_features(features, model)
+        evaluation = evaluate(model, images, chosen, bounds=not options.brief, cache=cache_folder())
         print(as_table(evaluation), flush=True)  # before anything is written: a full disk shall not cost the figures
         record(run, evaluation)
         if options.brief:
@@ -275,15 +285,16 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def named_features(name: str | None, images: ImageSet) -> Features | None:
-    """What ``--features`` names, imported and tried on two images.
+def named_features(name: str | None, images: ImageSet, device: torch.device) -> Features | None:
+    """What ``--features`` names, loaded and tried on two images.
 
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    from reference_trainer.evaluation.features import Imported, tried
+    from reference_trainer.evaluation.features import tried
+    from reference_trainer.evaluation.named import features_named
 
-    return None if name is None else tried(Imported.of(name), images.pixels)
+    return None if name is None else tried(features_named(name, device), images.pixels)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -349,25 +360,28 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from reference_trainer.evaluation.averages import evaluate_averages
     from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_evaluation, write_report
     from reference_trainer.evaluation.table import as_table
-    from reference_trainer.machine import device_of
+    from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
+    if options.samples < 2:
+        raise UserError(f"--samples must be at least 2, got {options.samples}")
     run, device = RunFolder(options.run), device_of(options.device)
     average = None if options.average is None else read_average(options.average)
     config = run.config()
     check_average(config, average)  # before the images are loaded
     torch.set_num_threads(config.threads)
     images = config.load_images(device)
-    features = named_features(options.features, images)
+    features = named_features(options.features, images, device)
     model = load_model(run, device, images, options.new_data, average)
     if options.guidance is not None:
         model = model.guided(options.guidance)
+    chosen = choose_features(features, model)
     if options.averages:
-        for line in evaluate_averages(run, model, images, choose_features(features, model), options.seed):
+        for line in evaluate_averages(run, model, images, chosen, options.seed):
             print(line, flush=True)
         return 0
-    evaluation = evaluate(model, images, choose_features(features, model), options.seed)
+    evaluation = evaluate(model, images, chosen, options.seed, n=options.samples, cache=cache_folder())
     print(as_table(evaluation), flush=True)
     if average is not None:  # the report is of the average that samples
         print(f"wrote {write_evaluation(run, evaluation, f'evaluation-{in_file_name(average)}.json')}")

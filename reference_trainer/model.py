@@ -76,20 +76,29 @@ class TrainedModel:
         return replace(self, config=replace(self.config, classes=classes))
 
     def latents(
-        self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250, labels: Tensor | None = None
+        self,
+        n: int,
+        sigmas: tuple[float, ...],
+        seed: int,
+        batch_size: int = 250,
+        labels: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
         """``[n, ch, h, w]``, normalised, CPU. Image i depends on (seed, i) only through its batch of 250.
 
         Args:
             labels: ``[n]`` int64, the classes to draw; None: where there are classes, in their proportions.
+            first: number of the first image, a multiple of ``batch_size``: many can be drawn part by part.
         """
+        if first % batch_size:
+            raise ValueError(f"first must be a multiple of {batch_size}, got {first}")
         f: Callable[..., Tensor] = self.config.preconditioned(self.network)
         if self.classes is not None and self.config.classes is not None:
             f = Guided(f, self.config.classes.guidance, number_of(self.classes))
             labels = self.classes.proportional(n, seed) if labels is None else labels
         parts = []
         bar = tqdm(total=n, desc=f"sampling ({len(sigmas)} NFE)", unit="img", leave=False, delay=2)
-        for index, start in enumerate(range(0, n, batch_size)):
+        for index, start in enumerate(range(0, n, batch_size), first // batch_size):
             generator = step_generator(seed, index, Stream.SAMPLING)
             z = torch.randn(batch_size, *self.shape, generator=generator)[: n - start].to(self.device)
             told = {} if labels is None else {"labels": labels[start : start + len(z)].to(self.device)}

@@ -22,10 +22,12 @@ from reference_trainer.evaluation.digit_classifier import jittered, load_digit_c
 from reference_trainer.evaluation.evaluate import brief, evaluate
 from reference_trainer.evaluation.features import Imported, PooledLatents
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
-from reference_trainer.evaluation.reference import Reference, training_images
+from reference_trainer.evaluation.reference import Reference
 from reference_trainer.evaluation.rows import compare
 from reference_trainer.evaluation.sets import ORDER
+from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.table import as_table
+from reference_trainer.evaluation.training_set import TrainingSet, training_images
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import tile
 from reference_trainer.training.meters import LevelMeter, TailMeter
@@ -46,11 +48,11 @@ def test_the_shipped_classifier_is_right_on_99_percent_of_held_out_digits(digits
 
 def test_frechet_distance_orders_real_blurred_and_noise(digits: ImageSet):
     features = load_digit_classifier()
-    real = features(digits.train[::3])
+    real = Statistics.of(features(digits.train[::3]))
     others = digits.train[1::3]
     blurred = torch.nn.functional.avg_pool2d(others.float(), 5, 1, 2).to(torch.uint8)
     noise = torch.randint(0, 256, others.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    near, middle, far = (compare(real, features(x))["frechet"] for x in (others, blurred, noise))
+    near, middle, far = (compare(real, Statistics.of(features(x)))["frechet"] for x in (others, blurred, noise))
     assert near < 10 < middle < far
 
 
@@ -393,11 +395,11 @@ def test_outliers_on_purpose_are_no_part_of_the_reconstructions_but_of_the_row_t
     features = means_of(3)
     images, model = perfect(outliers=outliers)
     pure, dirty = (
-        Reference.of(m, training_images(images, 0), features)
+        Reference.of(m, TrainingSet.of(images, 0), features)
         for m in (replace(model, config=perfect()[1].config), model)
     )
-    torch.testing.assert_close(dirty.reconstructions, pure.reconstructions, rtol=0, atol=0)
-    assert not torch.equal(dirty.fitted, pure.fitted)
+    torch.testing.assert_close(dirty.reconstructions.some, pure.reconstructions.some, rtol=0, atol=0)
+    assert not torch.equal(dirty.fitted.some, pure.fitted.some)
     assert pure.fitted is pure.reconstructions
     assert "frechet_rec" not in clean["rows"]["reconstructions"]  # against itself
     row = spoiled["rows"]["1 evaluation"]  # draws the outliers, as the run trains on them

@@ -32,7 +32,7 @@ from reference_trainer.data.latents import encode_once
 from reference_trainer.data.origin import reopen
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.named import features_named
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
@@ -54,7 +54,7 @@ class Job:
     brief: bool
     """Measure the samples alone: what bounds them is the same for every arm and seed, and measured by one."""
     features: str | None = None
-    """``module:function``, as ``train`` takes it."""
+    """As ``train`` takes it."""
 
     def finished(self) -> bool:
         """Whether its evaluation is there."""
@@ -201,15 +201,16 @@ class Children:
             if child.returncode:
                 lines = (job.run.root / "log.txt").read_text(errors="replace").strip().splitlines()
                 failure = lines[-1].removeprefix("error: ")[:200] if lines else f"status {child.returncode}"
-        rows = {} if failure else json.loads((job.run.root / "evaluation.json").read_text())["rows"]
+        evaluation = {} if failure else json.loads((job.run.root / "evaluation.json").read_text())
         return Result(
             suite=job.suite,
             arm=job.arm,
             seed=job.seed,
             steps=job.config.steps,
             seconds=training_seconds(job.run),
-            rows=rows,
+            rows=evaluation.get("rows", {}),
             failure=failure,
+            manifest=evaluation.get("manifest"),
         )
 
 
@@ -280,9 +281,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     for word in (*options.words, *(word for words in options.arm for word in words)):
         if word.partition("=")[0] in ("steps", "seed"):
             raise UserError(f"{word}: every arm gets the same steps and seeds; give them with --steps and --seeds")
-    if options.features:
-        Imported.of(options.features)  # a name that cannot be imported would stop every run behind its training
     device = device_of(options.device)
+    if options.features:  # a name that cannot be loaded would stop every run behind its training
+        features_named(options.features, device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
     named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="R",
         help="give an arm no further seed once its first has R times the baseline's distance (default: never)",
     )
-    parser.add_argument("--features", metavar="MODULE:FUNCTION", help="feature network for the metrics, see evaluate")
+    parser.add_argument("--features", metavar="FEATURES", help="feature network for the metrics, see evaluate")
     parser.add_argument("--workers", type=whole, help="runs at a time (default: the cores, or the GPUs)")
     parser.add_argument("--out", type=path, default=Path("runs/ablation"), help="default: runs/ablation")
     parser.add_argument("--list", action="store_true", help="print arms and suites and stop")

@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is slow to import
 
+from reference_trainer.evaluation.manifest import unlike
 from reference_trainer.plotting import new_figure
 
 ONE, TWO = "1 evaluation", "2 evaluations"
@@ -33,6 +35,8 @@ class Result:
     rows: dict[str, dict[str, float]]
     """Of evaluation.json; empty where the run failed."""
     failure: str = ""
+    manifest: dict[str, Any] | None = None
+    """Of evaluation.json: how the rows were measured; None where an earlier version measured them."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,13 @@ def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tupl
         parts += [f"### {suite}", "", *_HEAD]
         for arm in _distinct([r.arm for r in results if r.suite == suite]):
             parts.append(_line(results, suite, arm, baseline, (suite, arm) in stopped))
-        parts += ["", *_ranks(results, suite, baseline), *_bounds([r for r in results if r.suite == suite]), ""]
+        parts += [
+            "",
+            *unlike_of([r for r in results if r.suite == suite]),
+            *_ranks(results, suite, baseline),
+            *_bounds([r for r in results if r.suite == suite]),
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -141,6 +151,16 @@ def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
     return f"{mean} ({shown})" if each and len(values) > 1 else mean
 
 
+def unlike_of(results: Sequence[Result]) -> list[str]:
+    """A warning for a table of ``results`` that were not measured alike, as lines; none where they were."""
+    found = unlike({f"{r.arm}, seed {r.seed}": r.manifest for r in results if r.rows})
+    return (
+        [f"**Warning: not measured alike, so that these figures do not compare.** {'. '.join(found)}.", ""]
+        if found
+        else []
+    )
+
+
 def _ranks(results: Sequence[Result], suite: str, baseline: str) -> list[str]:
     ranked = ranking(results, suite, baseline)
     if len(ranked) < 2:
@@ -162,14 +182,15 @@ def _bounds(results: Sequence[Result]) -> list[str]:
 
 
 def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
-    """A panel a suite, a line an arm: Frechet distance at 1 (filled) and 2 evaluations (open), a dot a seed."""
+    """A panel a suite, a line an arm: the distance it is judged by at 1 (filled) and 2 evaluations (open)."""
     suites = _distinct([r.suite for r in results])
     arms = _distinct([r.arm for r in results])
     figure, axes = new_figure(len(suites), width=3.4 + 3.6 * len(suites), height=1.3 + 0.34 * len(arms))
     for ax, suite in zip(axes[0], suites, strict=True):
+        metric = judged_by(results, suite)
         for position, arm in enumerate(arms):
             for row, shift, colour, face in ((ONE, -0.13, "#1f5fa8", "#1f5fa8"), (TWO, 0.13, "#d1731b", "white")):
-                values = list(by_seed(results, suite, arm, row).values())
+                values = list(by_seed(results, suite, arm, row, metric).values())
                 if not values:
                     continue
                 y = position + shift
@@ -179,9 +200,11 @@ def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
                 ax.plot(centre, y, "o", color=colour, markerfacecolor=face, markersize=6, label=label)
             if any(r.failure for r in results if (r.suite, r.arm) == (suite, arm)):
                 ax.annotate("failed", (0.99, position), xycoords=("axes fraction", "data"), ha="right", va="center")
-        if values := list(by_seed(results, suite, baseline, ONE).values()):
+        if values := list(by_seed(results, suite, baseline, ONE, metric).values()):
             ax.axvline(float(np.exp(np.mean(np.log(values)))), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
-        ax.set(title=suite, xscale="log", xlabel="Frechet distance (lower is better)", ylim=(len(arms) - 0.5, -0.5))
+        to = "the reconstructions" if metric == RECONSTRUCTIONS else "the images"
+        ax.set(title=suite, xscale="log", ylim=(len(arms) - 0.5, -0.5))
+        ax.set_xlabel(f"Frechet distance to {to} (lower is better)")
         ax.set_yticks(range(len(arms)), arms if ax is axes[0, 0] else [""] * len(arms))
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")

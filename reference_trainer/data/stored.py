@@ -103,6 +103,21 @@ class StoredImages(ImageSet):
         """int64, in the order of ``latents``."""
         return self.store.labels_of("train", self.flips)
 
+    def not_decoded(self) -> Tensor:
+        """Which latents of the store's training images ``train`` does not show, int64 ``[m]``."""
+        latents = self.store.latents("train")
+        hidden = torch.ones(len(latents), dtype=torch.bool)
+        hidden[some_indices(len(latents), latents.shape)] = False
+        return torch.nonzero(hidden).squeeze(1)
+
+    def decoded_at(self, indices: Tensor, device: torch.device) -> Tensor:
+        """What the store's training latents of these ``indices [m]`` decode to: uint8 ``[m, ch, h, w]``.
+
+        Args:
+            device: where the codec is.
+        """
+        return _decoded(self.codec, self.store.latents("train"), indices, device)
+
     def fingerprint(self) -> str:
         """Of the store: decoded pixels are rounded differently on every machine."""
         return f"{self.store.fingerprint()}{'+flips' * self.flips}"

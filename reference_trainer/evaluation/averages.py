@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.averages import averages_of
@@ -17,11 +16,13 @@ from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Features
 from reference_trainer.evaluation.metrics import frechet_distance
-from reference_trainer.evaluation.reference import Reference, training_images
+from reference_trainer.evaluation.reference import Reference
 from reference_trainer.evaluation.rows import Missing, attempt, known
 from reference_trainer.evaluation.sets import SAMPLES, Drawn, samplers
+from reference_trainer.evaluation.statistics import Statistics
+from reference_trainer.evaluation.training_set import TrainingSet
 from reference_trainer.files import as_json, write_atomically
-from reference_trainer.model import TrainedModel, averaged_network
+from reference_trainer.model import TrainedModel, averaged_network, number_of
 from reference_trainer.options import literal
 from reference_trainer.plotting import new_figure, save_figure
 from reference_trainer.run import RunFolder
@@ -68,7 +69,7 @@ def evaluate_averages(
     checkpoint, config = run.latest_checkpoint(), model.config
     assert checkpoint is not None  # or there would be no model
     step, rows = checkpoint[0], list[Row]()
-    reference = Reference.of(model, training_images(images, seed), features)
+    reference = Reference.of(model, TrainingSet.of(images, seed, device=model.device), features)
     known(reference.images)
     yield (
         f"step {step}, {reference.count} samples each, Frechet distance in {features.name} to the training images, and "
@@ -78,7 +79,8 @@ def evaluate_averages(
     for average in tqdm(candidates(config), desc="averages", unit="average", leave=False, delay=2):
         row: Row = {"average": literal(average), "sigma_rel": relative_length(average, step)}
         try:
-            network, row["about"] = averaged_network(run, config, model.shape, checkpoint, average)
+            classes = number_of(model.classes)
+            network, row["about"] = averaged_network(run, config, model.shape, checkpoint, average, classes)
             shown = replace(model, network=network.to(model.device), step=step)
             row |= _distances(shown, reference, seed)
         except UserError as error:
@@ -99,7 +101,7 @@ def _distances(model: TrainedModel, reference: Reference, seed: int) -> Row:
     return row
 
 
-def _distance(real: Tensor | Missing, others: Tensor | Missing) -> float | None:
+def _distance(real: Statistics | Missing, others: Statistics | Missing) -> float | None:
     """None: nothing to measure, or nothing finite."""
     found = attempt(lambda: frechet_distance(known(real), known(others)))
     return None if isinstance(found, Missing) or not math.isfinite(found) else found

@@ -18,6 +18,7 @@ from reference_trainer.evaluation.digit_classifier import DigitClassifier
 from reference_trainer.evaluation.features import Features
 from reference_trainer.evaluation.rows import Missing
 from reference_trainer.evaluation.sets import SAMPLES, Rows
+from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.model import TrainedModel
 
 ROWS, COLUMNS = 10, 10
@@ -25,9 +26,9 @@ ROWS, COLUMNS = 10, 10
 
 
 def as_asked(
-    vectors: Mapping[str, Tensor | Missing], model: TrainedModel, features: Features, seed: int
+    vectors: Mapping[str, Statistics | Missing], model: TrainedModel, features: Features, seed: int
 ) -> dict[str, Tensor]:
-    """Of each set of samples, bool ``[n]``: whether the classifier finds the digit that was asked for most probable.
+    """Of the first 5000 samples of each set, bool ``[n]``: whether the classifier finds the digit asked for likeliest.
 
     Empty where the run is not trained by class, or not on the digits, or judged by other features.
     """
@@ -35,14 +36,14 @@ def as_asked(
     if classes is None or not isinstance(features, DigitClassifier) or not isinstance(model.config.data, Digits):
         return {}
     return {
-        name: features.probabilities_of(those).argmax(1) == classes.proportional(len(those), seed)
+        name: features.probabilities_of(those.some).argmax(1) == classes.proportional(len(those.some), seed)
         for name, those in vectors.items()
-        if name in SAMPLES and isinstance(those, Tensor)
+        if name in SAMPLES and isinstance(those, Statistics)
     }
 
 
 def with_as_asked(
-    rows: Rows, vectors: Mapping[str, Tensor | Missing], model: TrainedModel, features: Features, seed: int
+    rows: Rows, vectors: Mapping[str, Statistics | Missing], model: TrainedModel, features: Features, seed: int
 ) -> Rows:
     """``rows``, those of samples with ``as_asked``: the share that is of the class asked for."""
     shares = {name: float(right.float().mean()) for name, right in as_asked(vectors, model, features, seed).items()}
@@ -53,7 +54,7 @@ def with_as_asked(
 
 
 def about_classes(
-    model: TrainedModel, vectors: Mapping[str, Tensor | Missing], features: Features, n: int, seed: int
+    model: TrainedModel, vectors: Mapping[str, Statistics | Missing], features: Features, n: int, seed: int
 ) -> dict[str, Any]:
     """Guidance, and of each class its training images, its samples among ``n``, and which share is as asked."""
     assert model.classes is not None

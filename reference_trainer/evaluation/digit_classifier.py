@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.data.images import Digits, ImageSet, to_unit
+from reference_trainer.evaluation.identity import Identity, digest_of
 from reference_trainer.files import load_tensors, save_tensors
 from robustcm.randomness import step_generator
 
@@ -29,6 +30,11 @@ class DigitClassifier:
 
     network: nn.Sequential
     name: str = "64 features of the shipped digit classifier"
+
+    @property
+    def identity(self) -> Identity:
+        """Of the weights."""
+        return Identity(digest_of(self.network.state_dict()), "none")
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
-from reference_trainer.evaluation.features import Features, PooledLatents, tried, vectors_of
+from reference_trainer.evaluation.features import Features, Imported, PooledLatents, tried
+from reference_trainer.evaluation.kept import Kept
 from reference_trainer.evaluation.latent_space import few_latents
+from reference_trainer.evaluation.manifest import manifest_of
 from reference_trainer.evaluation.pictures import draw_classes, draw_losses, draw_sheet, draw_tails
-from reference_trainer.evaluation.reference import MAX_IMAGES, Reference, training_images
+from reference_trainer.evaluation.reference import Reference, gathered
 from reference_trainer.evaluation.rows import Missing, Row, attempt, known, small_samples
 from reference_trainer.evaluation.sets import (
     FITTED,
@@ -27,11 +29,13 @@ from reference_trainer.evaluation.sets import (
     Drawn,
     figures,
     floor_rows,
+    further_samples,
     image_rows,
     latent_rows,
     samplers,
     without_training,
 )
+from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, training_images
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
@@ -48,26 +52,38 @@ def choose_features(given: Features | None, model: TrainedModel) -> Features:
 
 
 def evaluate(
-    model: TrainedModel, images: ImageSet, features: Features, seed: int = 0, bounds: bool = True
+    model: TrainedModel,
+    images: ImageSet,
+    features: Features,
+    seed: int = 0,
+    bounds: bool = True,
+    n: int = MAX_IMAGES,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Compare samples at 1 and 2 evaluations, and what bounds them, with the training images.
 
-    Every row is a set of images against the (up to 5000) training images; what was drawn also against their
+    Every row is a set of images against the (up to n) training images; what was drawn also against their
     reconstructions, since through a lossy autoencoder the distance to the images is mostly the autoencoder's; and,
     under ``latents``, in the latent space. ``floor: ...`` rows are real images, ``bound: ...`` has the mean and the
     covariance of the latents and nothing else, ``ceiling: ...`` is white noise in the place of latents.
     ``reconstructions`` are the latents of the run decoded, outliers and clipping included: what a model that fits its
-    data exactly would draw. What cannot be measured stands under ``left_out`` with the reason.
+    data exactly would draw. What cannot be measured stands under ``left_out`` with the reason, and under ``manifest``
+    how all of it was measured.
+
+    Beyond 5000 images are drawn, decoded and measured batch by batch. Then Frechet distances are of all of them;
+    kernel distances, precision, recall and what is compared in latents, and the rows that bound, are of the first 5000.
 
     Args:
         bounds: False leaves out all rows but the samples': they are the same for every model. Their time then goes to
             the samples and, about as much, to the reference.
+        n: samples, and training images, as far as there are so many.
+        cache: folder where the reference's features are kept, if they are not ours.
     """
-    train, held_out = training_images(images, seed), images.held_out[:MAX_IMAGES]
-    reference = Reference.of(model, train, features)
-    held_out_real = attempt(lambda: vectors_of(held_out, features))
-    makers = samplers(model, len(train), seed) | (without_training(model, reference, seed) if bounds else {})
-    drawn = Drawn.of(model, features, makers)
+    train, held_out = TrainingSet.of(images, seed, n, model.device), images.held_out[:MAX_IMAGES]
+    reference = Reference.of(model, train, features, _kept(cache, train, features))
+    held_out_real = attempt(lambda: gathered(features, held_out.split(BATCH)))
+    makers = samplers(model, len(train.first), seed) | (without_training(model, reference, seed) if bounds else {})
+    drawn = Drawn.of(model, features, makers, further_samples(model, train.count, seed))
     stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
     vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds and not stored else {})
     rows = image_rows(vectors, reference, held_out_real)
@@ -83,18 +99,27 @@ def evaluate(
         **({"average": model.average} if model.average else {}),
         "seed": seed,
         "features": features.name,
-        "reference": f"{len(train)} training images of {images.name}{other}",
+        "reference": f"{train.count} training images of {images.name}{other}",
         "autoencoder": notes_of(model.space.codec),
+        "manifest": manifest_of(model, train, features),
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
         **figures(rows, latent_rows(drawn.latents, reference, bounds), reference),
         "notes": [*small_samples(rows, reference.images, len(held_out)), *few_latents(reference.components)],
     }
     if model.classes is not None:
-        out["classes"] = about_classes(model, vectors, features, len(train), seed)
+        out["classes"] = about_classes(model, vectors, features, len(train.first), seed)
     if isinstance(features, DigitClassifier) and images.labels is not None:
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
     return out
+
+
+def _kept(cache: Path | None, train: TrainingSet, features: Features) -> Kept | None:
+    """Ours are computed as fast as they are read."""
+    if cache is None or not isinstance(features, Imported):
+        return None
+    kept = attempt(lambda: Kept.of(cache, train, features))
+    return None if isinstance(kept, Missing) else kept  # the features fail: the rows say why
 
 
 class Evaluator:
@@ -104,10 +129,18 @@ class Evaluator:
     through the features twice, which is not done again.
     """
 
-    def __init__(self, run: RunFolder, images: ImageSet, features: Features | None = None, seed: int = 0) -> None:
-        """``features``: as ``choose_features`` takes them."""
-        self.run, self.images, self.given, self.seed = run, images, features, seed
+    def __init__(
+        self,
+        run: RunFolder,
+        images: ImageSet,
+        features: Features | None = None,
+        seed: int = 0,
+        cache: Path | None = None,
+    ) -> None:
+        """``features``: as ``choose_features`` takes them; ``cache``: as ``evaluate``."""
+        self.run, self.images, self.given, self.seed, self.cache = run, images, features, seed, cache
         self._reference: Reference | None = None
+        self._manifest: dict[str, Any] = {}
 
     def prepare(self, model: TrainedModel) -> None:
         """Try the features on two images.
@@ -119,12 +152,15 @@ class Evaluator:
 
     def __call__(self, model: TrainedModel) -> None:
         if self._reference is None:
-            train = training_images(self.images, self.seed)
-            self._reference = Reference.of(model, train, choose_features(self.given, model))
+            train = TrainingSet.of(self.images, self.seed, device=model.device)
+            features = choose_features(self.given, model)
+            self._reference = Reference.of(model, train, features, _kept(self.cache, train, features))
+            self._manifest = manifest_of(model, train, features)
         reference = self._reference
         drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
         rows, of_latents = image_rows(drawn.vectors, reference), latent_rows(drawn.latents, reference, bounds=False)
         about = {"step": model.step, "seed": self.seed, "features": reference.features.name}
+        about |= {"manifest": self._manifest}
         rows = with_as_asked(rows, drawn.vectors, model, reference.features, self.seed)
         record(self.run, about | figures(rows, of_latents, reference))
 
@@ -141,11 +177,13 @@ def record(run: RunFolder, evaluation: dict[str, Any]) -> None:
 def brief(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What changes while training: the samples' part of what ``evaluate`` gives."""
     out = {key: evaluation[key] for key in ("step", "seed", "features")} | {"rows": _samples(evaluation["rows"])}
+    if "manifest" in evaluation:  # not of an earlier version
+        out["manifest"] = evaluation["manifest"]
     if left_out := {
         name: why for name, why in evaluation.get("left_out", {}).items() if name.startswith((*SAMPLES, LATENTS))
     }:
         out["left_out"] = left_out
-    if LATENTS in evaluation:  # not of an earlier version
+    if LATENTS in evaluation:
         out[LATENTS] = evaluation[LATENTS] | {"rows": _samples(evaluation[LATENTS]["rows"])}
     return out
 

@@ -6,24 +6,31 @@ Axes: pixels uint8 [n, ch, h, w], features [n, k].
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import to_unit
 from reference_trainer.data.latents import not_finite
 from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.evaluation.identity import Identity, digest_of
+
+PROBED = 4
+"""Images by which a network is known that has no weights to show."""
 
 
 class Features(Protocol):
-    """A named map from images to vectors."""
+    """A named map from images to vectors.
+
+    One may also have an ``identity``; without one (``identity_of``) it is known by what it makes of a few images.
+    """
 
     @property
     def name(self) -> str: ...
@@ -42,6 +49,12 @@ class PooledLatents:
     """Where the codec is."""
     name: str = "latents of the run's own autoencoder, pooled to 4x4"
 
+    @property
+    def identity(self) -> Identity | None:
+        """Of the autoencoder's weights; None: it is one of the user's, which shows none."""
+        weights = self.codec.tensors()
+        return Identity(digest_of(weights, self.name), "none") if weights else None
+
     def __call__(self, pixels: Tensor) -> Tensor:
         return torch.cat([self._pooled(part).cpu() for part in pixels.split(250)])
 
@@ -56,18 +69,24 @@ def pooled(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Imported:
-    """``module:function``, a function of the user's that returns a map from uint8 ``[n, ch, h, w]`` to features.
+    """A map from uint8 ``[n, ch, h, w]`` to features that is not ours: of ``module:function``, a package or a file.
 
     The map may give ``[n, k]`` or ``[n, k, 1, 1]`` of any type of number, as a tensor, an array, or the first of
     several.
     """
 
     name: str
+    """What follows ``--features``."""
     function: Callable[[Tensor], Any]
+    identity: Identity | None = None
+    batch: int = 250
+    """Images at a time."""
+    scaled: bool = True
+    """Kernel distances are of features divided by the root mean square of the reference's; False: as KID has them."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            parts = tqdm(pixels.split(250), desc="features", unit="batch", leave=False, delay=2)
+            parts = tqdm(pixels.split(self.batch), desc="features", unit="batch", leave=False, delay=2)
             return torch.cat([self._vectors(part) for part in parts])
 
     def _vectors(self, pixels: Tensor) -> Tensor:
@@ -117,7 +136,26 @@ class Imported:
                 f"--features {name}: {attribute}() must return a map from images to features, it returns a "
                 f"{type(function).__name__}"
             )
-        return Imported(name, function)
+        weights = function.state_dict() if isinstance(function, nn.Module) else {}
+        return Imported(name, function, Identity(digest_of(weights, name)) if weights else None)
+
+
+def scales_kernel(features: Features) -> bool:
+    """Whether kernel distances in ``features`` are of scaled ones, see ``kernel_distance``."""
+    return not isinstance(features, Imported) or features.scaled
+
+
+def identity_of(features: Features, shape: Sequence[int]) -> Identity:
+    """That which ``features`` states, else the digest of what it makes of noise images of ``shape`` (ch, h, w).
+
+    Raises:
+        UserError: the user's function fails.
+    """
+    stated = getattr(features, "identity", None)
+    if isinstance(stated, Identity):
+        return stated
+    noise = torch.randint(0, 256, (PROBED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Identity(digest_of({"": features(noise)}))
 
 
 def vectors_of(pixels: Tensor, features: Features) -> Tensor:

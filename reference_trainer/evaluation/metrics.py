@@ -1,6 +1,6 @@
 """Distances between two sets of feature vectors: Frechet, kernel, precision and recall.
 
-Axes: real [n, k], fake [m, k]. None of these is an FID: that name belongs to Inception features.
+Axes: real [n, k], fake [m, k]. Of Inception features the first two are FID and, unscaled, KID; of others they are not.
 """
 
 from __future__ import annotations
@@ -8,27 +8,37 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from reference_trainer.data.images import psnr_of_each
+from reference_trainer.evaluation.statistics import Statistics
 
 
-def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Squared 2-Wasserstein distance of the two Gaussians with their means and covariances; features squared."""
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
-    return _compute(metric, real, fake)
+def frechet_distance(real: Tensor | Statistics, fake: Tensor | Statistics) -> float:
+    """Squared 2-Wasserstein distance of the two Gaussians with their means and covariances; features squared.
+
+    In float64, the end rounded to the type of the features: the digits of torchmetrics, whose class takes the features
+    and not their sums.
+    """
+    real, fake = (Statistics.of(given) if isinstance(given, Tensor) else given for given in (real, fake))
+    a, b = real.covariance, fake.covariance
+    common = torch.linalg.eigvals(a @ b).sqrt().real.sum()
+    distance = (real.mean - fake.mean).square().sum() + (a.trace() + b.trace()) - 2 * common
+    return float(distance.to(fake.some.dtype))
 
 
-def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
+def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0, scaled: bool = True) -> float:
     """1000 x squared MMD with the kernel (x y / k + 1)^3, unbiased, mean over 20 subsets of up to 1000.
 
-    Both sets are divided by the root mean square of ``real``: the kernel is not scale-free, and features of any
-    network should give values one can read. The subsets come from a generator of its own, unlike torchmetrics' KID,
-    whose digits these are: two distances may be computed at a time.
+    The subsets come from a generator of its own, unlike torchmetrics' KID, whose digits these are: two distances may be
+    computed at a time.
+
+    Args:
+        scaled: divide both sets by the root mean square of ``real``: the kernel is not scale-free, and features of any
+            network should give values one can read. KID (Binkowski et al. 2018, arXiv 1801.01401) does not.
     """
-    scale = real.double().square().mean().sqrt()
+    scale = real.double().square().mean().sqrt() if scaled else 1.0
     real, fake = (vectors.double() / scale for vectors in (real, fake))
     size, generator = min(1000, len(real), len(fake)), torch.Generator().manual_seed(seed)
     values = []
@@ -66,20 +76,3 @@ def psnr(real: Tensor, fake: Tensor) -> float:
 def _radii(points: Tensor, neighbours: int) -> Tensor:
     # The nearest of all is the point itself.
     return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
-
-
-def _compute(metric: FrechetInceptionDistance, real: Tensor, fake: Tensor) -> float:
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    return float(metric.compute())
-
-
-class _Given(nn.Module):
-    """Stands where torchmetrics expects a network: our vectors are features already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features

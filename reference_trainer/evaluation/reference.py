@@ -5,25 +5,24 @@ Axes: pixels uint8 [n, ch, h, w], latents [n, ch, h, w], features [n, k].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Features, vectors_of
+from reference_trainer.evaluation.kept import Kept
 from reference_trainer.evaluation.latent_space import Components
 from reference_trainer.evaluation.metrics import psnr
 from reference_trainer.evaluation.rows import Missing, T, attempt, known
+from reference_trainer.evaluation.statistics import Statistics
+from reference_trainer.evaluation.training_set import BATCH, TrainingSet
 from reference_trainer.model import TrainedModel
-
-MAX_IMAGES = 5000
-"""Most images a metric is computed from, on either side."""
 
 
 @dataclass(frozen=True)
@@ -38,74 +37,107 @@ class Reference:
     features: Features
     count: int
     """n, of the training images; as many samples are drawn."""
-    images: Tensor | Missing
+    images: Statistics | Missing
     """Features of the training images."""
     latents: Tensor | Missing
-    """Those of the training images, normalised."""
+    """Those of the first ``MAX_IMAGES`` training images, normalised."""
     components: Components | Missing
     """Of ``latents``."""
-    reconstructions: Tensor | Missing
+    reconstructions: Statistics | Missing
     """Features of the reconstructions."""
-    fitted: Tensor | Missing
-    """Features of what the latents that the run trains on, with its outliers and clip, decode to; where these are no
-    others, ``reconstructions`` itself."""
+    fitted: Statistics | Missing
+    """Features of what the latents that the run trains on, with its outliers and clip, decode to, of the first
+    ``MAX_IMAGES``: what is clipped depends on the others. Where these are no others, ``reconstructions`` itself."""
     psnr: float | Missing
     """Of what has the features ``fitted``, dB."""
 
     @staticmethod
-    def of(model: TrainedModel, train: Tensor, features: Features) -> Reference:
-        """Of the training images ``train [n, ch, h, w]``.
+    def of(model: TrainedModel, train: TrainingSet, features: Features, kept: Kept | None = None) -> Reference:
+        """Of the training images ``train``.
 
         They go through the features twice, as they are and encoded and decoded; those whose latents outliers or the
         clip have changed once more.
+
+        Args:
+            kept: where the statistics of a run before are found, and those of this one left.
         """
-        raw = attempt(lambda: encode(model.space.codec, train, model.device))
+        raw = attempt(lambda: encode(model.space.codec, train.first, model.device))
         latents = attempt(lambda: model.space.normalise(known(raw)))
         trained_on = attempt(lambda: model.space.normalise(model.config.prepare_latents(known(raw))))
         near: list[float] = []  # the pixels are let go once their PSNR is known
 
-        def fitted() -> Tensor:
-            pixels = decoded(model, trained_on)
-            near.append(psnr(train, pixels))
-            return vectors_of(pixels, features)
+        def images() -> Statistics:
+            found = kept.once(of_all) if kept else of_all()
+            if (found.some == found.some[0]).all():
+                raise UserError(f"the features are the same for all {found.count} training images")
+            return found
 
-        makers = {"images": lambda: _telling(train, features), "fitted": fitted}
-        vectors = at_once(makers, "features of the reference")
-        there = vectors["fitted"]
+        def of_all() -> Statistics:
+            return gathered(features, chain(train.first.split(BATCH), train.rest()))
+
+        def fitted() -> Statistics:
+            pixels = decoded(model, trained_on)
+            near.append(psnr(train.first, pixels))
+            return gathered(features, pixels.split(BATCH))
+
+        there = at_once({"images": images, "fitted": fitted}, "features of the reference")
+        first = attempt(lambda: _untouched(model, known(latents), trained_on, there["fitted"], features))
+        reconstructions = attempt(lambda: _with_the_rest(model, known(first), train, features, kept))
         return Reference(
             features=features,
-            count=len(train),
-            images=vectors["images"],
+            count=train.count,
+            images=there["images"],
             latents=latents,
             components=attempt(lambda: Components.of(known(latents))),
-            reconstructions=attempt(lambda: _untouched(model, known(latents), trained_on, there, features)),
-            fitted=there,
-            psnr=near[0] if near else Missing(there),
+            reconstructions=reconstructions,
+            fitted=reconstructions if first is there["fitted"] else there["fitted"],
+            psnr=near[0] if near else Missing(there["fitted"]),
         )
 
 
 def _untouched(
-    model: TrainedModel, latents: Tensor, trained_on: Tensor | Missing, fitted: Tensor | Missing, features: Features
-) -> Tensor:
+    model: TrainedModel, latents: Tensor, trained_on: Tensor | Missing, fitted: Statistics | Missing, features: Features
+) -> Statistics:
     """Features of what ``latents`` decode to, where ``fitted`` are those of ``trained_on``: only what differs is
     decoded."""
     if isinstance(fitted, Missing) or isinstance(trained_on, Missing):
-        return vectors_of(decoded(model, latents), features)
+        return gathered(features, images_of(model, latents))
     changed = (latents != trained_on).flatten(1).any(1)
     if not changed.any():
         return fitted
-    vectors = fitted.clone()
+    vectors = fitted.some.clone()
     vectors[changed] = vectors_of(decoded(model, latents[changed]), features)
-    return vectors
+    return Statistics.of(vectors)
 
 
-def training_images(images: ImageSet, seed: int) -> Tensor:
-    """What samples are compared with, uint8 ``[n, ch, h, w]``.
+def _with_the_rest(
+    model: TrainedModel, first: Statistics, train: TrainingSet, features: Features, kept: Kept | None
+) -> Statistics:
+    """The features of the reconstructions of all of ``train``, where ``first`` are those of its first images."""
+    if train.count == len(train.first):
+        return first
 
-    Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
+    def reconstructed(pixels: Tensor) -> Tensor:
+        return decoded(model, model.space.normalise(encode(model.space.codec, pixels, model.device)))
+
+    def rest() -> Statistics:
+        return gathered(features, map(reconstructed, train.rest()))
+
+    return first.merged(kept.also(reconstructed(train.first[:4])).once(rest) if kept else rest())
+
+
+def gathered(features: Features, batches: Iterable[Tensor]) -> Statistics:
+    """The statistics of ``features`` of uint8 images that come in ``batches``.
+
+    Raises:
+        UserError: see ``vectors_of``.
     """
-    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    return images.train[order[:MAX_IMAGES]]
+    return Statistics.gathered(vectors_of(batch, features) for batch in batches)
+
+
+def images_of(model: TrainedModel, latents: Tensor | Missing) -> Iterator[Tensor]:
+    """What normalised ``latents [n, ...]`` decode to, ``BATCH`` images at a time."""
+    return (decoded(model, part) for part in known(latents).split(BATCH))
 
 
 def decoded(model: TrainedModel, latents: Tensor | Missing) -> Tensor:
@@ -126,15 +158,3 @@ def at_once(makers: Mapping[str, Callable[[], T]], what: str) -> dict[str, T | M
         found = pool.map(attempt, makers.values())
         bar = tqdm(found, desc=what, unit="set", total=len(makers), leave=False, delay=2)
         return dict(zip(makers, bar, strict=True))
-
-
-def _telling(train: Tensor, features: Features) -> Tensor:
-    """``features`` of the training images.
-
-    Raises:
-        UserError: they cannot be had, or they tell no image from another.
-    """
-    vectors = vectors_of(train, features)
-    if (vectors == vectors[0]).all():
-        raise UserError(f"the features are the same for all {len(train)} training images")
-    return vectors

@@ -1,22 +1,26 @@
 """The sets that are measured: how their latents are drawn, what they decode to, and their rows.
 
-Axes: latents [n, ch, h, w], features [n, k].
+Axes: latents [n, ch, h, w].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from reference_trainer.evaluation.features import Features, vectors_of
+from reference_trainer.evaluation.features import Features, scales_kernel
 from reference_trainer.evaluation.latent_space import Components, compare_latents
-from reference_trainer.evaluation.reference import Reference, at_once, decoded
+from reference_trainer.evaluation.reference import Reference, at_once, decoded, gathered, images_of
 from reference_trainer.evaluation.rows import Missing, Row, attempt, known, measure, split_rows, to_reconstructions
+from reference_trainer.evaluation.statistics import Statistics
+from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES
 from reference_trainer.model import TrainedModel
 
 SAMPLES = ("1 evaluation", "2 evaluations")
@@ -27,6 +31,7 @@ ORDER = (*SAMPLES, FITTED, HELD_OUT, HALVES, GAUSSIAN, CEILING)
 LATENTS = "latents"
 Rows = dict[str, Row | Missing]
 Makers = dict[str, Callable[[], Tensor]]
+More = Mapping[str, Callable[[], Iterator[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,18 @@ class Drawn:
     """Sets of latents by name, and the features of what they decode to."""
 
     latents: dict[str, Tensor | Missing]
-    vectors: dict[str, Tensor | Missing]
+    """At most ``MAX_IMAGES`` of each."""
+    vectors: dict[str, Statistics | Missing]
+    """Of these and of what was drawn behind them."""
 
     @staticmethod
-    def of(model: TrainedModel, features: Features, makers: Makers) -> Drawn:
-        """``makers`` give the latents, normalised."""
+    def of(model: TrainedModel, features: Features, makers: Makers, more: More | None = None) -> Drawn:
+        """``makers`` give the latents, normalised; ``more`` those behind them, by name, which are not kept."""
         latents = at_once(makers, "samples")
 
-        def vectors(name: str) -> Tensor:
-            return vectors_of(decoded(model, latents[name]), features)
+        def vectors(name: str) -> Statistics:
+            behind = map(partial(decoded, model), (more or {}).get(name, lambda: iter(()))())
+            return gathered(features, chain(images_of(model, latents[name]), behind))
 
         return Drawn(latents, at_once({name: partial(vectors, name) for name in latents}, "features of the samples"))
 
@@ -56,16 +64,32 @@ def samplers(model: TrainedModel, n: int, seed: int) -> Makers:
     return {name: partial(draw, i + 1) for i, name in enumerate(SAMPLES)}
 
 
+def further_samples(model: TrainedModel, n: int, seed: int) -> More:
+    """What draws those behind the first ``MAX_IMAGES`` of n, ``BATCH`` at a time."""
+
+    labels = None if model.classes is None else model.classes.proportional(max(0, n - MAX_IMAGES), seed + 1)
+
+    def draw(evaluations: int) -> Iterator[Tensor]:
+        sigmas, name = model.sigmas(evaluations), SAMPLES[evaluations - 1]
+        for first in tqdm(range(MAX_IMAGES, n, BATCH), desc=name, unit="batch", leave=False, delay=2):
+            own = None if labels is None else labels[first - MAX_IMAGES :][:BATCH]
+            yield model.latents(min(BATCH, n - first), sigmas, seed, labels=own, first=first)
+
+    return {name: partial(draw, i + 1) for i, name in enumerate(SAMPLES)}
+
+
 def without_training(model: TrainedModel, reference: Reference, seed: int) -> Makers:
     """What draws latents of the data's mean and covariance, and white noise."""
     generator = torch.Generator().manual_seed(seed)
-    noise = 0.5 * torch.randn(reference.count, *model.shape, generator=generator)
+    noise = 0.5 * torch.randn(min(reference.count, MAX_IMAGES), *model.shape, generator=generator)
     gaussian = attempt(lambda: known(reference.components).draw(tuple(noise.shape), generator))
     return {GAUSSIAN: lambda: known(gaussian), CEILING: lambda: noise}
 
 
 def image_rows(
-    vectors: Mapping[str, Tensor | Missing], reference: Reference, held_out: Tensor | Missing | None = None
+    vectors: Mapping[str, Statistics | Missing],
+    reference: Reference,
+    held_out: Statistics | Missing | None = None,
 ) -> Rows:
     """Of sets of decoded latents, against the training images and, but for the ceiling, their reconstructions."""
     to_images = {
@@ -87,10 +111,10 @@ def image_rows(
     return out
 
 
-def floor_rows(reference: Reference, held_out: Tensor | Missing) -> Rows:
+def floor_rows(reference: Reference, held_out: Statistics | Missing) -> Rows:
     """Of real images: the held-out ones, and half of the training images against the other half."""
-    real, half = reference.images, reference.count // 2
-    first, second = (real, real) if isinstance(real, Missing) else (real[:half], real[half:])
+    real = reference.images
+    first, second = (real, real) if isinstance(real, Missing) else map(Statistics.of, _halved(real.some))
     against = {
         HELD_OUT: partial(measure, held_out, real, reference.features),
         HALVES: partial(measure, first, second, reference.features, held_out),
@@ -130,13 +154,17 @@ def figures(rows: Rows, of_latents: Rows, reference: Reference) -> dict[str, Any
     return out | {LATENTS: about | {"rows": latents["rows"]}}
 
 
-def _to_reconstructions(reference: Reference, vectors: Tensor | Missing) -> Row:
-    return to_reconstructions(known(reference.reconstructions), known(vectors))
+def _to_reconstructions(reference: Reference, vectors: Statistics | Missing) -> Row:
+    return to_reconstructions(known(reference.reconstructions), known(vectors), scales_kernel(reference.features))
 
 
 def _halves(latents: Tensor) -> Row:
-    first, second = latents[: len(latents) // 2], latents[len(latents) // 2 :]
+    first, second = _halved(latents)
     return compare_latents(first, Components.of(first), second)
+
+
+def _halved(whole: Tensor) -> tuple[Tensor, Tensor]:
+    return whole[: len(whole) // 2], whole[len(whole) // 2 :]
 
 
 def _place(name: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from reference_trainer.errors import printable
 from reference_trainer.evaluation.features import PooledLatents
+from reference_trainer.evaluation.manifest import in_words
 
 NAME = 32
 """Width of the first column."""
@@ -58,6 +59,8 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
     for why in dict.fromkeys(left_out.values()):
         lines.append(f"left out: {', '.join(name for name in left_out if left_out[name] == why)} ({why})")
     lines += [f"note: {note}" for note in evaluation.get("notes", [])]
+    if "manifest" in evaluation:
+        lines.append(f"measured with: {in_words(evaluation['manifest'])}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,69 @@
+"""The training images that all is compared with: the first few in memory, the rest as they come.
+
+Axes: pixels uint8 [n, ch, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reference_trainer.data.images import ImageSet
+from reference_trainer.data.stored import StoredImages
+from reference_trainer.evaluation.statistics import HELD
+
+MAX_IMAGES = HELD
+"""Most images, on either side, whose pixels and latents are in memory at a time; without ``--samples`` the most there
+are."""
+BATCH = 500
+"""Images that are decoded and go through the features at a time; a multiple of what each of the shipped ones takes, so
+that it changes no digit."""
+
+
+def training_images(images: ImageSet, seed: int, n: int = MAX_IMAGES) -> Tensor:
+    """What samples are compared with, or the first of it, uint8 ``[n, ch, h, w]``.
+
+    Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
+    """
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
+    return images.train[order[: min(n, MAX_IMAGES)]]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """``count`` shuffled training images."""
+
+    images: ImageSet
+    first: Tensor
+    """uint8 ``[min(count, MAX_IMAGES), ch, h, w]``."""
+    count: int
+    seed: int
+    device: torch.device
+    """Where a store's autoencoder is."""
+
+    @staticmethod
+    def of(images: ImageSet, seed: int, n: int = MAX_IMAGES, device: torch.device | None = None) -> TrainingSet:
+        """As many as there are, at most ``n``."""
+        first = training_images(images, seed, n)
+        there = len(images.store.latents("train")) if isinstance(images, StoredImages) else len(images.train)
+        return TrainingSet(images, first, max(len(first), min(n, there)), seed, device or torch.device("cpu"))
+
+    def rest(self) -> Iterator[Tensor]:
+        """The images behind ``first``, ``BATCH`` at a time."""
+        more, images = self.count - len(self.first), self.images
+        if more <= 0:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        if isinstance(images, StoredImages):
+            behind = images.not_decoded()
+            order = behind[torch.randperm(len(behind), generator=generator)][:more]
+            for part in order.split(BATCH):
+                yield images.decoded_at(part, self.device)
+        else:
+            places = torch.nonzero(~images.is_held_out).squeeze(1)  # images.train would copy all of them
+            order = places[torch.randperm(len(places), generator=generator)][len(self.first) : self.count]
+            for part in order.split(BATCH):
+                yield images.pixels[part]
