@@ -19,7 +19,7 @@ from reference_trainer.files import as_json, load_tensors, save_tensors, write_a
 from reference_trainer.options import differences, filled, from_json, strange_fields, to_json
 from robustcm import __version__
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad_steps.jsonl"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class RunFolder:
     checkpoints/step_*.safetensors
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
+    bad_steps.jsonl            one row a step that was not finite: which sample, at which noise level
+    bad/step_*.safetensors     the batches of the newest of them
     tensorboard/events.*, evaluation.json, *.png
     """
 
@@ -105,6 +107,11 @@ class RunFolder:
         """Where ``KeptSpace`` is kept."""
         return self.root / "autoencoder.safetensors"
 
+    @property
+    def bad_folder(self) -> Path:
+        """Where batches of bad steps are kept."""
+        return self.root / "bad"
+
     def checkpoints(self) -> list[Path]:
         """Newest first."""
         return sorted((self.root / "checkpoints").glob("step_*.safetensors"), reverse=True)
@@ -134,7 +141,7 @@ class RunFolder:
             raise UserError(f"no checkpoint in {files[0].parent} can be read: delete that folder to start again")
         return None
 
-    def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS)) -> None:
+    def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS, BAD_STEPS)) -> None:
         """Drop the rows behind ``step`` of these files: the run goes on from there and will write them again."""
         for name in names:
             if (file := self.root / name).exists():

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.errors import UserError
 from reference_trainer.model import TrainedModel
 from reference_trainer.run import RunFolder
+from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
@@ -70,6 +70,7 @@ def train(
     run.keep_rows_until(state.step)
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
+    bad_steps = BadSteps(config, run, batches, images, device)
     f = config.preconditioned(state.network.train())
 
     with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
@@ -80,25 +81,27 @@ def train(
             terms = objective(f, batch, state.c)
             terms.loss.backward()
             lr = config.learning_rate(state.step, config.steps)
-            state.optimizer_step(config.optimizer, lr)
-            state.update_ema(config.ema_decay)
-            state.c = terms.state
-            state.meter = meter.add(state.meter, terms, batch.pairs)
-            state.tails = tail_meter.add(state.tails, terms, batch.pairs)
+            bad = state.optimizer_step(config.optimizer, lr, not_finite(terms))
+            bad_steps.add(bad, state, terms)
+            skipped = bad & config.optimizer.skips
+            state.update_ema(config.ema_decay, skipped)
+            state.c = torch.where(skipped, state.c, terms.state)
+            state.meter = torch.where(skipped, state.meter, meter.add(state.meter, terms, batch.pairs))
+            state.tails = torch.where(skipped, state.tails, tail_meter.add(state.tails, terms, batch.pairs))
             state.step += 1
 
             last = state.step == config.steps or bool(stop_requested)
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
-                check_finite(state, run)
+                bad_steps.look(state)
                 row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.meter, state.tails = meter.init(device), tail_meter.init(device)
             if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
-                check_finite(state, run)
+                bad_steps.look(state)
                 judge(replace(averaged, step=state.step))
             if state.step % config.save_every == 0 or last:
-                check_finite(state, run)
+                bad_steps.look(state)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
             logger.advance()
             if last:
@@ -109,17 +112,6 @@ def train(
 def mean_of(c: float | Tensor) -> float:
     """The scale as one number for the log."""
     return float(c.double().mean()) if isinstance(c, Tensor) else c
-
-
-def check_finite(state: TrainState, run: RunFolder) -> None:
-    """Stop before anything is saved if a gradient was not finite since the last look."""
-    if (bad := int(state.first_bad_step)) >= 0:
-        kept = run.checkpoints()
-        raise UserError(
-            f"the gradient became NaN or infinite at step {bad}; nothing was saved since, "
-            f"{kept[0].name if kept else 'no checkpoint'} is intact. Lower learning_rate.lr or optimizer.max_norm, "
-            "or set optimizer.on_nonfinite=zero (in a new --out)"
-        )
 
 
 class StopRequest:
