@@ -189,9 +189,10 @@ def crashing(function: Callable[..., None], step: int) -> Callable[..., None]:
 def test_a_latent_that_is_not_finite_costs_no_more_than_its_step(config: TrainConfig):
     x = torch.randn(36, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x[5, 1, 2, 3] = torch.nan
+    config = replace(config, batch_size=36)
     batch, clean = Batches(config, x)(0), Batches(config, x.nan_to_num())(0)
     assert torch.equal(batch.z, clean.z)  # all others are paired
-    assert torch.equal(batch.x, clean.x) or not batch.x.isfinite().all()
+    assert int(batch.x.isnan().sum()) == 1
 
 
 @pytest.mark.parametrize("steps", [[1, 2, 4, 5, 7, 8, 10, 11], [4, 5, 11, 12], []])
@@ -207,7 +208,7 @@ def test_most_bad_steps_in_a_row_end_the_run_wherever_logs_and_saves_fall(
     first: int, config: TrainConfig, tmp_path: Path, monkeypatch
 ):
     poison(range(first, first + 3), monkeypatch)
-    with pytest.raises(UserError, match="3 bad steps in a row, at step .* mend them; else lower") as caught:
+    with pytest.raises(UserError, match=r"3 bad steps in a row, at step .* mend them; else lower") as caught:
         run(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="3 bad steps in a row"):  # the same command again

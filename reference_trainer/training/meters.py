@@ -36,7 +36,7 @@ class LevelMeter:
         return state.index_add(0, level_bin(pairs, self.bins), rows)
 
     def read(self, state: Tensor) -> dict[str, Any]:
-        """Means, as numbers: over everything (NaN of nothing), and under ``by_level`` per bin (None where nothing fell)."""
+        """Means, as numbers: over everything (NaN of nothing), and per bin under ``by_level`` (None of nothing)."""
         sums = state.cpu()
         total, mean = float(sums[:, 0].sum()), {}
         for i, name in enumerate(self.QUANTITIES[1:], 1):
