@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
+from reference_trainer.files import as_json, load_tensors, remove_unfinished, save_tensors, write_atomically
 from reference_trainer.options import differences, filled, from_json, strange_fields, to_json
 from robustcm import __version__
 
@@ -58,6 +58,9 @@ class RunFolder:
                 raise UserError(f"another process is training in {self.root}: wait for it, or give --out") from error
             except OSError as error:  # some network file systems
                 tqdm.write(f"{self.root} is not locked ({error.strerror}): start no second process in it")
+            else:
+                for folder in (self.root, self.root / "checkpoints", self.bad_folder):
+                    remove_unfinished(folder)
             yield
 
     def claim(self, config: TrainConfig) -> None:
@@ -117,7 +120,13 @@ class RunFolder:
         return sorted((self.root / "checkpoints").glob("step_*.safetensors"), reverse=True)
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
-        """Write the checkpoint behind ``step`` steps, then drop all but the newest ``keep``."""
+        """Write the checkpoint behind ``step`` steps, then drop all but the newest ``keep``.
+
+        Raises:
+            UserError: it cannot be written, or the folder is no longer that of a run.
+        """
+        if not (self.root / "config.json").exists():  # a new folder in its place would lack the autoencoder, too
+            raise UserError(f"{self.root} has vanished, and with it the run: bring it back, then give the same command")
         save_tensors(self.root / "checkpoints" / f"step_{step:08d}.safetensors", tensors, {"step": step})
         for old in self.checkpoints()[keep:]:
             old.unlink()
