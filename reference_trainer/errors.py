@@ -54,7 +54,7 @@ def printable(text: str, encoding: str | None = None) -> str:
 
 
 def exit_status(work: Callable[[], int], debug: bool = False) -> int:
-    """What ``work`` returns; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C, 75 for SIGTERM.
+    """What ``work`` gives; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C, 75 at SIGTERM.
 
     Args:
         debug: print the traceback, too, with the exceptions behind it.

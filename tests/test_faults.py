@@ -92,9 +92,7 @@ def test_sigterm_before_the_first_step_says_again(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("when", ["before", "amid"])
-def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(
-    when: str, command, tmp_path: Path, monkeypatch
-):
+def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(when: str, command, tmp_path: Path, monkeypatch):
     assert command("whole", "evaluate_every=3") == 0
     with monkeypatch.context() as patch:
         if when == "before":

@@ -11,7 +11,6 @@ files grow at all, or the save takes more than a tenth of the tensors' size.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -52,7 +51,7 @@ class Watch:
         print(f"{'step':>6}{'memory, MiB':>14}{'open files':>12}{'threads':>9}")
 
     def __call__(self, model: TrainedModel) -> None:
-        files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        files, threads = (len(list(Path("/proc/self", name).iterdir())) for name in ("fd", "task"))
         self.rows.append((model.step, mib("VmRSS"), files))
         print(f"{model.step:6}{self.rows[-1][1]:14.1f}{files:12}{threads:9}", flush=True)
 
@@ -99,8 +98,8 @@ def main() -> int:
         save_tensors(Path(scratch) / "x.safetensors", tensors, {})
         seconds, more = time.monotonic() - started, mib("VmHWM") - before
         print(f"a save of {options.mib} MiB: {seconds:.2f} s, {more:.1f} MiB of memory more than is held")
-    (_, first, files), (_, last, more_files) = watch.rows[1], watch.rows[-1]
-    print(f"memory {100 * (last / first - 1):+.2f} %, open files {more_files - files:+} from step {watch.rows[1][0]} on")
+    (step, first, files), (_, last, more_files) = watch.rows[1], watch.rows[-1]
+    print(f"from step {step} on: memory {100 * (last / first - 1):+.2f} %, open files {more_files - files:+}")
     return int(last > 1.02 * first or more_files > files or more > options.mib / 10)
 
 

@@ -44,7 +44,7 @@ def start(root: Path, images: Path) -> multiprocessing.process.BaseProcess:
 
 
 def train(root: Path, images: Path) -> None:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         words = ["train", *RUN.split(), NETWORK, f"--data={images}", f"--run={root}", "--device=cpu", "--brief"]
         os._exit(command_line(words))
 
