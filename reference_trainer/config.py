@@ -101,9 +101,10 @@ class Adam:
     """Share by which weights shrink a step, times the learning rate; 0 or more."""
     max_norm: float = 1.0
     """Norm at which the gradient is clipped, above 0; inf: not at all."""
-    on_nonfinite: Literal["stop", "zero"] = "stop"
-    """A NaN or infinite gradient stops the run with its step; ``zero`` is what the authors do: such elements count
-    as 0 before clipping, and the log says how many steps had any."""
+    on_nonfinite: Literal["skip", "zero", "stop"] = "skip"
+    """What a step with NaN or infinite data, loss or gradient does. ``skip``: nothing; weights, averages and c stay,
+    the next log names it, and ``most_bad_steps`` of them in a row end the run. ``zero`` is what the authors do: such
+    elements of the gradient count as 0 before clipping. ``stop``: the next log ends the run."""
 
     def __post_init__(self) -> None:
         _require(
@@ -111,7 +112,15 @@ class Adam:
             f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
         )
         _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
-        _require(self.on_nonfinite in ("stop", "zero"), f"on_nonfinite is 'stop' or 'zero', got {self.on_nonfinite!r}")
+        _require(
+            self.on_nonfinite in ("skip", "zero", "stop"),
+            f"on_nonfinite is 'skip', 'zero' or 'stop', got {self.on_nonfinite!r}",
+        )
+
+    @property
+    def skips(self) -> bool:
+        """Whether a bad step changes nothing."""
+        return self.on_nonfinite != "zero"
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The learning rate is set anew at every step."""
@@ -129,6 +138,7 @@ class RAdam(Adam):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The learning rate is set anew at every step."""
+        parameters = list(parameters)
         return torch.optim.RAdam(
             parameters,
             lr=0.0,
@@ -137,6 +147,7 @@ class RAdam(Adam):
             weight_decay=self.weight_decay,
             decoupled_weight_decay=True,
             foreach=True,
+            capturable=any(p.is_cuda for p in parameters),  # else it counts its steps on the CPU, see step_unless
         )
 
 
@@ -202,12 +213,16 @@ class TrainConfig:
     evaluate_every: int = 0
     """Steps between two looks at the samples of the averaged weights, a row of evaluations.jsonl each; 0: only at the
     end. Takes time (a few thousand samples each), changes no weight."""
+    most_bad_steps: int = 10
+    """So many steps in a row that are not finite end the run at the next log, with advice; 1 or more. See
+    ``optimizer.on_nonfinite``."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay, 1 or more."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.most_bad_steps >= 1, f"most_bad_steps must be at least 1, got {self.most_bad_steps}")
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")

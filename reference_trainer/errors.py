@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+AGAIN = 75
+"""Exit status behind SIGTERM, sysexits.h's EX_TEMPFAIL: the same command again goes on."""
 
 
 class UserError(Exception):
     """Something the user can mend. The message says what, where and what to do, in one line."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, as a scheduler sends it before it kills; what was to be saved is."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside, SIGTERM raises ``Terminated`` wherever the work is, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # who is called there keeps its own handling
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -33,7 +60,7 @@ def some_of(names: Sequence[str], at_most: int = 3, between: str = ", ") -> str:
 
 
 def exit_status(work: Callable[[], int], debug: bool = False) -> int:
-    """What ``work`` returns; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C.
+    """What ``work`` gives; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C, 75 at SIGTERM.
 
     Args:
         debug: print the traceback, too, with the exceptions behind it.
@@ -42,13 +69,17 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a path in a message must not end the run that it tells of
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = work()
+        with sigterm_raises():
+            status = work()
         if sys.stdout is not None:  # as in a GUI
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
+    except Terminated as stopped:
+        print(f"{str(stopped) or 'terminated'}; run the same command again to continue", file=sys.stderr)
+        return AGAIN
     except BrokenPipeError:  # who read the output has seen enough, as in `... --fields | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

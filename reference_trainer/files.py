@@ -6,14 +6,14 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reference_trainer.errors import UserError
@@ -22,22 +22,28 @@ from reference_trainer.errors import UserError
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write ``tensors`` and the JSON-able ``about`` so that ``file`` is either the old one or whole.
 
+    Of tensors on the CPU no copy is made, of those on another device one.
+
     Raises:
         UserError: no permission, no space: what stood at ``file`` before still does.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"about": as_json(about), "crc32": f"{_checksum(contiguous):08x}"}
-    write_atomically(file, _in_order(save(contiguous, metadata)))
+    with _replacing(file) as temporary:
+        save_file(contiguous, temporary, metadata)  # out of the tensors' own memory
+        _sort_metadata(temporary)
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: safetensors orders them anew in each process."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]))
+def _sort_metadata(file: Path) -> None:
+    """Safetensors orders them anew in each process; sorted, the same tensors are the same bytes everywhere."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the header is JSON without spaces, but for those behind it"
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,20 +102,39 @@ def write_atomically(file: Path, content: bytes) -> None:
     Raises:
         UserError: it could not be written; nothing has changed.
     """
+    with _replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """The name of a file to write; behind the block, on disk, it becomes ``file``.
+
+    Raises:
+        UserError: it could not be written; nothing has changed.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
+        yield temporary
+        with temporary.open("rb") as opened:
             os.fsync(opened.fileno())
         temporary.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {file}: {getattr(error, 'strerror', None) or error}; make room or make it writable, then "
+            "run the same command again"
+        ) from error
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {file}: {error.strerror}; make room or make it writable, then run the same command again"
-        ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Of files that a killed process was writing in ``folder``; let no other one be writing there."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

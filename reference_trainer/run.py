@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
-from reference_trainer.files import as_json, load_tensors, save_tensors, write_atomically
+from reference_trainer.files import as_json, load_tensors, remove_unfinished, save_tensors, write_atomically
 from reference_trainer.options import differences, filled, from_json, strange_fields, to_json
 from robustcm import __version__
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad_steps.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class RunFolder:
                                the power-function averages, float32, every ``snapshot_every`` steps
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
+    bad_steps.jsonl            one row a step that was not finite: which sample, at which noise level
+    bad/step_*.safetensors     the batches of the newest of them
     tensorboard/events.*, evaluation.json, *.png
     """
 
@@ -59,6 +61,9 @@ class RunFolder:
                 raise UserError(f"another process is training in {self.root}: wait for it, or give --out") from error
             except OSError as error:  # some network file systems
                 tqdm.write(f"{self.root} is not locked ({error.strerror}): start no second process in it")
+            else:
+                for folder in (self.root, self.root / "checkpoints", self.bad_folder):
+                    remove_unfinished(folder)
             yield
 
     def claim(self, config: TrainConfig) -> None:
@@ -113,12 +118,23 @@ class RunFolder:
         """Where ``Classes`` are kept."""
         return self.root / "classes.json"
 
+    @property
+    def bad_folder(self) -> Path:
+        """Where batches of bad steps are kept."""
+        return self.root / "bad"
+
     def checkpoints(self) -> list[Path]:
         """Newest first."""
         return sorted((self.root / "checkpoints").glob("step_*.safetensors"), reverse=True)
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
-        """Write the checkpoint behind ``step`` steps, then drop all but the newest ``keep``."""
+        """Write the checkpoint behind ``step`` steps, then drop all but the newest ``keep``.
+
+        Raises:
+            UserError: it cannot be written, or the folder is no longer that of a run.
+        """
+        if not (self.root / "config.json").exists():  # a new folder in its place would lack the autoencoder, too
+            raise UserError(f"{self.root} has vanished, and with it the run: bring it back, then give the same command")
         save_tensors(self.root / "checkpoints" / f"step_{step:08d}.safetensors", tensors, {"step": step})
         for old in self.checkpoints()[keep:]:
             old.unlink()
@@ -156,7 +172,7 @@ class RunFolder:
             raise UserError(f"no checkpoint in {files[0].parent} can be read: delete that folder to start again")
         return None
 
-    def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS)) -> None:
+    def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS, BAD_STEPS)) -> None:
         """Drop the rows behind ``step`` of these files: the run goes on from there and will write them again."""
         for name in names:
             if (file := self.root / name).exists():

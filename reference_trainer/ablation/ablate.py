@@ -31,7 +31,7 @@ from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
 from reference_trainer.data.origin import reopen
 from reference_trainer.data.stored import StoredImages
-from reference_trainer.errors import UserError
+from reference_trainer.errors import Terminated, UserError
 from reference_trainer.evaluation.named import features_named
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
@@ -100,7 +100,7 @@ def run_jobs(
         devices: "cpu", or one name a GPU; workers take them in turn.
         stop_above: see ``stopped_arms``; inf: never.
     Raises:
-        KeyboardInterrupt: after the children saved.
+        KeyboardInterrupt, Terminated: by Ctrl-C, by SIGTERM; after the children saved.
     """
     for job in jobs:
         with job.run.locked():
@@ -126,7 +126,7 @@ def run_jobs(
                 write_comparison([results[i] for i in sorted(results)], out, stop_above, about)
             bar.update()
     if children.stopping:
-        raise KeyboardInterrupt
+        raise Terminated if children.number == signal.SIGTERM else KeyboardInterrupt
     return [results[i] for i in sorted(results)]
 
 
@@ -146,28 +146,30 @@ def stopped_arms(results: Sequence[Result], above: float) -> list[tuple[str, str
 
 
 class Children:
-    """The training processes; inside the block Ctrl-C asks each of them to save and stop."""
+    """The training processes; inside the block Ctrl-C and SIGTERM ask each of them to save and stop."""
 
     def __init__(self) -> None:
-        self.stopping = False
+        self.stopping, self.number = False, signal.SIGINT
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Children:
-        self._previous = signal.getsignal(signal.SIGINT)
+        self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._stop)
+            for number in self._previous:
+                signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._previous)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
-    def _stop(self, *_: object) -> None:
-        self.stopping = True
+    def _stop(self, number: int, _: object) -> None:
+        self.stopping, self.number = True, signal.Signals(number)
         tqdm.write("stopping: the runs are saved; the same command goes on with them")
         for child in list(self._running):
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
 
     def run(self, job: Job, device: str) -> Result | None:
         """Train and evaluate in a process of its own, or read what is there. None: stopped."""

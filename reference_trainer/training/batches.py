@@ -60,13 +60,16 @@ class Batches:
         if self.pairing is None:
             indices, coupled = self._indices(step), self._coupled(step)
         else:  # the noise is drawn, the data follow it
-            generator = step_generator(self.config.seed, step, Stream.COUPLING)
-            coupled = torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
+            coupled = self._drawn(step)
             indices = self.pairing(coupled)
         x = self.latents.take(indices)
         draws = draw(self.config.seed, step, x.shape)
         told = self._told(step, indices)
         return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled, conditions=told)
+
+    def indices(self, step: int) -> Tensor:
+        """Which latents make the batch of ``step``, ``[batch_size]`` int64."""
+        return self._indices(step) if self.pairing is None else self.pairing(self._drawn(step))
 
     def wait(self) -> None:
         """Until the next pool is paired, which otherwise happens in the background."""
@@ -92,6 +95,10 @@ class Batches:
         share = self.config.classes.dropout
         return {"labels": hidden(self.labels[indices], share, self.classes, generator)}
 
+    def _drawn(self, step: int) -> Tensor:
+        generator = step_generator(self.config.seed, step, Stream.COUPLING)
+        return torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
+
     def _x(self, step: int) -> Tensor:
         return self.latents.take(self._indices(step))
 
@@ -108,7 +115,7 @@ class Batches:
         """The noise of each step of the pool, paired with the samples of its steps."""
         config, size = self.config, self.config.coupling_pool
         steps = range(pool * size, (pool + 1) * size)
-        x = torch.cat([self._x(s) for s in steps])
+        x = torch.cat([self._x(s) for s in steps]).nan_to_num(0.0, 0.0, 0.0)  # such a sample costs a step, not the run
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
         labels = None if self.labels is None else self.labels[torch.cat([self._indices(s) for s in steps])]
         generator = step_generator(config.seed, pool, Stream.COUPLING)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -18,9 +19,10 @@ from tqdm import tqdm
 from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.errors import UserError
+from reference_trainer.errors import Terminated
 from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.run import RunFolder
+from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import Logger
 from reference_trainer.training.meters import LevelMeter, TailMeter
@@ -55,6 +57,7 @@ def train(
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
+        Terminated: stopped by SIGTERM, after saving.
         UserError: see its message; checkpoints written before stay good.
     """
     check_labels(config, images.train_labels)
@@ -72,8 +75,11 @@ def train(
         judge.prepare(averaged)
     run.keep_rows_until(state.step)
     run.keep_snapshots_until(state.step)
+    if judge and found and config.evaluates_at(state.step) and state.step not in evaluated(run):
+        judge(averaged)  # a stop came first
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
+    bad_steps = BadSteps(config, run, batches, images, device)
     f = config.preconditioned(state.network.train())
 
     with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
@@ -84,33 +90,43 @@ def train(
             terms = objective(f, batch, state.c)
             terms.loss.backward()
             lr = config.learning_rate(state.step, config.steps)
-            state.optimizer_step(config.optimizer, lr)
-            state.update_ema(config.ema_decay)
-            state.c = terms.state
-            state.meter = meter.add(state.meter, terms, batch.pairs)
-            state.tails = tail_meter.add(state.tails, terms, batch.pairs)
+            bad = state.optimizer_step(config.optimizer, lr, not_finite(terms))
+            bad_steps.add(bad, state, terms)
+            skipped = bad & config.optimizer.skips
+            state.update_ema(config.ema_decay, skipped)
+            state.c = torch.where(skipped, state.c, terms.state)
+            state.meter = torch.where(skipped, state.meter, meter.add(state.meter, terms, batch.pairs))
+            state.tails = torch.where(skipped, state.tails, tail_meter.add(state.tails, terms, batch.pairs))
             state.step += 1
 
-            last = state.step == config.steps or bool(stop_requested)
+            last = state.step == config.steps
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
-                check_finite(state, run)
+                bad_steps.look(state)
                 row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.meter, state.tails = meter.init(device), tail_meter.init(device)
-            if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
-                check_finite(state, run)
-                judge(replace(averaged, step=state.step))
+            if judge and config.evaluates_at(state.step) and not stop_requested:  # before saving: its row comes first
+                bad_steps.look(state)
+                stop_requested.may_break(partial(judge, replace(averaged, step=state.step)))
             if config.keeps_snapshot_at(state.step):  # before saving, too
-                check_finite(state, run)
+                bad_steps.look(state)
                 run.save_snapshot(state.step, state.snapshot())
+            last |= bool(stop_requested)
             if state.step % config.save_every == 0 or last:
-                check_finite(state, run)
+                bad_steps.look(state)
                 run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
             logger.advance()
             if last:
                 break
+    if stop_requested.terminated:
+        raise Terminated(f"stopped after step {state.step} and saved in {run.root}")
     return state.step == config.steps
+
+
+def evaluated(run: RunFolder) -> list[int]:
+    """The steps that have a row."""
+    return [row["step"] for row in run.evaluations()]
 
 
 def mean_of(c: float | Tensor) -> float:
@@ -118,31 +134,39 @@ def mean_of(c: float | Tensor) -> float:
     return float(c.double().mean()) if isinstance(c, Tensor) else c
 
 
-def check_finite(state: TrainState, run: RunFolder) -> None:
-    """Stop before anything is saved if a gradient was not finite since the last look."""
-    if (bad := int(state.first_bad_step)) >= 0:
-        kept = run.checkpoints()
-        raise UserError(
-            f"the gradient became NaN or infinite at step {bad}; nothing was saved since, "
-            f"{kept[0].name if kept else 'no checkpoint'} is intact. Lower learning_rate.lr or optimizer.max_norm, "
-            "or set optimizer.on_nonfinite=zero (in a new --out)"
-        )
-
-
 class StopRequest:
-    """True once Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
+    """True once Ctrl-C was pressed or SIGTERM came; a second Ctrl-C interrupts at once, a second SIGTERM does not: a
+    scheduler may send several, and kills soon enough itself.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.terminated, self._waited_for = False, False, False
 
     def __bool__(self) -> bool:
         return self.requested
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.terminated = True, self.terminated or number == signal.SIGTERM
         tqdm.write("stopping after this step; the run is saved (Ctrl-C again stops at once)")
+        if self._waited_for:
+            self._waited_for = False
+            raise _Stopped
+
+    def may_break(self, work: Callable[[], None]) -> None:
+        """Do ``work``, which changes no state and takes long, until a request comes."""
+        try:
+            self._waited_for = True
+            work()
+        except _Stopped:
+            pass
+        finally:
+            self._waited_for = False
+
+
+class _Stopped(BaseException):
+    """Leaves the work that ``may_break``."""
 
 
 @contextmanager

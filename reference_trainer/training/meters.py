@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,11 +36,11 @@ class LevelMeter:
         return state.index_add(0, level_bin(pairs, self.bins), rows)
 
     def read(self, state: Tensor) -> dict[str, Any]:
-        """Means, as numbers: over everything, and under ``by_level`` per bin (None where nothing fell)."""
+        """Means, as numbers: over everything (NaN of nothing), and per bin under ``by_level`` (None of nothing)."""
         sums = state.cpu()
         total, mean = float(sums[:, 0].sum()), {}
         for i, name in enumerate(self.QUANTITIES[1:], 1):
-            mean[name] = float(sums[:, i].sum()) / max(total, 1)
+            mean[name] = float(sums[:, i].sum()) / total if total else math.nan
         by_level = {
             name: [float(s / n) if n > 0 else None for n, s in sums[:, [0, i]]]
             for i, name in enumerate(self.QUANTITIES[1:], 1)

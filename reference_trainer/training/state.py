@@ -15,6 +15,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.model import build_network
 from reference_trainer.training.meters import LevelMeter, TailMeter
+from reference_trainer.training.skip import step_unless
 from robustcm.averages import Average, PowerFunction
 
 
@@ -37,9 +38,9 @@ class TrainState:
     tails: Tensor
     """Counts since the last log, see ``TailMeter``."""
     first_bad_step: Tensor
-    """int64, 0-dim: first step with a non-finite gradient, -1 while there was none."""
+    """int64, 0-dim: where the last step was bad, the first of the bad ones in a row that it ends; else -1."""
     num_bad_steps: Tensor
-    """int64, 0-dim."""
+    """int64, 0-dim: in all."""
 
     @staticmethod
     def create(config: TrainConfig, shape: tuple[int, int, int], device: torch.device, classes: int = 0) -> TrainState:
@@ -69,8 +70,14 @@ class TrainState:
         """The ema's, in the order of ``weights``."""
         return list(self.ema.parameters())
 
-    def optimizer_step(self, config: Adam, lr: float) -> None:
-        """Clip, step, clear the gradients; remembers non-finite ones on the device, without synchronising."""
+    def optimizer_step(self, config: Adam, lr: float, bad: Tensor | None = None) -> Tensor:
+        """Clip, step, clear the gradients; nothing here waits for the device.
+
+        Args:
+            bad: 0-dim bool: whether the step is bad already, whatever its gradient; see ``not_finite``.
+        Returns:
+            Whether it is bad: counted, and left out if ``config.skips``.
+        """
         gradients = [p.grad for p in self.weights if p.grad is not None]
         if config.on_nonfinite == "zero":
             finite = torch.stack([g.isfinite().all() for g in gradients]).all()
@@ -79,21 +86,28 @@ class TrainState:
             torch.nn.utils.clip_grad_norm_(self.weights, config.max_norm)
         else:
             finite = torch.nn.utils.clip_grad_norm_(self.weights, config.max_norm).isfinite()
-            is_first = ~finite & (self.first_bad_step < 0)
-            self.first_bad_step = torch.where(is_first, self.step, self.first_bad_step)
-        self.num_bad_steps = self.num_bad_steps + (~finite).long()
+        bad = ~finite if bad is None else bad | ~finite
+        self.first_bad_step = torch.where(bad, torch.where(self.first_bad_step < 0, self.step, self.first_bad_step), -1)
+        self.num_bad_steps = self.num_bad_steps + bad.long()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        step_unless(bad & config.skips, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        return bad
 
     @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps; the further ones alike."""
+    def update_ema(self, decay: float, skipped: Tensor | None = None) -> None:
+        """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps; the further ones alike.
+
+        Not where ``skipped``.
+        """
         ramped = min(decay, (self.step + 1) / (self.step + 10))
-        shares = [(average(self.step), tensors) for average, tensors in self.further.items()]
-        for share, tensors in [(1 - ramped, self.averages), *shares]:
-            torch._foreach_lerp_(tensors, self.weights, share)
+        further = [(average(self.step), tensors) for average, tensors in self.further.items()]
+        for number, tensors in [(1 - ramped, self.averages), *further]:
+            share = torch.full((), number, device=self.c.device)
+            if skipped is not None:
+                share = torch.where(skipped, 0.0, share)
+            torch._foreach_lerp_(tensors, self.weights, [share] * len(self.weights))
 
     def snapshot(self) -> dict[str, Tensor]:
         """The power-function averages, float32, named as in ``tensors``."""
