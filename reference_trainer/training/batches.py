@@ -18,7 +18,7 @@ from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
 from robustcm.objective import Batch, FewStepObjective, draw
-from robustcm.randomness import Stream, step_generator
+from robustcm.randomness import Stream, counter_generator, normal, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
 
 AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
@@ -49,8 +49,8 @@ class Batches:
         if self.pairing is None:
             x, coupled = self._x(step), self._coupled(step)
         else:  # the noise is drawn, the data follow it
-            generator = step_generator(self.config.seed, step, Stream.COUPLING)
-            coupled = torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
+            numbers = counter_generator(self.config.seed, step, Stream.COUPLING)
+            coupled = normal(numbers, (self.config.batch_size, *self.latents.shape))
             x = self.latents.take(self.pairing(coupled))
         draws = draw(self.config.seed, step, x.shape)
         return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled)
@@ -62,7 +62,7 @@ class Batches:
 
     def dropout_seed(self, step: int) -> int:
         """For torch's own generators, which dropout draws from."""
-        return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, Stream.DROPOUT)))
+        return int(counter_generator(self.config.seed, step, Stream.DROPOUT).integers(2**62))
 
     def _indices(self, step: int) -> Tensor:
         return batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
@@ -86,7 +86,8 @@ class Batches:
         x = torch.cat([self._x(s) for s in steps])
         z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
         labels = None if self.labels is None else self.labels[torch.cat([self._indices(s) for s in steps])]
-        generator = step_generator(config.seed, pool, Stream.COUPLING)
+        seed = counter_generator(config.seed, pool, Stream.COUPLING).integers(2**63)
+        generator = torch.Generator().manual_seed(int(seed))
         perm = config.objective.coupler(x, z, labels=labels, generator=generator)
         return z[perm].split(config.batch_size)
 
