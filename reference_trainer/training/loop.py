@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,14 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.model import TrainedModel
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
-from reference_trainer.training.logger import Logger
+from reference_trainer.training.logger import logger_of
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.start import latents_of_run
 from reference_trainer.training.state import TrainState
+from robustcm.losses import Scale
 
 
 class Judge(Protocol):
@@ -45,12 +47,14 @@ def train(
     device: torch.device,
     judge: Judge | None = None,
     new_data: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
 
     Args:
         judge: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
         new_data: go on although the images or the user's autoencoder are not what the run was made from.
+        ranks: the processes that share each step's micro-batches; all call this, the leading one writes.
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
@@ -58,57 +62,96 @@ def train(
     """
     check_labels(config, images.train_labels)
     check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
-    latents, space = latents_of_run(config, run, images, cache, device, new_data)
-    batches = Batches(config, latents, images.train_labels)
+    parts = ranks.parts(config.micro_batches)
+    with ranks.first_leads():
+        latents, space = latents_of_run(config, run, images, cache, device, new_data)
+    batches = Batches(config, latents, images.train_labels, parts)
     ch, h, w = latents.shape
     state = TrainState.create(config, (ch, h, w), device)
     if found := run.latest_checkpoint():
         state.restore(*found)
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device)
-    if judge:
-        judge.prepare(averaged)
-    run.keep_rows_until(state.step)
+    with ranks.first_leads():
+        if judge and ranks.leads:
+            judge.prepare(averaged)
+        if ranks.leads:
+            run.keep_rows_until(state.step)
+        else:
+            state.forget_sums()
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     f = config.preconditioned(state.network.train())
 
-    with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
+    with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
         while state.step < config.steps:
-            batch = batches(state.step).to(device)
-            torch.manual_seed(batches.dropout_seed(state.step))
+            first = residuals_ahead(config, f, batches, state, ranks)
+            counts, scales = [], []
+            for part in parts:
+                batch = batches(state.step, part).to(device)
+                torch.manual_seed(batches.dropout_seed(state.step, part))
+                terms = objective(f, batch, state.c, seen=first)
+                (terms.loss / config.micro_batches).backward()
+                counts.append(terms.seen)
+                scales.append(terms.c)
+                state.meter = meter.add(state.meter, terms, batch.pairs)
+                state.tails = tail_meter.add(state.tails, terms, batch.pairs)
+            seen = torch.stack(counts).sum(0)
 
-            terms = objective(f, batch, state.c)
-            terms.loss.backward()
+            ranks.add_up(state.gradients())
+            ranks.add_up([seen])
             lr = config.learning_rate(state.step, config.steps)
             state.optimizer_step(config.optimizer, lr)
             state.update_ema(config.ema_decay)
-            state.c = terms.state
-            state.meter = meter.add(state.meter, terms, batch.pairs)
-            state.tails = tail_meter.add(state.tails, terms, batch.pairs)
+            state.c = objective.c.observe(state.c, seen)
             state.step += 1
 
-            last = state.step == config.steps or bool(stop_requested)
+            last = ranks.any(state.step == config.steps or bool(stop_requested))
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
                 check_finite(state, run)
-                row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
+                state.add_up_sums(ranks)
+                row = {"num_levels": batch.pairs.num_levels, "c": mean_of(scales, config, ranks), "lr": lr}
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
-                state.meter, state.tails = meter.init(device), tail_meter.init(device)
-            if judge and config.evaluates_at(state.step):  # before saving: no checkpoint without its row
+                state.forget_sums()
+            if config.evaluates_at(state.step):  # before saving: no checkpoint without its row
                 check_finite(state, run)
-                judge(replace(averaged, step=state.step))
+                if judge and ranks.leads:
+                    judge(replace(averaged, step=state.step))
             if state.step % config.save_every == 0 or last:
                 check_finite(state, run)
-                run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
+                state.add_up_sums(ranks)
+                if ranks.leads:
+                    run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
             logger.advance()
             if last:
                 break
     return state.step == config.steps
 
 
-def mean_of(c: float | Tensor) -> float:
-    """The scale as one number for the log."""
-    return float(c.double().mean()) if isinstance(c, Tensor) else c
+def residuals_ahead(
+    config: TrainConfig, f: Callable[..., Tensor], batches: Batches, state: TrainState, ranks: Ranks
+) -> Tensor | None:
+    """What the residuals of a first step in several parts add to c's state: every part shall have the same c.
+
+    None where c comes from the step before, or the step has one part.
+    """
+    if state.step > 0 or config.micro_batches == 1:
+        return None
+    looks = []
+    for part in batches.parts:
+        batch = batches(0, part).to(state.first_bad_step.device)
+        torch.manual_seed(batches.dropout_seed(0, part))
+        looks.append(config.objective.look(f, batch))
+    seen = torch.stack(looks).sum(0)
+    ranks.add_up([seen])
+    return seen
+
+
+def mean_of(scales: Sequence[Scale], config: TrainConfig, ranks: Ranks) -> float:
+    """The scale of a step's parts as one number for the log."""
+    total = torch.stack([torch.as_tensor(c, dtype=torch.float64).cpu().mean() for c in scales]).sum()
+    ranks.add_up([total])
+    return float(total) / config.micro_batches
 
 
 def check_finite(state: TrainState, run: RunFolder) -> None:
