@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 import time
@@ -35,6 +37,9 @@ COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one talks
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (to the end of the process)
     words = [word for word in given if word != "--debug"]
     return exit_status(lambda: run(words), debug=words != given)
 
@@ -243,6 +248,7 @@ def run_train(options: argparse.Namespace) -> int:
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
     from reference_trainer.options import as_options
+    from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
     from reference_trainer.training.batches import check_labels
     from reference_trainer.training.loop import elapsed, train
@@ -260,19 +266,25 @@ def run_train(options: argparse.Namespace) -> int:
         print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
-    run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), device_of(options.device)
+    run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)
-    images = config.load_images(device)
-    check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
-    if config.classes is not None:
-        Classes.of(images)
-    features = named_features(options.features, images, device)
-    with run.locked():
-        run.claim(config)
+    ranks = Ranks.join(device)
+    with contextlib.ExitStack() as held:
+        with ranks.first_leads():
+            images = config.load_images(device)
+            check_labels(config, images.train_labels)  # before the folder is claimed for what cannot be trained
+            if config.classes is not None:
+                Classes.of(images)
+            features = named_features(options.features, images, device)
+            if ranks.leads:
+                held.enter_context(run.locked())
+                run.claim(config)
         judge = Evaluator(run, images, features, cache=cache_folder())
-        if not train(config, run, images, cache_folder(), device, judge, options.new_data):
+        if not train(config, run, images, cache_folder(), device, judge, options.new_data, ranks):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
+        if not ranks.leads:
+            return 0
         model = load_model(run, device)
         chosen = choose_features(features, model)
         evaluation = evaluate(model, images, chosen, bounds=not options.brief, cache=cache_folder())

@@ -178,8 +178,8 @@ class TrainConfig:
     classes: ByClass | None = None
     """Tell the network the class of each sample, so that samples can be asked for by class; None: it is not told."""
     coupling_pool: int = 1
-    """Batches whose samples and noise are paired in one problem. A larger pool pairs closer; an exact one of n takes
-    time of order n^3 once in as many steps."""
+    """Micro-batches whose samples and noise are paired in one problem: the same part of so many steps. A larger pool
+    pairs closer; an exact one of n samples takes time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam = Adam()
     """How gradients become steps."""
     learning_rate: ConstantLR | CosineLR = CosineLR()
@@ -193,7 +193,11 @@ class TrainConfig:
     """Steps between two snapshots of the power-function averages among them, 1 or more. Of these any sigma_rel is
     reconstructed after training. One file each, 4 bytes a weight and power function, none deleted; at most 1000."""
     batch_size: int = 256
-    """Samples a step, 1 or more."""
+    """Samples a step over all processes, 1 or more."""
+    micro_batches: int = 1
+    """Parts that a step's batch is cut into, 1 or more, a divisor of batch_size. Gradients are added up over the parts;
+    processes share them out (``torchrun``), so at least one a process. Each part has noise and coupling of its own:
+    another number is another run, another number of processes is the same."""
     steps: int = 4000
     """Training steps, 1 or more; schedules and curricula stretch over them."""
     seed: int = 0
@@ -220,9 +224,22 @@ class TrainConfig:
     """How many of the newest checkpoints stay, 1 or more."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "coupling_pool", "threads", "log_every", "save_every", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "micro_batches",
+            "steps",
+            "coupling_pool",
+            "threads",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.most_bad_steps >= 1, f"most_bad_steps must be at least 1, got {self.most_bad_steps}")
+        _require(
+            self.batch_size % self.micro_batches == 0,
+            f"micro_batches must divide batch_size = {self.batch_size}, got {self.micro_batches}",
+        )
         _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
         _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")

@@ -87,7 +87,8 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
         if debug:
             traceback.print_exception(error)
         if isinstance(error, UserError):
-            _complain(str(error))
+            if str(error):  # of a follower: its leader has said it
+                _complain(str(error))
             return 2
         _complain(
             f"unexpected {type(error).__name__}: {one_line(error) or 'no message'} (a fault of ours, or of a module of "

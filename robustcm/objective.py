@@ -39,7 +39,7 @@ from robustcm.couplers import Coupler, independent
 from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
 from robustcm.noise import FlowRange, NoiseRange
-from robustcm.randomness import step_generator
+from robustcm.randomness import Stream, counter_generator, normal, uniform
 from robustcm.robust import robust_distance
 from robustcm.scales import CSchedule, MeasuredC
 from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
@@ -49,7 +49,7 @@ ExtraTerm = Callable[[Tensor, Tensor, LevelPairs], Tensor]
 
 
 class Draws(NamedTuple):
-    """The random numbers of one step, for the whole (global) batch."""
+    """The random numbers of one step, for the batch or a block of its rows."""
 
     z: Tensor
     """Standard noise, the shape of the batch, float32, CPU."""
@@ -58,21 +58,22 @@ class Draws(NamedTuple):
     gate: Tensor
     """``[b]`` in [0, 1), float64, CPU: picks who takes the coupled noise where the gate leaves it to chance."""
     generator: torch.Generator
-    """For what draws a varying amount (an entropic coupler); placed behind the tensors above."""
+    """For what draws a varying amount (an entropic coupler); seeded behind the tensors above."""
 
 
-def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...]) -> Draws:
+def draw(seed: int, step: int, shape: torch.Size | tuple[int, ...], block: int = 0) -> Draws:
     """All random numbers of ``step``, a pure function of its arguments: a resumed run has nothing to restore.
 
     Args:
         seed: of the run.
         step: 0-based.
-        shape: ``[b, ...]`` of the global batch; a rank takes its slice of what comes back.
+        shape: ``[b, ...]`` of the batch, or of one block of its rows.
+        block: which block, 0-based: a rank draws the rows it trains on, and no others.
     """
-    generator = step_generator(seed, step)
-    z = torch.randn(shape, generator=generator)
-    uniform, gate = torch.rand(2, shape[0], generator=generator, dtype=torch.float64)
-    return Draws(z, uniform, gate, generator)
+    numbers = counter_generator(seed, step, Stream.DRAW, block)
+    z = normal(numbers, tuple(shape))
+    levels, gate = uniform(numbers, (2, shape[0]))
+    return Draws(z, levels, gate, torch.Generator().manual_seed(int(numbers.integers(2**63))))
 
 
 class Batch(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,28 @@ class Stream(IntEnum):
     """Which class each sample is drawn of."""
     POSTERIOR = 8
     """Latents drawn from an encoder's distribution; the step is a number made of the image."""
+
+
+def counter_generator(seed: int, step: int, stream: int = Stream.DRAW, block: int = 0) -> np.random.Generator:
+    """numpy's generator for block ``block`` of the rows of (seed, step, stream): no two of them share a number.
+
+    Counter-based (Philox 4x64, Salmon et al. 2011): the four are its key and the high words of its counter, so nothing
+    is hashed and nothing can collide, and who needs one block of rows draws that block alone.
+    """
+    key = np.array([seed % 2**64, int(stream)], dtype=np.uint64)
+    counter = np.array([0, 0, block, step], dtype=np.uint64)  # the low words count what is drawn
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def normal(numbers: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32 of ``shape``, CPU."""
+    drawn: np.ndarray[Any, Any] = numbers.standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(drawn)
+
+
+def uniform(numbers: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Numbers in [0, 1), float64 of ``shape``, CPU."""
+    return torch.from_numpy(numbers.random(shape))
 
 
 def step_generator(seed: int, step: int, stream: int = Stream.DRAW) -> torch.Generator:

@@ -145,6 +145,7 @@ def test_a_run_passes_the_labels_of_its_training_images(tmp_path, monkeypatch):
     images = ImageSet("shades", pixels.to(torch.uint8), shade, torch.arange(40) % 10 == 0)
     monkeypatch.setattr(loop, "Batches", lambda *parts: given.append(parts[2]) or Batches(*parts))
     asked = replace(within(2), autoencoder=PixelSpace(), clip=None, network=DiT(patch=8, width=16, layers=1), steps=3)
+    RunFolder(tmp_path).claim(asked)
     assert loop.train(asked, RunFolder(tmp_path), images, tmp_path, torch.device("cpu"))
     assert torch.equal(given[0], images.train.float().mean((1, 2, 3)).div(60, rounding_mode="floor").long())
 

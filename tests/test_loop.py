@@ -100,10 +100,10 @@ class CrashError(Exception):
 
 def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Crashing(Batches):
-        def __call__(self, asked: int) -> Batch:
+        def __call__(self, asked: int, part: int = 0) -> Batch:
             if asked == step:
                 raise CrashError
-            return super().__call__(asked)
+            return super().__call__(asked, part)
 
     monkeypatch.setattr(loop, "Batches", Crashing)
 
@@ -183,10 +183,10 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
     whole = run(config, tmp_path / "whole")
 
     class Pressing(Batches):
-        def __call__(self, step: int) -> Batch:
+        def __call__(self, step: int, part: int = 0) -> Batch:
             if step == 4:
                 signal.raise_signal(signal.SIGINT)
-            return super().__call__(step)
+            return super().__call__(step, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Batches", Pressing)
@@ -375,6 +375,9 @@ def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, caps
 def test_every_preset_takes_a_step(image_folder: Path, tmp_path: Path):
     from reference_trainer.presets import PRESETS
 
+    for number, file in enumerate(sorted(image_folder.glob("*.png"))):  # two classes
+        (image_folder / f"class{number % 2}").mkdir(exist_ok=True)
+        file.rename(image_folder / f"class{number % 2}" / file.name)
     for preset in PRESETS:
         config = replace(preset(), data=ImageFolder(path=str(image_folder), resolution=32), steps=1, batch_size=4)
         if isinstance(config.autoencoder, KLAutoencoder):

@@ -16,6 +16,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.files import save_tensors
+from reference_trainer.ranks import LeaderError, Ranks
 from reference_trainer.run import BAD_STEPS, RunFolder
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.state import TrainState
@@ -29,12 +30,11 @@ KEPT = 8
 
 
 def not_finite(terms: Terms) -> Tensor:
-    """Whether data or loss of a step are NaN or infinite, 0-dim bool on the device.
+    """Of which samples loss or residual are NaN or infinite, ``[b]`` bool on the device.
 
-    Student and teacher have the data in them, so data that are not finite show in the residuals. With several ranks:
-    true on all if it is on one.
+    Student and teacher have the data in them, so data that are not finite show in the residuals.
     """
-    return ~(terms.loss.detach().isfinite() & terms.r.isfinite().all())
+    return ~(terms.consistency.detach().isfinite() & terms.extra.detach().isfinite() & terms.r.isfinite())
 
 
 class Bad(NamedTuple):
@@ -45,25 +45,35 @@ class Bad(NamedTuple):
     samples: int
     """How many have a loss or residual that is not finite."""
     first: int
-    """The first of them, its place in the batch."""
+    """The first of them, its place in the batch of all parts."""
 
 
 class BadSteps:
     """Those since the last look."""
 
     def __init__(
-        self, config: TrainConfig, run: RunFolder, batches: Batches, images: ImageSet, device: torch.device
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        batches: Batches,
+        images: ImageSet,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     ) -> None:
         """``batches`` is asked again for the batch of a bad step: none is held for the case."""
-        self.config, self.run, self.batches, self.images = config, run, batches, images
+        self.config, self.run, self.batches, self.images, self.ranks = config, run, batches, images, ranks
         self._nothing = torch.zeros(1 + NAMED, 3, dtype=torch.int64, device=device)
         self._seen = self._nothing  # count, most in a row, 0; then one row a named step, see `Bad`
         self._slot = torch.arange(NAMED, device=device)
 
-    def add(self, bad: Tensor, state: TrainState, terms: Terms) -> None:
-        """Remember the present step of ``state`` if it is ``bad``; no synchronisation."""
-        fine = terms.consistency.detach().isfinite() & terms.extra.detach().isfinite() & terms.r.isfinite()
-        this = torch.stack([torch.full_like(bad, state.step, dtype=torch.int64), (~fine).sum(), fine.int().argmin()])
+    def add(self, bad: Tensor, state: TrainState, wrong: Tensor) -> None:
+        """Remember the present step of ``state`` if it is ``bad``; no synchronisation.
+
+        Args:
+            wrong: ``not_finite`` of the whole step's samples, of all parts and ranks.
+        """
+        wrong = wrong != 0
+        this = torch.stack([torch.full_like(bad, state.step, dtype=torch.int64), wrong.sum(), wrong.int().argmax()])
         count, longest = self._seen[0, 0], self._seen[0, 1]
         in_a_row = torch.where(bad, state.step + 1 - state.first_bad_step, 0)
         head = torch.stack([count + bad, torch.maximum(longest, in_a_row), torch.zeros_like(count)])
@@ -79,10 +89,12 @@ class BadSteps:
         (count, longest, _), *rows = self._seen.tolist()
         self._seen = self._nothing
         named = [Bad(*row) for row in rows[:count]]
-        causes = [self._name(bad) for bad in named]
-        if count > len(named):
+        causes = [self._name(bad) for bad in named] if self.ranks.leads else []
+        if count > len(named) and self.ranks.leads:
             tqdm.write(f"and {count - len(named)} more bad steps up to step {state.step}")
         if (most := self._most) is not None and longest >= most:
+            if not self.ranks.leads:
+                raise LeaderError
             often = "a bad step" if longest == 1 else f"{longest} bad steps in a row"
             raise UserError(
                 f"{often}, at {causes[-1]} (batches: {self.run.bad_folder}). The checkpoints are good. If it is the "
@@ -97,13 +109,14 @@ class BadSteps:
 
     def _name(self, bad: Bad) -> str:
         """Say, write down and keep what is known of ``bad``; returns its step and cause, in words."""
-        batch, indices = self.batches(bad.step), self.batches.indices(bad.step)
+        part, place = divmod(bad.first, self.batches.rows)
+        indices, batch = self.batches.again(bad.step, part)
         number = bad.step + 1  # as in the log: steps done
         row: dict[str, Any] = {"step": number, "samples": bad.samples}
         where = ""
-        if 0 < bad.samples < len(batch.x):
-            row["sample"] = int(indices[bad.first])
-            row["sigma"] = float(self._sigmas(batch.pairs.t_hi)[bad.first])
+        if 0 < bad.samples < self.config.batch_size:
+            row["sample"] = int(indices[place])
+            row["sigma"] = float(self._sigmas(batch.pairs.t_hi)[place])
             where = f" ({'first ' if bad.samples > 1 else ''}{self._called(row['sample'])} at sigma {row['sigma']:.3g})"
         cause = f"step {number}: {self._cause(bad, batch)}{where}"
         self.run.append_row(BAD_STEPS, row)
@@ -119,7 +132,7 @@ class BadSteps:
         if latents := int((~batch.x.isfinite().flatten(1).all(1)).sum()):
             return f"{latents} of {size} latents are NaN or infinite"
         if bad.samples:
-            return f"the loss of {bad.samples} of {size} samples is NaN or infinite"
+            return f"the loss of {bad.samples} of {self.config.batch_size} samples is NaN or infinite"
         return "the gradient is NaN or infinite, though no loss is"
 
     def _called(self, sample: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -20,7 +21,7 @@ from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
 from robustcm.guidance import hidden
 from robustcm.objective import Batch, FewStepObjective, draw
-from robustcm.randomness import Stream, step_generator
+from robustcm.randomness import Stream, counter_generator, normal, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
 
 AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
@@ -31,17 +32,26 @@ MOST_PAIRED = 2**26
 
 
 class Batches:
-    """``batches(step)`` is the batch of that step: a function of (config, latents, labels, step), whatever was asked
-    before.
+    """``batches(step, part)`` is a micro-batch of that step: a function of (config, latents, labels, step, part),
+    whatever was asked before.
+
+    A step is ``config.micro_batches`` parts of its rows, each with random numbers and a pool of its own, so that a rank
+    which trains on some parts reads, draws and pairs those alone.
     """
 
     def __init__(
-        self, config: TrainConfig, latents: Tensor | Latents, labels: Tensor | None = None, classes: int = 0
+        self,
+        config: TrainConfig,
+        latents: Tensor | Latents,
+        labels: Tensor | None = None,
+        classes: int = 0,
+        parts: Sequence[int] | None = None,
     ) -> None:
         """``latents [n, ch, h, w]``, normalised, and their classes ``[n]`` int64, if there are any (CPU).
 
         Args:
             classes: how many there are, where the network is told of them.
+            parts: the micro-batches that will be asked for, prepared ahead in the background; None: all of a step.
 
         Raises:
             UserError: fewer latents than a batch needs, or a coupler that needs labels where there are none.
@@ -50,40 +60,47 @@ class Batches:
         check_batch_size(config, len(latents))
         latents = InMemory(latents) if isinstance(latents, Tensor) else latents
         self.config, self.latents, self.labels, self.classes = config, latents, labels, classes
+        self.parts = range(config.micro_batches) if parts is None else parts
+        self.rows = config.batch_size // config.micro_batches
         self.objective = with_measured_gate(config.objective, latents)
         self.pairing = pairing_of(config.objective, latents)
-        self._solver = ThreadPoolExecutor(1)
-        self._pools: dict[int, Future[tuple[Tensor, ...]]] = {}
+        self._solver, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pools: dict[tuple[int, int], Future[tuple[Tensor, ...]]] = {}
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of ``step``, on the CPU."""
-        if self.pairing is None:
-            indices, coupled = self._indices(step), self._coupled(step)
-        else:  # the noise is drawn, the data follow it
-            coupled = self._drawn(step)
-            indices = self.pairing(coupled)
-        x = self.latents.take(indices)
-        draws = draw(self.config.seed, step, x.shape)
-        told = self._told(step, indices)
-        return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled, conditions=told)
+    def __call__(self, step: int, part: int = 0) -> Batch:
+        """Micro-batch ``part`` of ``step``, on the CPU; the next is made meanwhile."""
+        asked, after = (step, part), self._after(step, part)
+        ahead = {which: self._ahead.get(which) or self._reader.submit(self._made, *which) for which in (asked, after)}
+        self._ahead = ahead
+        return ahead[asked].result()
 
-    def indices(self, step: int) -> Tensor:
-        """Which latents make the batch of ``step``, ``[batch_size]`` int64."""
-        return self._indices(step) if self.pairing is None else self.pairing(self._drawn(step))
+    def again(self, step: int, part: int) -> tuple[Tensor, Batch]:
+        """A micro-batch of any rank, to be looked at: which latents make it, ``[b]`` int64, and itself."""
+        return self._reader.submit(lambda: (self._indices(step, part), self._made(step, part))).result()
 
     def wait(self) -> None:
-        """Until the next pool is paired, which otherwise happens in the background."""
-        for pool in self._pools.values():
-            pool.result()
+        """Until what is made in the background is there."""
+        for made in (*self._pools.values(), *self._ahead.values()):
+            made.result()
 
-    def dropout_seed(self, step: int) -> int:
+    def dropout_seed(self, step: int, part: int = 0) -> int:
         """For torch's own generators, which dropout draws from."""
-        return int(torch.randint(2**62, (), generator=step_generator(self.config.seed, step, Stream.DROPOUT)))
+        return self._seed(step, Stream.DROPOUT, part)
 
-    def _indices(self, step: int) -> Tensor:
-        return batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
+    def _after(self, step: int, part: int) -> tuple[int, int]:
+        """What will be asked for next."""
+        place = self.parts.index(part) + 1
+        return (step, self.parts[place]) if place < len(self.parts) else (step + 1, self.parts[0])
 
-    def _told(self, step: int, indices: Tensor) -> dict[str, Tensor]:
+    def _made(self, step: int, part: int) -> Batch:
+        indices, coupled = self._indices(step, part), self._coupled(step, part)
+        x = self.latents.take(indices)
+        draws = draw(self.config.seed, step, x.shape, part)
+        told = self._told(step, part, indices)
+        return self.objective.prepare(x, draws, step, self.config.steps, coupled=coupled, conditions=told)
+
+    def _told(self, step: int, part: int, indices: Tensor) -> dict[str, Tensor]:
         """What the network is told of the samples ``indices [b]``: with classes their labels, some of them hidden.
 
         Behind the coupling, which knows all labels: so noise is standard within each class and without one.
@@ -91,36 +108,50 @@ class Batches:
         if self.config.classes is None:
             return {}
         assert self.labels is not None
-        generator = step_generator(self.config.seed, step, Stream.LABELS)
-        share = self.config.classes.dropout
+        generator, share = self._generator(step, Stream.LABELS, part), self.config.classes.dropout
         return {"labels": hidden(self.labels[indices], share, self.classes, generator)}
 
-    def _drawn(self, step: int) -> Tensor:
-        generator = step_generator(self.config.seed, step, Stream.COUPLING)
-        return torch.randn(self.config.batch_size, *self.latents.shape, generator=generator)
+    def _generator(self, step: int, stream: Stream, part: int) -> torch.Generator:
+        """torch's, for what draws from one."""
+        return torch.Generator().manual_seed(self._seed(step, stream, part))
 
-    def _x(self, step: int) -> Tensor:
-        return self.latents.take(self._indices(step))
+    def _seed(self, step: int, stream: Stream, part: int) -> int:
+        return int(counter_generator(self.config.seed, step, stream, part).integers(2**62))
 
-    def _coupled(self, step: int) -> Tensor | None:
-        """This step's part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
+    def _noise_to_pair(self, step: int, part: int) -> Tensor:
+        """Which the data follow, where there is a pairing."""
+        numbers = counter_generator(self.config.seed, step, Stream.COUPLING, part)
+        return normal(numbers, (self.rows, *self.latents.shape))
+
+    def _indices(self, step: int, part: int) -> Tensor:
+        if self.pairing is not None:
+            return self.pairing(self._noise_to_pair(step, part))
+        indices = batch_indices(self.config.seed, step, len(self.latents), self.config.batch_size)
+        return indices[part * self.rows : (part + 1) * self.rows]
+
+    def _coupled(self, step: int, part: int) -> Tensor | None:
+        """This part of the noise paired in the pool of ``coupling_pool`` steps it belongs to."""
+        if self.pairing is not None:
+            return self._noise_to_pair(step, part)
         if self.config.coupler is independent:
             return None
-        pool, part = divmod(step, self.config.coupling_pool)
+        pool, place = divmod(step, self.config.coupling_pool)
+        wanted = [(pool, part), (pool + 1, part)]
+        kept = [key for key in self._pools if key[0] in (pool, pool + 1) and key not in wanted]
         # The next pool is paired while this one is trained on: the solvers work outside Python's lock.
-        self._pools = {n: self._pools.get(n) or self._solver.submit(self._paired, n) for n in (pool, pool + 1)}
-        return self._pools[pool].result()[part]
+        self._pools = {key: self._pools.get(key) or self._solver.submit(self._paired, *key) for key in (*kept, *wanted)}
+        return self._pools[pool, part].result()[place]
 
-    def _paired(self, pool: int) -> tuple[Tensor, ...]:
-        """The noise of each step of the pool, paired with the samples of its steps."""
+    def _paired(self, pool: int, part: int) -> tuple[Tensor, ...]:
+        """The noise of this part of each step of the pool, paired with the samples there."""
         config, size = self.config, self.config.coupling_pool
         steps = range(pool * size, (pool + 1) * size)
-        x = torch.cat([self._x(s) for s in steps]).nan_to_num(0.0, 0.0, 0.0)  # such a sample costs a step, not the run
-        z = torch.cat([draw(config.seed, s, (config.batch_size, *x.shape[1:])).z for s in steps])
-        labels = None if self.labels is None else self.labels[torch.cat([self._indices(s) for s in steps])]
-        generator = step_generator(config.seed, pool, Stream.COUPLING)
-        perm = config.coupler(x, z, labels=labels, generator=generator)
-        return z[perm].split(config.batch_size)
+        indices = torch.cat([self._indices(s, part) for s in steps])
+        x = self.latents.take(indices).nan_to_num(0.0, 0.0, 0.0)  # such a sample costs a step, not the run
+        z = torch.cat([draw(config.seed, s, (self.rows, *x.shape[1:]), part).z for s in steps])
+        labels = None if self.labels is None else self.labels[indices]
+        perm = config.coupler(x, z, labels=labels, generator=self._generator(pool, Stream.COUPLING, part))
+        return z[perm].split(self.rows)
 
 
 def check_labels(config: TrainConfig, labels: Tensor | None) -> None:

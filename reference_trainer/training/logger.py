@@ -10,7 +10,29 @@ from typing import Any
 from tqdm import tqdm
 
 from reference_trainer.errors import UserError
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import METRICS, RunFolder
+
+
+def logger_of(run: RunFolder, start: int, steps: int, ranks: Ranks) -> Logger | Silent:
+    """The leading rank's writes; the others' are silent."""
+    return Logger(run, start, steps) if ranks.leads else Silent()
+
+
+class Silent:
+    """The logger of a rank that writes nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        """See ``Logger``."""
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """See ``Logger``."""
 
 
 class Logger:

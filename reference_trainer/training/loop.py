@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,15 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import Terminated
 from reference_trainer.model import TrainedModel, number_of
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
-from reference_trainer.training.logger import Logger
+from reference_trainer.training.logger import logger_of
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.start import classes_of_run, latents_of_run
 from reference_trainer.training.state import TrainState
+from robustcm.losses import Scale
 
 
 class Judge(Protocol):
@@ -48,12 +50,14 @@ def train(
     device: torch.device,
     judge: Judge | None = None,
     new_data: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
 
     Args:
         judge: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
         new_data: go on although the images or the user's autoencoder are not what the run was made from.
+        ranks: the processes that share each step's micro-batches; all call this, the leading one writes.
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
@@ -63,59 +67,83 @@ def train(
     check_labels(config, images.train_labels)
     check_snapshots(config)
     check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
-    classes = classes_of_run(config, run, images, new_data)
-    latents, space = latents_of_run(config, run, images, cache, device, new_data)
-    batches = Batches(config, latents, images.train_labels, number_of(classes))
+    parts = ranks.parts(config.micro_batches)
+    with ranks.first_leads():
+        classes = classes_of_run(config, run, images, new_data)
+        latents, space = latents_of_run(config, run, images, cache, device, new_data)
+    batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
     state = TrainState.create(config, (ch, h, w), device, number_of(classes))
     if found := run.latest_checkpoint():
         state.restore(*found)
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes)
-    if judge:
-        judge.prepare(averaged)
-    run.keep_rows_until(state.step)
-    run.keep_snapshots_until(state.step)
-    if judge and found and config.evaluates_at(state.step) and state.step not in evaluated(run):
-        judge(averaged)  # a stop came first
+    with ranks.first_leads():
+        if ranks.leads:
+            if judge:
+                judge.prepare(averaged)
+            run.keep_rows_until(state.step)
+            run.keep_snapshots_until(state.step)
+            if judge and found and config.evaluates_at(state.step) and state.step not in evaluated(run):
+                judge(averaged)  # a stop came first
+        else:
+            state.forget_sums()
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
-    bad_steps = BadSteps(config, run, batches, images, device)
+    bad_steps = BadSteps(config, run, batches, images, device, ranks)
     f = config.preconditioned(state.network.train())
 
-    with Logger(run, state.step, config.steps) as logger, stop_requests() as stop_requested:
+    with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
         while state.step < config.steps:
-            batch = batches(state.step).to(device)
-            torch.manual_seed(batches.dropout_seed(state.step))
+            first = residuals_ahead(config, f, batches, state, ranks)
+            before, seen, scales = (state.meter, state.tails), list[Tensor](), list[Scale]()
+            wrong = torch.zeros(config.micro_batches, batches.rows, dtype=torch.float64, device=device)
+            for part in parts:
+                batch = batches(state.step, part).to(device)
+                torch.manual_seed(batches.dropout_seed(state.step, part))
+                terms = objective(f, batch, state.c, seen=first)
+                (terms.loss / config.micro_batches).backward()
+                seen.append(terms.seen)
+                scales.append(terms.c)
+                wrong[part] = not_finite(terms)
+                state.meter = meter.add(state.meter, terms, batch.pairs)
+                state.tails = tail_meter.add(state.tails, terms, batch.pairs)
 
-            terms = objective(f, batch, state.c)
-            terms.loss.backward()
+            counts = torch.stack(seen).sum(0)
+            ranks.add_up(state.gradients())
+            ranks.add_up([counts, wrong])
             lr = config.learning_rate(state.step, config.steps)
-            bad = state.optimizer_step(config.optimizer, lr, not_finite(terms))
-            bad_steps.add(bad, state, terms)
+            bad = state.optimizer_step(config.optimizer, lr, wrong.any())
+            bad_steps.add(bad, state, wrong.flatten())
             skipped = bad & config.optimizer.skips
             state.update_ema(config.ema_decay, skipped)
-            state.c = torch.where(skipped, state.c, terms.state)
-            state.meter = torch.where(skipped, state.meter, meter.add(state.meter, terms, batch.pairs))
-            state.tails = torch.where(skipped, state.tails, tail_meter.add(state.tails, terms, batch.pairs))
+            state.c = torch.where(skipped, state.c, objective.c.observe(state.c, counts))
+            state.meter, state.tails = (
+                torch.where(skipped, old, new) for old, new in zip(before, (state.meter, state.tails), strict=True)
+            )
             state.step += 1
 
             last = state.step == config.steps
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
                 bad_steps.look(state)
-                row = {"num_levels": batch.pairs.num_levels, "c": mean_of(terms.c), "lr": lr}
+                state.add_up_sums(ranks)
+                row = {"num_levels": batch.pairs.num_levels, "c": mean_of(scales, config, ranks), "lr": lr}
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
-                state.meter, state.tails = meter.init(device), tail_meter.init(device)
-            if judge and config.evaluates_at(state.step) and not stop_requested:  # before saving: its row comes first
+                state.forget_sums()
+            if config.evaluates_at(state.step):  # before saving: its row comes first
                 bad_steps.look(state)
-                stop_requested.may_break(partial(judge, replace(averaged, step=state.step)))
+                if judge and ranks.leads and not stop_requested:
+                    stop_requested.may_break(partial(judge, replace(averaged, step=state.step)))
             if config.keeps_snapshot_at(state.step):  # before saving, too
                 bad_steps.look(state)
-                run.save_snapshot(state.step, state.snapshot())
-            last |= bool(stop_requested)
+                if ranks.leads:
+                    run.save_snapshot(state.step, state.snapshot())
+            last |= ranks.any(bool(stop_requested))
             if state.step % config.save_every == 0 or last:
                 bad_steps.look(state)
-                run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
+                state.add_up_sums(ranks)
+                if ranks.leads:
+                    run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
             logger.advance()
             if last:
                 break
@@ -129,9 +157,30 @@ def evaluated(run: RunFolder) -> list[int]:
     return [row["step"] for row in run.evaluations()]
 
 
-def mean_of(c: float | Tensor) -> float:
-    """The scale as one number for the log."""
-    return float(c.double().mean()) if isinstance(c, Tensor) else c
+def residuals_ahead(
+    config: TrainConfig, f: Callable[..., Tensor], batches: Batches, state: TrainState, ranks: Ranks
+) -> Tensor | None:
+    """What the residuals of a first step in several parts add to c's state: every part shall have the same c.
+
+    None where c comes from the step before, or the step has one part.
+    """
+    if state.step > 0 or config.micro_batches == 1:
+        return None
+    looks = []
+    for part in batches.parts:
+        batch = batches(0, part).to(state.first_bad_step.device)
+        torch.manual_seed(batches.dropout_seed(0, part))
+        looks.append(config.objective.look(f, batch))
+    seen = torch.stack(looks).sum(0)
+    ranks.add_up([seen])
+    return seen
+
+
+def mean_of(scales: Sequence[Scale], config: TrainConfig, ranks: Ranks) -> float:
+    """The scale of a step's parts as one number for the log."""
+    total = torch.stack([torch.as_tensor(c, dtype=torch.float64).cpu().mean() for c in scales]).sum()
+    ranks.add_up([total])
+    return float(total) / config.micro_batches
 
 
 class StopRequest:

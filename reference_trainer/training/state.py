@@ -14,6 +14,7 @@ from reference_trainer.config import Adam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.model import build_network
+from reference_trainer.ranks import Ranks
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.skip import step_unless
 from robustcm.averages import Average, PowerFunction
@@ -70,6 +71,20 @@ class TrainState:
         """The ema's, in the order of ``weights``."""
         return list(self.ema.parameters())
 
+    def gradients(self) -> list[Tensor]:
+        """Of the step, in the order of ``weights``; a weight that takes no part has none."""
+        return [p.grad for p in self.weights if p.grad is not None]
+
+    def add_up_sums(self, ranks: Ranks) -> None:
+        """What was summed since the last log becomes the leading rank's, of all ranks; the others keep nothing."""
+        ranks.add_up([self.meter, self.tails])
+        if not ranks.leads:
+            self.forget_sums()
+
+    def forget_sums(self) -> None:
+        """Begin them anew."""
+        self.meter, self.tails = torch.zeros_like(self.meter), torch.zeros_like(self.tails)
+
     def optimizer_step(self, config: Adam, lr: float, bad: Tensor | None = None) -> Tensor:
         """Clip, step, clear the gradients; nothing here waits for the device.
 
@@ -78,7 +93,7 @@ class TrainState:
         Returns:
             Whether it is bad: counted, and left out if ``config.skips``.
         """
-        gradients = [p.grad for p in self.weights if p.grad is not None]
+        gradients = self.gradients()
         if config.on_nonfinite == "zero":
             finite = torch.stack([g.isfinite().all() for g in gradients]).all()
             for gradient in gradients:

@@ -1,0 +1,168 @@
+"""Processes that share a run's micro-batches train as one would, and one that is gone is named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.errors import UserError
+from reference_trainer.networks import UNet
+from reference_trainer.ranks import Ranks
+from reference_trainer.run import RunFolder
+from reference_trainer.training.batches import Batches
+from reference_trainer.training.loop import train
+from robustcm.couplers import exact
+from robustcm.gates import Above
+from robustcm.objective import Objective, draw
+from robustcm.scales import MeasuredC
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+    return TrainConfig(
+        data=ImageFolder(path=str(folder), resolution=16),
+        autoencoder=PixelSpace(),
+        clip=None,
+        network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1),
+        objective=Objective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5)),
+        coupling_pool=2,
+        batch_size=8,
+        micro_batches=4,
+        steps=6,
+        log_every=3,
+        save_every=2,
+    )
+
+
+def run(config: TrainConfig, root: Path, ranks: Ranks) -> None:
+    folder = RunFolder(root)
+    if ranks.leads:
+        folder.root.mkdir(exist_ok=True)
+        folder.claim(config)
+    train(config, folder, config.data.load(), root / "cache", CPU, ranks=ranks)
+
+
+def kill_behind_step_4(root: Path, copy: Path) -> None:
+    """``copy``: the run as it was when its last checkpoint but one was saved."""
+    shutil.copytree(root, copy)
+    (copy / "checkpoints" / "step_00000006.safetensors").unlink()
+
+
+def one_of_two(rank: int, root: Path, config: TrainConfig) -> None:
+    """What each process does: train; again from a checkpoint in the middle; then the second dies."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ["MASTER_PORT"] = (root / "port").read_text()
+    ranks = Ranks.join(CPU)
+    run(config, root / "two", ranks)
+    with ranks.first_leads():
+        if ranks.leads:
+            kill_behind_step_4(root / "two", root / "continued")
+    run(config, root / "continued", ranks)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ranks.add_up([torch.ones(3)])
+    except UserError as error:
+        (root / "said").write_text(str(error))
+
+
+@pytest.fixture(scope="module")
+def two(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two processes have done all that ``one_of_two`` does."""
+    root = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (root / "port").write_text(str(free.getsockname()[1]))
+    for process in mp.spawn(one_of_two, (root, config), nprocs=2, join=False).processes:
+        process.join(200)
+    return root
+
+
+def tensors_of(root: Path) -> dict[str, torch.Tensor]:
+    found = RunFolder(root).latest_checkpoint()
+    assert found is not None
+    assert found[0] == 6
+    return found[1]
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    weights = [name for name in one if name.startswith(("network/", "ema/"))]
+    assert weights
+    for name in weights:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_two_processes_train_as_one_does(config: TrainConfig, two: Path, tmp_path: Path):
+    run(config, tmp_path / "alone", Ranks())
+    assert_close(tensors_of(two / "two"), tensors_of(tmp_path / "alone"))
+    rows, alone = (RunFolder(folder).metrics() for folder in (two / "two", tmp_path / "alone"))
+    assert len(rows) == 2
+    for row, its in zip(rows, alone, strict=True):
+        assert row["consistency"] == pytest.approx(its["consistency"], rel=1e-5)
+        assert row["c"] == pytest.approx(its["c"], rel=1e-5)
+        assert row["r"] == pytest.approx(its["r"], rel=1e-5)
+
+
+def test_two_processes_continue_to_the_same_bits(two: Path):
+    whole, after = tensors_of(two / "two"), tensors_of(two / "continued")
+    assert [name for name in whole if not torch.equal(whole[name], after[name])] == []
+    first, again = (RunFolder(two / name).metrics() for name in ("two", "continued"))
+    assert [row["by_level"] for row in first] == [row["by_level"] for row in again]
+
+
+def test_one_process_goes_on_where_two_stopped(config: TrainConfig, two: Path, tmp_path: Path):
+    kill_behind_step_4(two / "two", tmp_path / "run")
+    run(config, tmp_path / "run", Ranks())
+    assert_close(tensors_of(two / "two"), tensors_of(tmp_path / "run"))
+
+
+def test_a_rank_that_dies_is_named_by_those_that_are_left(two: Path):
+    assert (two / "said").read_text().startswith("rank 1 of 2 is gone, so rank 0 stops")
+
+
+@given(micro_batches=st.integers(1, 40), world=st.integers(1, 40))
+def test_the_ranks_share_out_the_micro_batches(micro_batches: int, world: int):
+    if micro_batches < world:
+        with pytest.raises(UserError, match="set micro_batches"):
+            Ranks(0, world).parts(micro_batches)
+        return
+    shares = [Ranks(rank, world).parts(micro_batches) for rank in range(world)]
+    assert [part for share in shares for part in share] == list(range(micro_batches))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_rank_draws_the_rows_that_one_process_would_give_that_part(config: TrainConfig):
+    latents = torch.randn(40, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    everything, second = Batches(config, latents), Batches(config, latents, parts=[2, 3])
+    for step in (0, 1, 5):
+        for part in (2, 3):
+            assert torch.equal(everything(step, part).x, second(step, part).x)
+            assert torch.equal(everything(step, part).z, second(step, part).z)
+    x = torch.cat([everything(step, part).x for step in range(5) for part in range(4)])
+    assert torch.equal(x.unique(dim=0), latents.unique(dim=0))  # 5 steps of 8 are an epoch of 40, whatever the parts
+
+
+def test_no_two_blocks_share_a_number():
+    blocks = [draw(seed, step, (64,), block) for seed in range(3) for step in range(3) for block in range(3)]
+    z = torch.cat([block.z for block in blocks])
+    assert len(z.unique()) == len(z)
