@@ -129,14 +129,14 @@ class ConditionalClip:
                 f"{self.MOST_ELEMENTS} elements, got {n} of {d}: use TukeyClip"
             )
         need_finite(raw_latents=raw_latents)
-        low, high = torch.cat([_inner_fences(columns.double()) for columns in x.split(COLUMNS, 1)], 1)
+        low, high = torch.cat([_inner_fences(columns.double()) for columns in torch.split(x, COLUMNS, 1)], 1)
         fitted = FittedClip(low, high, ())
-        clipped = torch.cat([part.double().clamp(low, high).to(x.dtype) for part in x.split(ROWS)])
+        clipped = torch.cat([part.double().clamp(low, high).to(x.dtype) for part in torch.split(x, ROWS)])
         groups = min(self.groups, n // (self.SAMPLES_AN_ELEMENT * d))
         for count in [1] * self.rounds + ([groups] * self.rounds if groups > 1 else []):
             found = self._round(clipped, count)
             fitted = FittedClip(low, high, (*fitted.rounds, found))
-            parts = zip(x.split(ROWS), clipped.split(ROWS), strict=True)
+            parts = zip(torch.split(x, ROWS), torch.split(clipped, ROWS), strict=True)
             clipped = torch.cat([found(part.double(), was.double()).to(x.dtype) for part, was in parts])
         return fitted
 
@@ -149,7 +149,7 @@ class ConditionalClip:
         means = torch.zeros(count, d, dtype=torch.float64)
         spread = torch.zeros(count, d, d, dtype=torch.float64)
         for g, those in enumerate(members):
-            parts = those.split(ROWS)
+            parts = torch.split(those, ROWS)
             means[g] = sum(clipped[part].double().sum(0) for part in parts) / max(1, len(those))
             for part in parts:
                 centred = clipped[part].double() - means[g]
@@ -202,7 +202,7 @@ class Round:
         """``x [n, d]`` where it fits the rest of ``clipped [n, d]``, else where that says."""
         group = _nearest(clipped, self.centres) if self.centres is not None else x.new_zeros(len(x), dtype=torch.long)
         out = torch.empty_like(x)
-        for g in group.unique().tolist():
+        for g in torch.unique(group).tolist():
             those, precision = torch.nonzero(group == g)[:, 0], self.precisions[g]
             likely = clipped[those] - (clipped[those] - self.means[g]) @ precision / precision.diagonal()
             out[those] = torch.where((x[those] - likely).abs() <= self.reach[g], x[those], likely)

@@ -53,8 +53,8 @@ def poison(steps: Iterable[int], monkeypatch: pytest.MonkeyPatch, value: float =
     """One sample of the batch of each of ``steps`` (as the log counts them) has one such element."""
 
     class Poisoned(Batches):
-        def __call__(self, step: int) -> Batch:
-            batch = super().__call__(step)
+        def _made(self, step: int, part: int) -> Batch:
+            batch = super()._made(step, part)
             if step + 1 in steps:
                 batch.x[ROW, 0, 0, 0] = value
             return batch

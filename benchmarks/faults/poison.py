@@ -33,8 +33,8 @@ def poisoned(share: float) -> type[Batches]:
     """Batches of which a ``share`` has a NaN, the same at every call."""
 
     class Poisoned(Batches):
-        def __call__(self, step: int) -> Batch:
-            batch = super().__call__(step)
+        def _made(self, step: int, part: int) -> Batch:
+            batch = super()._made(step, part)
             generator = torch.Generator().manual_seed(10**6 + step)
             if float(torch.rand((), generator=generator)) < share:
                 row = int(torch.randint(len(batch.x), (), generator=generator))

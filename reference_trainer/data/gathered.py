@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from reference_trainer.data.index import Shard
 from reference_trainer.data.moments import Moments
@@ -46,7 +47,7 @@ class Gathered:
 
     def save(self, root: Path, recipe: str) -> None:
         """Keep it at ``root``, atomically."""
-        about = {"recipe": recipe, "shards": [vars(shard) for shard in self.shards]}
+        about: dict[str, Any] = {"recipe": recipe, "shards": [vars(shard) for shard in self.shards]}
         about |= {"moments": {key: one.as_dict() for key, one in self.moments.items()}}
         tensors = {}
         if self.statistics is not None:
