@@ -303,6 +303,15 @@ def test_the_picture_has_a_panel_a_suite_and_a_line_an_arm():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["x", "y"]
 
 
+def test_the_picture_shows_the_distance_that_arms_are_ranked_by():
+    plain = [result(arm, 0, 10) for arm in ("x", "y")]
+    ranked = [replace(r, rows={ONE: {"frechet": 10.0, "frechet_rec": 3.0}}) for r in plain]
+    for results, to, at in ((plain, "images", 10), (ranked, "reconstructions", 3)):
+        (ax,) = draw_comparison(results, "x").axes
+        assert ax.get_xlabel() == f"Frechet distance to the {to} (lower is better)"
+        assert ax.lines[0].get_xdata() == pytest.approx([at])
+
+
 def test_training_seconds_add_up_over_sittings(tmp_path: Path):
     run = RunFolder(tmp_path)
     for step, seconds in enumerate([10.0, 20.0, 4.0, 9.0]):  # the second sitting restarts the clock
