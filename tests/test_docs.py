@@ -88,7 +88,7 @@ def test_every_file_in_docs_is_linked_by_a_document():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_scripts_that_are_named_exist(name: str):
-    scripts = re.findall(r"python\s+((?:analysis|benchmarks)/\w+\.py)", DOCUMENTS[name])
+    scripts = re.findall(r"python\s+((?:analysis|benchmarks)/[\w/]+\.py)", DOCUMENTS[name])
     assert scripts
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
@@ -155,7 +155,7 @@ def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.Monk
         case ["python", script, *words]:
             folder, _, name = script.removesuffix(".py").rpartition("/")
             monkeypatch.syspath_prepend(str(ROOT / folder))
-            module = importlib.import_module(name if folder == "benchmarks" else f"{folder}.{name}")
+            module = importlib.import_module(f"{folder}.{name}" if folder == "analysis" else name)
             monkeypatch.setattr(sys, "argv", [script, *words])
             with parsing_only(monkeypatch), pytest.raises(ParsedError):
                 module.main()
