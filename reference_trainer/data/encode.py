@@ -114,7 +114,7 @@ def encode_folder(encoding: Encoding, out: Path, device: torch.device, cache: Pa
             if ours:
                 own = source.notes()
                 tensors = _encoded(encoding, codec, files, parts[file], device, own, bar)
-                about = {"recipe": recipe, "count": len(tensors[LATENTS])}
+                about: dict[str, Any] = {"recipe": recipe, "count": len(tensors[LATENTS])}
                 write_shard(file, tensors, about | {"unreadable": own.unreadable, "own": own.own})
                 notes.enlarged += own.enlarged
             else:

@@ -86,7 +86,8 @@ class DiffusersAutoencoder:
         """
         network = self._network()
         notes = {"class": type(network).__name__, "weights_sha256": weights_sha256(network)}
-        notes |= {name: network.config.get(name) for name in ("scaling_factor", "shift_factor")}
+        config: Any = network.config
+        notes |= {name: config.get(name) for name in ("scaling_factor", "shift_factor")}
         whole = Drawing(network, self.seed) if self.latents == "sample" else network
         return Foreign(self._shown, whole, notes)
 
@@ -188,7 +189,7 @@ class Drawing:
         Raises:
             UserError: the encoder gives no distribution.
         """
-        posterior = getattr(self.network.encode(images), "latent_dist", None)  # type: ignore[operator]
+        posterior: Any = getattr(self.network.encode(images), "latent_dist", None)  # type: ignore[operator]
         if not all(isinstance(getattr(posterior, name, None), Tensor) for name in ("mean", "std")):
             raise UserError(
                 f"autoencoder {type(self.network).__name__}: its encoder gives latents, no distribution to draw them "

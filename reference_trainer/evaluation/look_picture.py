@@ -60,7 +60,7 @@ def draw_look(sets: Sequence[Seen], columns: Sequence[Column], title: str) -> Fi
     for ax in (boxes, histogram):
         ax.spines[["top", "right"]].set_visible(False)
     draw_boxes(boxes, columns, "latents by channel, (value - mean) / std", shares=len(columns) <= 8)
-    bins = np.histogram_bin_edges(np.concatenate([one.psnr.numpy() for one in sets]), 24)
+    bins = np.histogram_bin_edges(np.concatenate([one.psnr.numpy() for one in sets]), 24).tolist()
     for one, colour in zip(sets, COLOURS, strict=False):
         histogram.hist(one.psnr.numpy(), bins=bins, density=True, color=colour, alpha=0.5, label=one.name)
         histogram.axvline(float(one.psnr.mean()), color=colour, linewidth=1.5)

@@ -81,8 +81,10 @@ class Batches:
 
     def wait(self) -> None:
         """Until what is made in the background is there."""
-        for made in (*self._pools.values(), *self._ahead.values()):
-            made.result()
+        for pool in self._pools.values():
+            pool.result()
+        for batch in self._ahead.values():
+            batch.result()
 
     def dropout_seed(self, step: int, part: int = 0) -> int:
         """For torch's own generators, which dropout draws from."""
