@@ -113,16 +113,13 @@ VOCABULARY |= NETWORKS
 
 def autoencoder_option(word: str) -> str:
     """What ``--autoencoder WORD`` says: a part, ``module:function``, a folder of diffusers' or a hub name."""
-    folder = Path(word).expanduser()
     if "(" in word or word in VOCABULARY:
-        part = word
-    elif folder.is_dir():
-        part = literal(DiffusersAutoencoder(name=str(folder.resolve())))
-    elif ":" in word:
-        part = literal(PretrainedAutoencoder(load=word))
-    else:
-        part = literal(DiffusersAutoencoder(name=word)) if "/" in word else word
-    return f"autoencoder={part}"
+        return f"autoencoder={word}"
+    folder = Path(word).expanduser()
+    if folder.is_dir() or ("/" in word and ":" not in word):
+        name = str(folder.resolve()) if folder.is_dir() else word
+        return f"autoencoder={literal(DiffusersAutoencoder(name=name))}"
+    return f"autoencoder={literal(PretrainedAutoencoder(load=word)) if ':' in word else word}"
 
 
 def override(config: TrainConfig, option: str) -> TrainConfig:
