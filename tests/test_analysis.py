@@ -451,7 +451,7 @@ def test_a_few_values_are_measured_and_called_few(count):
 def test_a_network_that_gives_nan_is_said_and_its_data_still_drawn(tiny, tmp_path, monkeypatch, capsys):
     run, *_ = tiny
     nan = (torch.full((40, 3, 8, 8), torch.nan),) * 2
-    monkeypatch.setattr(values, "temporal_difference", lambda f, x, *_: tuple(part[: len(x)] for part in nan))
+    monkeypatch.setattr(values, "temporal_difference", lambda f, x, *_, **__: tuple(part[: len(x)] for part in nan))
     assert call(td_outliers, "--run", run.root, "--samples", 50, "--out", tmp_path) == 0
     assert "no temporal differences: at N = 5 none is finite" in capsys.readouterr().out
     assert call(c_schedules, run.root, "--samples", 50, "--out", tmp_path) == 0

@@ -24,6 +24,7 @@ from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.by_class import about_classes, with_as_asked
 from reference_trainer.evaluation.digit_classifier import load_digit_classifier
+from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
 
@@ -149,7 +150,7 @@ def test_as_asked_is_the_share_of_samples_that_the_classifier_takes_for_their_cl
     others = torch.where(asked == 9, asked, asked + 1)
     first = {label: int(torch.nonzero(images.train_labels == label)[5]) for label in range(10)}
     drawn = {
-        name: features(images.train[[first[int(label)] for label in labels]])
+        name: Statistics.of(features(images.train[[first[int(label)] for label in labels]]))
         for name, labels in zip(("1 evaluation", "2 evaluations"), (asked, others), strict=True)
     }
     rows = with_as_asked({name: {"n": 200.0} for name in drawn} | {"floor": {}}, drawn, model, features, seed=3)

@@ -422,6 +422,7 @@ def test_an_autoencoder_that_changed_behind_its_name_is_refused(
 def test_a_store_that_changed_behind_a_run_is_refused(image_folder: Path, tmp_path: Path):
     encode(image_folder, tmp_path / "store")
     config, run = on_store(tmp_path / "store"), RunFolder(tmp_path / "run")
+    run.claim(config)
     assert train(config, run, config.load_images(CPU), tmp_path / "cache", CPU)
     shutil.rmtree(tmp_path / "store")
     (image_folder / "00.png").unlink()
@@ -462,7 +463,9 @@ def test_latents_of_somebody_elses_train_with_the_autoencoder_that_is_named(tmp_
     images = config.load_images(CPU)
     assert isinstance(images, StoredImages)
     assert images.train_labels is not None
-    assert train(config, RunFolder(tmp_path / "run"), images, tmp_path / "cache", CPU)
+    run = RunFolder(tmp_path / "run")
+    run.claim(config)
+    assert train(config, run, images, tmp_path / "cache", CPU)
 
 
 def test_latents_of_other_channels_than_the_autoencoders_are_refused(tmp_path: Path):

@@ -143,7 +143,7 @@ def test_a_picture_that_cannot_be_written_is_said_before_it_is_drawn(command, tm
 def test_losses_that_are_not_finite_are_null_in_the_log_and_still_drawn(
     command: list[str], tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "mean_of", lambda c: float("nan"))
+    monkeypatch.setattr(loop, "mean_of", lambda *_: float("nan"))
     assert main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["c"] is None

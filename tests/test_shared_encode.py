@@ -14,8 +14,11 @@ from typing import IO
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from reference_trainer import files as trainer_files
 from reference_trainer.data import claims as claims_module
 from reference_trainer.data import encode as encoding_module
 from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
@@ -210,8 +213,15 @@ def test_a_disk_that_fills_in_the_middle_of_a_file_leaves_whole_ones(
         opened = plain(self, mode, *arguments, **named)  # type: ignore[call-overload]
         return Filling(opened, 100) if mode == "wb" and at in self.name else opened
 
+    def saving(tensors: object, filename: Path, *arguments: object) -> None:
+        if at not in filename.name:
+            return save_file(tensors, filename, *arguments)  # type: ignore[arg-type]
+        filename.write_bytes(bytes(100))
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", filling)
+        patched.setattr(trainer_files, "save_file", saving)
         with pytest.raises(UserError, match=rf"{at}.*No space left on device.*run the same command again") as refused:
             encode(image_folder, out)
     assert "\n" not in str(refused.value)
