@@ -26,7 +26,7 @@ class AuthorsStep:
     """Called with ``x [b, ch, h, w]`` it takes one step; holds what it needs between steps."""
 
     def __init__(self, network: nn.Module, num_levels: int, lr: float = 1e-4) -> None:
-        self.network = network.train()
+        self.network, self.numbers = network.train(), np.random.default_rng(0)
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.ema = copy.deepcopy(network).requires_grad_(False)
         self.optimizer = torch.optim.RAdam(network.parameters(), lr=lr, weight_decay=1e-4)
@@ -42,7 +42,7 @@ class AuthorsStep:
         b = len(x)
         cost = torch.cdist(x.flatten(1), z.flatten(1)) ** 2
         plan = ot.emd(ot.unif(b), ot.unif(b), (cost / cost.max()).numpy())
-        chosen = np.random.choice(b * b, b, p=plan.flatten() / plan.sum())
+        chosen = self.numbers.choice(b * b, b, p=plan.flatten() / plan.sum())
         rows, columns = np.divmod(chosen, b)
         return x[rows], z[columns]
 

@@ -150,7 +150,8 @@ class Turns:
     def milliseconds(self, name: str) -> dict[str, float]:
         """Of a step, medians."""
         return {
-            clock: 1e3 * float(np.median([row[name][i] for row in self.rounds])) for i, clock in enumerate(("wall", "cpu"))
+            clock: 1e3 * float(np.median([row[name][i] for row in self.rounds]))
+            for i, clock in enumerate(("wall", "cpu"))
         }
 
 
