@@ -1,14 +1,18 @@
-# `make run` and `make test`, each from nothing on a fresh machine, in .venv.
+# `make run`, `make test` and `make bench`, each from nothing on a fresh machine, in .venv.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test install clean
+.PHONY: run test bench install clean
 
 run: install
 	$(PY) -m reference_trainer
 
 test: install
 	$(PY) -m pytest -n 2
+
+# Ratios of speed, one after the other, some ten minutes; for a machine that does nothing else.
+bench: install
+	for name in step_floor step_time coupling_time losses default_run; do $(PY) benchmarks/$$name.py || exit; done
 
 install: .venv/.installed
 

@@ -279,7 +279,8 @@ def run_train(options: argparse.Namespace) -> int:
             if ranks.leads:
                 held.enter_context(run.locked())
                 run.claim(config)
-        judge = Evaluator(run, images, features, cache=cache_folder())
+        beside = None if ranks.world > 1 else not options.brief
+        judge = Evaluator(run, images, features, cache=cache_folder(), bounds_beside=beside)
         if not train(config, run, images, cache_folder(), device, judge, options.new_data, ranks):
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
@@ -287,7 +288,9 @@ def run_train(options: argparse.Namespace) -> int:
             return 0
         model = load_model(run, device)
         chosen = choose_features(features, model)
-        evaluation = evaluate(model, images, chosen, bounds=not options.brief, cache=cache_folder())
+        evaluation = evaluate(
+            model, images, chosen, bounds=not options.brief, cache=cache_folder(), ahead=judge.beforehand()
+        )
         print(as_table(evaluation), flush=True)  # before anything is written: a full disk shall not cost the figures
         record(run, evaluation)
         if options.brief:

@@ -171,7 +171,8 @@ class MeasuredC:
     def __call__(self, state: Tensor, seen: Tensor, depth: Tensor, num_levels: int, d: int) -> Tensor:
         counts = state[:, :-1]  # a quantile does not mind how many copies were added
         counts = torch.where(counts.sum() > 0, counts, seen)
-        typical, pooled = (self.histogram.quantile(some, self.q) for some in (counts, counts.sum(0, keepdim=True)))
+        typical = self.histogram.quantile(torch.cat([counts, counts.sum(0, keepdim=True)]), self.q)
+        typical, pooled = typical[:-1], typical[-1:]
         lacking = typical.isnan()  # nothing seen there yet
         if self.at_least_pooled:
             lacking = lacking | (typical < pooled)

@@ -85,10 +85,10 @@ class LogHistogram:
     def quantile(self, counts: Tensor, q: float) -> Tensor:
         """The ``q`` quantile of each group: ``[groups, num_bins] -> [groups]``, NaN where nothing was counted."""
         cumulated = counts.cumsum(-1)
-        total = cumulated[..., -1:]
+        total = cumulated[..., -1:].contiguous()
         # The first bin whose cumulated count exceeds q * total; for q = 1 the last one that holds anything.
-        index = (cumulated <= q * total).sum(-1, keepdim=True)
-        last = (cumulated < total).sum(-1, keepdim=True)
+        index = torch.searchsorted(cumulated, q * total, right=True)
+        last = torch.searchsorted(cumulated, total)
         value = self.representatives(torch.minimum(index, last).squeeze(-1).clamp(max=self.num_bins - 1))
         return torch.where(total.squeeze(-1) > 0, value, torch.nan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,26 @@ from tqdm import tqdm
 from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
+from reference_trainer.evaluation.beforehand import Beforehand, may_run_beside
 from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
-from reference_trainer.evaluation.features import Features, Imported, PooledLatents, tried
-from reference_trainer.evaluation.kept import Kept
+from reference_trainer.evaluation.features import Features, PooledLatents, tried
 from reference_trainer.evaluation.latent_space import few_latents
 from reference_trainer.evaluation.manifest import manifest_of
 from reference_trainer.evaluation.pictures import draw_classes, draw_losses, draw_sheet, draw_tails
-from reference_trainer.evaluation.reference import Reference, gathered
-from reference_trainer.evaluation.rows import Missing, Row, attempt, known, small_samples
+from reference_trainer.evaluation.reference import Reference
+from reference_trainer.evaluation.rows import Missing, Row, attempt, small_samples
 from reference_trainer.evaluation.sets import (
-    FITTED,
     LATENTS,
     SAMPLES,
     Drawn,
     figures,
-    floor_rows,
     further_samples,
     image_rows,
     latent_rows,
     samplers,
-    without_training,
 )
-from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, training_images
+from reference_trainer.evaluation.training_set import MAX_IMAGES, training_images
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
@@ -59,6 +57,7 @@ def evaluate(
     bounds: bool = True,
     n: int = MAX_IMAGES,
     cache: Path | None = None,
+    ahead: Beforehand | None = None,
 ) -> dict[str, Any]:
     """Compare samples at 1 and 2 evaluations, and what bounds them, with the training images.
 
@@ -78,20 +77,15 @@ def evaluate(
             the samples and, about as much, to the reference.
         n: samples, and training images, as far as there are so many.
         cache: folder where the reference's features are kept, if they are not ours.
+        ahead: what was measured before, of the same images, features and arguments.
     """
-    train, held_out = TrainingSet.of(images, seed, n, model.device), images.held_out[:MAX_IMAGES]
-    reference = Reference.of(model, train, features, _kept(cache, train, features))
-    held_out_real = attempt(lambda: gathered(features, held_out.split(BATCH)))
-    makers = samplers(model, len(train.first), seed) | (without_training(model, reference, seed) if bounds else {})
-    drawn = Drawn.of(model, features, makers, further_samples(model, train.count, seed))
-    stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
-    vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds and not stored else {})
-    rows = image_rows(vectors, reference, held_out_real)
-    rows = with_as_asked(rows, vectors, model, features, seed)
-    if bounds:
-        if not isinstance(row := rows.get(FITTED, Missing("")), Missing):
-            row["psnr"] = known(reference.psnr)
-        rows |= floor_rows(reference, held_out_real)
+    done = ahead or Beforehand.of(model, images, features, seed, bounds, n, cache)
+    train, reference = done.train, done.reference
+    further = further_samples(model, train.count, seed)
+    drawn = Drawn.of(model, features, samplers(model, len(train.first), seed), further)
+    rows = image_rows(drawn.vectors, reference, done.held_out_real)
+    rows = with_as_asked(rows, drawn.vectors, model, features, seed) | done.rows
+    of_latents = latent_rows(drawn.latents, reference, bounds=False) | done.of_latents
     sigmas = {name: attempt(partial(model.sigmas, i + 1)) for i, name in enumerate(SAMPLES)}
     other = ", which are not those the run was made from" if model.changes else ""
     out = {
@@ -103,23 +97,15 @@ def evaluate(
         "autoencoder": notes_of(model.space.codec),
         "manifest": manifest_of(model, train, features),
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
-        **figures(rows, latent_rows(drawn.latents, reference, bounds), reference),
-        "notes": [*small_samples(rows, reference.images, len(held_out)), *few_latents(reference.components)],
+        **figures(rows, of_latents, reference),
+        "notes": [*small_samples(rows, reference.images, len(done.held_out)), *few_latents(reference.components)],
     }
     if model.classes is not None:
-        out["classes"] = about_classes(model, vectors, features, len(train.first), seed)
+        out["classes"] = about_classes(model, drawn.vectors, features, len(train.first), seed)
     if isinstance(features, DigitClassifier) and images.labels is not None:
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
     return out
-
-
-def _kept(cache: Path | None, train: TrainingSet, features: Features) -> Kept | None:
-    """Ours are computed as fast as they are read."""
-    if cache is None or not isinstance(features, Imported):
-        return None
-    kept = attempt(lambda: Kept.of(cache, train, features))
-    return None if isinstance(kept, Missing) else kept  # the features fail: the rows say why
 
 
 class Evaluator:
@@ -136,9 +122,18 @@ class Evaluator:
         features: Features | None = None,
         seed: int = 0,
         cache: Path | None = None,
+        bounds_beside: bool | None = None,
     ) -> None:
-        """``features``: as ``choose_features`` takes them; ``cache``: as ``evaluate``."""
+        """
+        Args:
+            features: as ``choose_features`` takes them.
+            cache: as ``evaluate``.
+            bounds_beside: measure what needs no weights while training goes on, where that takes nothing from it; True:
+                with the rows that bound, for the last evaluation.
+        """
         self.run, self.images, self.given, self.seed, self.cache = run, images, features, seed, cache
+        self._bounds, self._ahead = bounds_beside, None if bounds_beside is None else ThreadPoolExecutor(1)
+        self._measured: Future[Beforehand] | None = None
         self._reference: Reference | None = None
         self._manifest: dict[str, Any] = {}
 
@@ -148,14 +143,24 @@ class Evaluator:
         Raises:
             UserError: they cannot be computed.
         """
-        tried(choose_features(self.given, model), self.images.pixels)
+        features = tried(choose_features(self.given, model), self.images.pixels)
+        if self._bounds is not None and self._ahead is not None and may_run_beside(model, self.images, features):
+            self._measured = self._ahead.submit(
+                Beforehand.of, model, self.images, features, self.seed, self._bounds, cache=self.cache
+            )
+
+    def beforehand(self) -> Beforehand | None:
+        """What was measured while training went on, waited for; None: nothing was."""
+        return None if self._measured is None else self._measured.result()
 
     def __call__(self, model: TrainedModel) -> None:
         if self._reference is None:
-            train = TrainingSet.of(self.images, self.seed, device=model.device)
-            features = choose_features(self.given, model)
-            self._reference = Reference.of(model, train, features, _kept(self.cache, train, features))
-            self._manifest = manifest_of(model, train, features)
+            found = self.beforehand()
+            if found is None:
+                features = choose_features(self.given, model)
+                found = Beforehand.of(model, self.images, features, self.seed, bounds=False, cache=self.cache)
+            self._reference = found.reference
+            self._manifest = manifest_of(model, found.train, found.reference.features)
         reference = self._reference
         drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
         rows, of_latents = image_rows(drawn.vectors, reference), latent_rows(drawn.latents, reference, bounds=False)

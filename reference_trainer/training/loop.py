@@ -99,7 +99,7 @@ def train(
             wrong = torch.zeros(config.micro_batches, batches.rows, dtype=torch.float64, device=device)
             for part in parts:
                 batch = batches(state.step, part).to(device)
-                torch.manual_seed(batches.dropout_seed(state.step, part))
+                seed_dropout(batches.dropout_seed(state.step, part), device)
                 terms = objective(f, batch, state.c, seen=first)
                 (terms.loss / config.micro_batches).backward()
                 seen.append(terms.seen)
@@ -152,6 +152,14 @@ def train(
     return state.step == config.steps
 
 
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed torch's own generators, of the CPU and of ``device``."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed writes down a stack trace for GPUs to come
+    else:
+        torch.manual_seed(seed)
+
+
 def evaluated(run: RunFolder) -> list[int]:
     """The steps that have a row."""
     return [row["step"] for row in run.evaluations()]
@@ -169,7 +177,7 @@ def residuals_ahead(
     looks = []
     for part in batches.parts:
         batch = batches(0, part).to(state.first_bad_step.device)
-        torch.manual_seed(batches.dropout_seed(0, part))
+        seed_dropout(batches.dropout_seed(0, part), state.first_bad_step.device)
         looks.append(config.objective.look(f, batch))
     seen = torch.stack(looks).sum(0)
     ranks.add_up([seen])
