@@ -2,13 +2,30 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test install clean
+.PHONY: run test install gallery package matrix clean
 
 run: install
 	$(PY) -m reference_trainer
 
 test: install
 	$(PY) -m pytest -n 2
+
+# Every figure of README and docs again, in runs/gallery.
+gallery: install
+	$(PY) benchmarks/gallery.py
+
+# sdist and wheel in dist/, and the tests that look into both and train with the wheel alone.
+package: install
+	rm -rf dist
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(PY) -m pytest tests/test_package.py
+	ls -l dist
+
+# Every Python at hand with the oldest and the newest torch: noxfile.py. Fetches a torch for each.
+matrix: install
+	$(PY) -m pip install --quiet --disable-pip-version-check nox
+	$(PY) -m nox --no-error-on-missing-interpreters
 
 install: .venv/.installed
 
@@ -19,4 +36,4 @@ install: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .nox runs build dist
