@@ -24,7 +24,9 @@ from reference_trainer.plotting import save_figure
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gallery" / "work"
-HEAVY = "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
+HEAVY = (
+    "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,7 @@ class OfRuns:
 
 FIGURES = (
     OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
-    Drawn(
-        "evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"
-    ),
+    Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
     Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),
 )

@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from reference_trainer.model import TrainedModel
 
 GUIDANCE = "of a run trained by class: weight of guidance (default: the run's, which is 1, none, unless set)"
-OF_THE_EXTRA = ("diffusers", "einops", "matplotlib", "mlxtend", "PIL", "safetensors", "tensorboard", "torchmetrics", "tqdm")
+OF_THE_EXTRA = (
+    "diffusers",
+    "einops",
+    "matplotlib",
+    "mlxtend",
+    "PIL",
+    "safetensors",
+    "tensorboard",
+    "torchmetrics",
+    "tqdm",
+)
 """Modules of the extra ``trainer``; who installs the core alone has this command, too."""
 COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 

@@ -38,7 +38,7 @@ figcaption, .note { font-size: .9rem; opacity: .8; overflow-wrap: anywhere; }
 .wide img { display: block; width: max(100%, 44rem); background: #fff; border-radius: 4px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8886; }
-th:first-child { text-align: left; }
+th:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 .names td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: .7rem; border: 1px solid #8886; border-radius: 4px; font-size: .85rem; }
 </style>
