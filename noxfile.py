@@ -28,7 +28,8 @@ def oldest(python: str) -> list[str]:
     """Constraints: of every requirement with a lower bound, that version."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    floors = dict(found.groups() for line in sum(groups, []) if (found := re.fullmatch(r"([\w-]+)>=([\d.]+)", line)))
+    bounds = (re.fullmatch(r"([\w-]+)>=([\d.]+)", line) for group in groups for line in group)
+    floors = {bound[1]: bound[2] for bound in bounds if bound}
     floors["torch"] = FIRST_TORCH.get(python, floors["torch"])
     return [f"{name}=={floor}.*" for name, floor in sorted(floors.items())]
 

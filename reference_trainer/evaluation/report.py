@@ -63,9 +63,9 @@ IMAGES_NOTE = (
     "are real images, the bound is a Gaussian, the ceiling noise."
 )
 LATENTS_NOTE = (
-    "Against the latents of the training images, d = $dimensions, in $components principal components: Frechet distance "
-    "of whitened latents, kernel, precision and recall, and the variance over the data's in the first 4 components, the "
-    "next 12, the rest."
+    "Against the latents of the training images, d = $dimensions, in $components principal components: Frechet "
+    "distance of whitened latents, kernel, precision and recall, and the variance over the data's in the first 4 "
+    "components, the next 12, the rest."
 )
 CLASSES_NOTE = "Training images and samples of each class; as asked: the share the classifier takes for that class."
 
