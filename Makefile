@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test bench install clean
+.PHONY: run test bench gallery package matrix install clean
 
 run: install
 	$(PY) -m reference_trainer
@@ -14,6 +14,23 @@ test: install
 bench: install
 	for name in step_floor step_time coupling_time losses default_run; do $(PY) benchmarks/$$name.py || exit; done
 
+# Every figure of README and docs again, in runs/gallery.
+gallery: install
+	$(PY) benchmarks/gallery.py
+
+# sdist and wheel in dist/, and the tests that look into both and train with the wheel alone.
+package: install
+	rm -rf dist
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(PY) -m pytest tests/test_package.py
+	ls -l dist
+
+# Every Python at hand with the oldest and the newest torch: noxfile.py. Fetches a torch for each.
+matrix: install
+	$(PY) -m pip install --quiet --disable-pip-version-check nox
+	$(PY) -m nox --no-error-on-missing-interpreters
+
 install: .venv/.installed
 
 # constraints.txt pins torch: unpinned, pip would fetch gigabytes of CUDA on a machine without a GPU.
@@ -23,4 +40,4 @@ install: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .nox runs build dist

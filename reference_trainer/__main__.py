@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reference_trainer.ablation.command import add_parser as add_ablate
-from reference_trainer.command import Parser, did_you_mean, path, real, whole
+from reference_trainer.command import Parser, did_you_mean, path, program, real, whole
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.manual import ENCODE_EXAMPLES, OFTEN, page
 from robustcm import __version__
@@ -31,6 +31,18 @@ if TYPE_CHECKING:
     from reference_trainer.model import TrainedModel
 
 GUIDANCE = "of a run trained by class: weight of guidance (default: the run's, which is 1, none, unless set)"
+OF_THE_EXTRA = (
+    "diffusers",
+    "einops",
+    "matplotlib",
+    "mlxtend",
+    "PIL",
+    "safetensors",
+    "tensorboard",
+    "torchmetrics",
+    "tqdm",
+)
+"""Modules of the extra ``trainer``; who installs the core alone has this command, too."""
 COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 
 
@@ -51,16 +63,21 @@ def run(words: list[str]) -> int:
     elif not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         words = ["train", *words]
     options = parser().parse_args(words)
-    from reference_trainer.machine import keep_freed_memory
+    try:
+        from reference_trainer.machine import keep_freed_memory
 
-    keep_freed_memory()
-    return int(options.run_command(options))
+        keep_freed_memory()
+        return int(options.run_command(options))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OF_THE_EXTRA:
+            raise
+        raise UserError(f"the trainer needs {error.name}: pip install 'robustcm[trainer]' brings it") from error
 
 
 def parser() -> Parser:
     """The parser, with a help that teaches."""
     top = Parser(
-        prog="python -m reference_trainer",
+        prog=program(),
         description=__doc__,
         epilog="Without a command: train. `python -m reference_trainer train --help` shows presets and options. "
         "Exit status: 0 done; 2 something of yours to mend, said in one line; 1 a fault; 130 Ctrl-C; 75 SIGTERM, as a "
@@ -298,8 +315,13 @@ def run_train(options: argparse.Namespace) -> int:
         else:
             files = write_report(run, model, images, evaluation)
     if not options.brief:
-        print(f"{elapsed(started)}; look at {', '.join(str(file) for file in files)}")
+        print(f"{elapsed(started)}; {look_at(files)}")
     return 0
+
+
+def look_at(files: Sequence[Path]) -> str:
+    """Two lines: the files, and a link to the first of them, the page that has all the others."""
+    return f"look at {', '.join(map(str, files))}\nall in one page: {files[0].resolve().as_uri()}"
 
 
 def named_features(name: str | None, images: ImageSet, device: torch.device) -> Features | None:
@@ -404,7 +426,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         print(f"wrote {write_evaluation(run, evaluation, f'evaluation-{in_file_name(average)}.json')}")
         return 0
     files = write_report(run, model, images, evaluation)
-    print(f"look at {', '.join(str(file) for file in files)}")
+    print(look_at(files))
     return 0
 
 
@@ -452,7 +474,7 @@ def run_encode(options: argparse.Namespace) -> int:
         print(f"{left_out} of {index.count + left_out} images are left out: {options.out / LEFT_OUT} says why")
     if (kept := (index.statistics or {}).get("covariance")) is not None:
         print(f"covariance of what is trained on: {options.out / kept['file']}, {kept['bytes'] / 1e6:.1f} MB")
-    print(f"train on them: python -m reference_trainer --data {shlex.quote(str(options.out))}")
+    print(f"train on them: {program()} --data {shlex.quote(str(options.out))}")
     return 0
 
 

@@ -12,6 +12,14 @@ from typing import Any, NoReturn
 
 from reference_trainer.errors import UserError, one_line
 
+MODULE, INSTALLED = "python -m reference_trainer", "robustcm"
+"""The trainer's two names, for one that is installed and one that lies in a folder; help is written with the first."""
+
+
+def program() -> str:
+    """How the trainer was called."""
+    return INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, with three differences.
@@ -48,6 +56,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, not the usage and a line."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        """The help, its examples as the program was called."""
+        return super().format_help().replace(MODULE, program())
 
     def _instead_of(self, word: str) -> str:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")

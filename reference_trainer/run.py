@@ -38,6 +38,7 @@ class RunFolder:
     bad_steps.jsonl            one row a step that was not finite: which sample, at which noise level
     bad/step_*.safetensors     the batches of the newest of them
     tensorboard/events.*, evaluation.json, *.png
+    report.html                what a run came to, pictures and all, in one file
     """
 
     root: Path

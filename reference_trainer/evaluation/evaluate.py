@@ -22,6 +22,7 @@ from reference_trainer.evaluation.latent_space import few_latents
 from reference_trainer.evaluation.manifest import manifest_of
 from reference_trainer.evaluation.pictures import draw_classes, draw_losses, draw_sheet, draw_tails
 from reference_trainer.evaluation.reference import Reference
+from reference_trainer.evaluation.report import write_page
 from reference_trainer.evaluation.rows import Missing, Row, attempt, small_samples
 from reference_trainer.evaluation.sets import (
     LATENTS,
@@ -198,7 +199,11 @@ def _samples(rows: Mapping[str, Row]) -> dict[str, Row]:
 
 
 def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluation: dict[str, Any]) -> list[Path]:
-    """evaluation.json, then the sheet of images and the loss curves, as far as there are any; returns the files."""
+    """evaluation.json, the sheet of images and the curves, as far as there are any, and all of it as a page.
+
+    Returns:
+        The files, the page first.
+    """
     files = [write_evaluation(run, evaluation)]
     stored = isinstance(images, StoredImages)
     sheet = attempt(lambda: draw_sheet(panels_of(model, training_images(images, seed=0), stored)))
@@ -215,7 +220,7 @@ def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluati
     if rows := run.metrics():
         files.append(save_figure(draw_losses(rows), run.root / "losses.png"))
         files.append(save_figure(draw_tails(rows), run.root / "tails.png"))
-    return files
+    return [write_page(run, evaluation, [file for file in files if file.suffix == ".png"]), *files]
 
 
 def panels_of(model: TrainedModel, real: Tensor, stored: bool = False) -> list[tuple[str, Tensor]]:

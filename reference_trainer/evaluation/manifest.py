@@ -59,7 +59,7 @@ def unlike(manifests: Mapping[str, Manifest | None]) -> list[str]:
     Args:
         manifests: by the name of what was measured; None: made by a version without. If all are, nothing is said.
     """
-    stated = {name: dict(_leaves(manifest)) for name, manifest in manifests.items() if manifest}
+    stated = {name: dict(leaves(manifest)) for name, manifest in manifests.items() if manifest}
     if not stated:
         return []
     silent = [name for name, manifest in manifests.items() if not manifest]
@@ -97,11 +97,12 @@ def code_version() -> str:
     return f"{__version__} at {commit}"
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested mappings, each with its path: ``a.b``."""
     for key, value in tree.items():
         where = f"{path}.{key}" if path else key
         if isinstance(value, Mapping):
-            yield from _leaves(value, where)
+            yield from leaves(value, where)
         else:
             yield where, value
 

@@ -41,27 +41,37 @@ Column = tuple[str, str, int, str]
 
 def as_table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as lines; a figure that it lacks, made by an earlier version or not measured, is a dash."""
-    columns = (*IMAGES, *((SURE,) if "classifier_accuracy_held_out" in evaluation else ()))
-    columns += (AS_ASKED,) if any("as_asked" in row for row in evaluation["rows"].values()) else ()
     lines = [
         f"step {evaluation['step']}, in {evaluation['features']},",
         *([f"averaged weights: {evaluation['average']},"] if "average" in evaluation else []),
         f"against {evaluation['reference']}; rec: against their reconstructions, encoded and decoded; precision and "
         "recall on up to 2000 of each, held-out: Frechet distance to the held-out images:",
-        *_lines(evaluation["rows"], columns),
-        *_about_autoencoder(evaluation),
+        *_lines(evaluation["rows"], columns_of(evaluation)),
+        *about_autoencoder(evaluation),
         *_about_latents(evaluation.get("latents")),
         *_about_classes(evaluation.get("classes")),
+        *remarks(evaluation),
     ]
+    if "manifest" in evaluation:
+        lines.append(f"measured with: {in_words(evaluation['manifest'])}")
+    return "\n".join(lines)
+
+
+def columns_of(evaluation: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of images that this evaluation has."""
+    columns = (*IMAGES, *((SURE,) if "classifier_accuracy_held_out" in evaluation else ()))
+    return columns + ((AS_ASKED,) if any("as_asked" in row for row in evaluation["rows"].values()) else ())
+
+
+def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+    """What stands below the tables: how good the classifier is, what was left out and why, what to know of it."""
+    lines = []
     if "classifier_accuracy_held_out" in evaluation:
         lines.append(f"the classifier is right on {evaluation['classifier_accuracy_held_out']:.1%} of held-out digits")
     left_out = evaluation.get("left_out", {})
     for why in dict.fromkeys(left_out.values()):
         lines.append(f"left out: {', '.join(name for name in left_out if left_out[name] == why)} ({why})")
-    lines += [f"note: {note}" for note in evaluation.get("notes", [])]
-    if "manifest" in evaluation:
-        lines.append(f"measured with: {in_words(evaluation['manifest'])}")
-    return "\n".join(lines)
+    return lines + [f"note: {note}" for note in evaluation.get("notes", [])]
 
 
 def _lines(rows: Mapping[str, Mapping[str, float]], columns: tuple[Column, ...]) -> list[str]:
@@ -108,7 +118,7 @@ def _about_classes(classes: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def _about_autoencoder(evaluation: Mapping[str, Any]) -> list[str]:
+def about_autoencoder(evaluation: Mapping[str, Any]) -> list[str]:
     """PSNR of the reconstructions, and that features of the autoencoder's own cannot judge it, as lines."""
     row, lines = evaluation["rows"].get("reconstructions", {}), []
     if "psnr" in row:

@@ -1,0 +1,89 @@
+"""Draws every figure of README and docs again.
+
+    python benchmarks/gallery.py [--only ladder heavy] [--out docs]
+
+Without options: all of them, into runs/gallery, to be compared with those in docs; --out docs replaces these. The
+default run takes minutes, and so does what the box plots are of; what was done before is not done again. A machine that
+rounds differently draws other samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from reference_trainer.ablation.comparison import Result, draw_comparison
+from reference_trainer.ablation.ladder import BASELINE
+from reference_trainer.plotting import save_figure
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "runs" / "gallery" / "work"
+HEAVY = (
+    "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that a command leaves in the folder given to it behind ``--out``."""
+
+    file: str
+    """Below docs."""
+    words: tuple[str, ...]
+    """Behind ``python``."""
+    picture: str
+
+    def command(self, folder: Path) -> list[str]:
+        return [*self.words, "--out", str(folder)]
+
+    def draw(self, to: Path) -> None:
+        folder = WORK / Path(self.file).stem
+        print(f"python {shlex.join(self.command(folder))}", flush=True)
+        subprocess.run([sys.executable, *self.command(folder)], cwd=ROOT, check=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / self.picture, to)
+
+
+@dataclass(frozen=True)
+class OfRuns:
+    """The picture of an ablation whose runs, hours of training, are kept."""
+
+    file: str
+    runs: tuple[str, ...]
+    """JSON below docs."""
+
+    def draw(self, to: Path) -> None:
+        found = [json.loads((ROOT / "docs" / name).read_text())["runs"] for name in self.runs]
+        save_figure(draw_comparison([Result(**run) for runs in found for run in runs], BASELINE), to)
+
+
+FIGURES = (
+    OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
+    Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
+    Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
+    Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),
+)
+"""The quick ones first."""
+
+
+def main() -> int:
+    names = {Path(figure.file).stem: figure for figure in FIGURES}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME", help=", ".join(names))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gallery", help="default: runs/gallery")
+    options = parser.parse_args()
+    for name in options.only:
+        to = options.out / names[name].file
+        names[name].draw(to)
+        print(f"look at {to}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
