@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +49,15 @@ def config(image_folder: Path) -> TrainConfig:
     )
 
 
-def poison(steps: Iterable[int], monkeypatch: pytest.MonkeyPatch, value: float = torch.nan) -> None:
-    """One sample of the batch of each of ``steps`` (as the log counts them) has one such element."""
+def poison(
+    steps: Iterable[int], monkeypatch: pytest.MonkeyPatch, value: float = torch.nan, parts: Sequence[int] = (0,)
+) -> None:
+    """One sample of these parts of each of ``steps`` (as the log counts them) has one such element."""
 
     class Poisoned(Batches):
         def _made(self, step: int, part: int) -> Batch:
             batch = super()._made(step, part)
-            if step + 1 in steps:
+            if step + 1 in steps and part in parts:
                 batch.x[ROW, 0, 0, 0] = value
             return batch
 
@@ -134,8 +136,9 @@ def test_nothing_waits_for_the_device_between_two_looks(config: TrainConfig, tmp
     remembered = BadSteps(config, RunFolder(tmp_path), Batches(config, x), config.data.load(), CPU)
     for name in ("item", "tolist", "cpu", "nonzero", "numpy", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
-    bad = state.optimizer_step(config.optimizer, 0.1, not_finite(terms))
-    remembered.add(bad, state, terms)
+    wrong = not_finite(terms)
+    bad = state.optimizer_step(config.optimizer, 0.1, wrong.any())
+    remembered.add(bad, state, wrong)
     state.update_ema(0.9, bad & config.optimizer.skips)
 
 
@@ -150,7 +153,8 @@ def test_a_bad_step_is_named_and_counted_and_its_batch_kept(
     folder = run(config, tmp_path / "run")
     images = config.data.load()
     batches = Batches(config, torch.zeros(images.num_train, 3, 16, 16))
-    sample, sigma = int(batches.indices(5)[ROW]), float(batches(5).pairs.t_hi[ROW])
+    indices, batch = batches.again(5, 0)
+    sample, sigma = int(indices[ROW]), float(batch.pairs.t_hi[ROW])
     (row,) = folder.rows("bad_steps.jsonl")
     assert row == {"step": 6, "samples": 1, "sample": sample, "sigma": pytest.approx(sigma, rel=1e-4)}
     said = capsys.readouterr().out
@@ -159,7 +163,7 @@ def test_a_bad_step_is_named_and_counted_and_its_batch_kept(
     kept, about = load_tensors(file)
     assert (about["step"], kept["x"].shape, kept["z"].shape) == (6, (8, 3, 16, 16), (8, 3, 16, 16))
     assert kept["x"][ROW, 0, 0, 0].isfinite().logical_not()
-    assert torch.equal(kept["indices"], batches.indices(5))
+    assert torch.equal(kept["indices"], indices)
     assert [row["bad_steps"] for row in folder.metrics()] == [0, 1, 1]
     assert all(row["consistency"] > 0 for row in folder.metrics())
     assert all(tensor.isfinite().all() for tensor in final(folder).values())

@@ -53,11 +53,11 @@ def at_step(step: int, happens: Callable[[], object], patch: pytest.MonkeyPatch)
     left = [step]
 
     class Disturbed(Batches):
-        def __call__(self, asked: int) -> Batch:
+        def __call__(self, asked: int, part: int = 0) -> Batch:
             if asked in left:
                 left.clear()
                 happens()
-            return super().__call__(asked)
+            return super().__call__(asked, part)
 
     patch.setattr(loop, "Batches", Disturbed)
 

@@ -62,10 +62,10 @@ def crashed(config: TrainConfig, root: Path, step: int, monkeypatch: pytest.Monk
     """A run that ended without warning before ``step``."""
 
     class Crashing(Batches):
-        def __call__(self, asked: int) -> Batch:
+        def __call__(self, asked: int, part: int = 0) -> Batch:
             if asked == step:
                 raise MemoryError
-            return super().__call__(asked)
+            return super().__call__(asked, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Batches", Crashing)
