@@ -452,8 +452,8 @@ KINDS: dict[str, Callable[[Good, Path, random.Random], Case]] = {
 }
 
 
-def make_good(root: Path, command: Callable[[list[str]], int]) -> Good:
-    """Images, a run and a store, by the command line."""
+def make_good(root: Path, command: Callable[[list[str]], tuple[int, str]]) -> Good:
+    """Images, a run and a store, by the command line; ``command`` gives status and what was said."""
     good, pixels = Good(root), np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     for i, picture in enumerate(pixels):
         file = good.images / "ab"[i % 2] / f"{i:02}.png"
@@ -471,6 +471,7 @@ def make_good(root: Path, command: Callable[[list[str]], int]) -> Good:
         ],
     ]
     for line in lines:
-        if command(line):
-            raise SystemExit(f"what is to be spoilt cannot be made: {' '.join(line)}")
+        status, said = command(line)
+        if status:
+            raise SystemExit(f"what is to be spoilt cannot be made: {' '.join(line)}\n{said}")
     return good
