@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reference_trainer.__main__ import main
 from reference_trainer.data.autoencoders import PixelSpace
-from reference_trainer.errors import AGAIN
+from reference_trainer.data.store import Store
+from reference_trainer.errors import AGAIN, UserError
 from reference_trainer.evaluation.evaluate import Evaluator
 from reference_trainer.files import save_tensors
 from reference_trainer.run import RunFolder
@@ -208,6 +211,21 @@ def test_a_clock_that_jumps_changes_nothing(command, tmp_path: Path, monkeypatch
         assert command("jumped") == 0
     assert_same_ends(tmp_path / "whole", tmp_path / "jumped")
     assert all(0 <= row["seconds"] < 600 for row in RunFolder(tmp_path / "jumped").metrics())
+
+
+@pytest.mark.parametrize("now", [0.0, 2e9, 1e11])
+def test_a_shard_that_changed_is_seen_whatever_the_clock_says(now: float, tmp_path: Path, monkeypatch):
+    shard = tmp_path / "x.safetensors"
+    save_file({"latents": torch.randn(12, 1, 2, 2)}, shard)
+    os.utime(shard, (1e9, 1e9))
+    monkeypatch.setattr(time, "time", lambda: now)
+    for _ in range(2):
+        Store.open(tmp_path)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="another sha256"):
+        Store.open(tmp_path)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

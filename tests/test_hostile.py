@@ -28,8 +28,8 @@ from reference_trainer.run import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
 
-import fuzz  # type: ignore[import-not-found]
-from hostile import Case, Evil, Good, make_good  # type: ignore[import-not-found]
+import fuzz
+from hostile import Case, Evil, Good, make_good
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]

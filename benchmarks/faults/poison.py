@@ -55,7 +55,7 @@ def distances(config: TrainConfig, root: Path, cache: Path, share: float) -> tup
     run, images = RunFolder(root), config.data.load()
     with run.locked():
         run.claim(config)
-        loop.Batches = poisoned(share)  # type: ignore[misc]
+        loop.Batches = poisoned(share)
         if not loop.train(config, run, images, cache, CPU):
             raise KeyboardInterrupt
     model = load_model(run, CPU)
