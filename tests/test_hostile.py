@@ -29,7 +29,8 @@ from reference_trainer.run import RunFolder
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
 
 import fuzz
-from hostile import Case, Evil, Good, make_good
+from hostile import Case, Good, make_good
+from spoilt import Evil
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
