@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -143,6 +144,7 @@ INDICES = {
     "endless shards": {"shards": [{"name": "x", "count": float("inf"), "sha256": ""}]},
     "fewer names than classes": {"label_names": ["a"]},
     "classes below 0": {"classes": -1},
+    "more classes than there are": {"classes": 2**62, "label_names": None},
     "moments in a list": {"moments": [1]},
     "moments of other channels": {"moments": {"latents": {"count": 1, "mean": [0.0], "squares": [1.0]}}},
     "moments that are NaN": {"moments": {"latents": {"count": 1, "mean": [float("nan")] * 3, "squares": [1.0] * 3}}},
@@ -178,6 +180,15 @@ def test_a_shard_that_says_nonsense_of_itself_is_refused(said: str, tmp_path: Pa
 def test_labels_are_one_a_latent_whatever_the_index_says(count: int, good: Good, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("reference_trainer.data.store.read_labels", lambda _: torch.zeros(count, dtype=torch.long))
     refused(lambda: Store.open(good.store).labels, f"has {2 * count} labels of 24 latents")
+
+
+def test_a_checkpoint_beyond_the_last_step_is_of_another_run(good: Good, tmp_path: Path):
+    run = shutil.copytree(good.run, tmp_path / "run")
+    (file,) = (run / "checkpoints").iterdir()
+    rewritten(file, lambda _, about: about.update(step=99), file)
+    status, said = fuzz.run(["train", f"--out={run}", "--device=cpu"])
+    assert status == 2
+    assert said.splitlines()[-1] == f"error: {run} has a checkpoint of step 99 of 1: it is of another run"
 
 
 # --- A draw, and who judges it ---------------------------------------------------------------------------------------

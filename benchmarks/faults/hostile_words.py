@@ -5,12 +5,7 @@ from __future__ import annotations
 BAD_WORDS = (
     *("nosuchpreset", "steps=0", "steps=-1", "steps=1.5", "steps=nan", "steps=1e999", f"steps={2**70}", "steps=", "=1"),
     *("network=DiT(width=7)", "network=DiT(**{})", "network=DiT(*[1])", "objective.c=(lambda: 1)()", "batch_size=[]"),
-    *(
-        "network=__import__('os').system('touch {witness}')",
-        "network=open('{witness}','w')",
-        "seed='a'",
-        "steps=\n1\nx",
-    ),
+    *("network=__import__('os').system('touch {witness}')", "network=open('{witness}','w')", "seed='a'", "steps=\n1"),
     *('network=exec(\'open("{witness}","w")\')', "data.path.x=1", "__class__=1", "objective.__init__=1", "a.b.c.d=1"),
     *("steps.__class__=1", "network=" + "(" * 3000, "optimizer.betas=(1,2,3)", "--nosuch", "--device=nosuch", "--out="),
     *("--device=cuda:99", "--data=/nowhere/at/all", "--features=nosuch:thing", "--features=/dev/null.pt", "x\x00y"),
@@ -19,12 +14,7 @@ BAD_WORDS = (
 )
 BAD_LINES = (
     *("sample {run} --n=0", "sample {run} --n=-1", "sample {run} --n=nan", f"sample {{run}} --n={2**70}", "sample"),
-    *(
-        "sample {run} --evaluations=0",
-        "sample {run} --evaluations=999999",
-        "sample {run} --label=3",
-        "sample /dev/null",
-    ),
+    *("sample {run} --evaluations=0", "sample {run} --evaluations=999999", "sample {run} --label=3"),
     *("sample {run} --guidance=nan", "sample {run} --guidance=2", "sample {run} --average=x", "sample {run} {run}"),
     *("sample {run} --average=PowerFunction(9)", "sample {run} --out={run}", "sample {run} --out=/proc/x.png"),
     *("sample {images}", "evaluate {run} --samples=1", "evaluate {run} --samples=-1", "evaluate {images}", "evaluate"),
@@ -39,5 +29,11 @@ BAD_LINES = (
     *("encode {images} --out={images} --autoencoder=no/such", "encode {images} --out={out} --autoencoder=os:getcwd"),
     *("ablate --out={out} --steps=0", "ablate --out={out} --arms nosuch", "ablate --out={out} --suites nosuch"),
     *("ablate --out={out} --seconds=-1", "ablate --out={out} --workers=0", "ablate --out={out} --stop-above=1"),
-    *("ablate --out={out} steps=5", "ablate --out={out} --seconds=nan", "help help", "train sample", "frobnicate"),
+    *(
+        "ablate --out={out} steps=5",
+        "ablate --out={out} --seconds=nan",
+        "help help",
+        "train sample",
+        "sample /dev/null",
+    ),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from reference_trainer.data.labels import MOST_CLASSES
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.shards import (
@@ -104,7 +105,8 @@ class Index:
             "shards": all(isinstance(text, str) and text == Path(text).name for text in texts)
             and all(shard.count >= 0 for shard in self.shards),
             "held_out_every": self.held_out_every >= 2,
-            "classes": self.classes >= 0 and len(self.label_names or range(self.classes)) == self.classes,
+            "classes": 0 <= self.classes <= MOST_CLASSES
+            and len(self.label_names or range(self.classes)) == self.classes,
             "moments": {LATENTS, *([FLIPPED] if self.flips else [])} <= self.moments.keys()
             and all(one.makes_sense(ch) for one in self.moments.values()),
             "autoencoder, preprocessing, codec or statistics": all(
@@ -217,10 +219,11 @@ def index_of(root: Path, files: Sequence[Path], held_out_every: int = HELD_OUT_E
             own = Moments.of(latents[train[start : start + ROWS]])
             moments[key] = moments[key].merged(own) if key in moments else own
         if LABELS in layout and len(labels := read_labels(file)):
-            if len(labels) != shard.count or int(labels.min()) < 0:
+            low, high = int(labels.min()), int(labels.max())
+            if len(labels) != shard.count or low < 0 or high >= MOST_CLASSES:
                 raise UserError(
-                    f"{shown(file)} has {len(labels)} {LABELS} from {int(labels.min())} on of {shard.count} latents, "
-                    "expected one each, 0 or more: extract it again"
+                    f"{shown(file)} has {len(labels)} {LABELS} from {low} on, up to {high}, of {shard.count} latents, "
+                    f"expected one each, 0 to {MOST_CLASSES - 1}: extract it again"
                 )
             classes = max(classes, int(labels.max()) + 1)
         shards.append(shard)

@@ -190,7 +190,7 @@ class KeptSpace:
         try:
             tensors, about = load_tensors(file)
             with as_written(file):
-                ch, h, w = map(operator.index, about["shape"])
+                ch, h, w, image_channels = map(operator.index, (*about["shape"], about["image_channels"]))
                 level = math.nan if about.get("recognised_at") is None else float(about["recognised_at"])
                 for name in ("mean", "std"):
                     check_layout({name: tensors[name]}, {name: torch.empty(ch)})
@@ -200,13 +200,14 @@ class KeptSpace:
                 if origin is not None:
                     size = tuple(origin.pop("size"))
                     origin = Origin(**origin, size=size, probe=Probe(**probe) if probe else None)
-                codec = autoencoder.build(about["image_channels"], _below("codec/", tensors))
         except UserError as error:
             raise UserError(
                 f"{error}; the run's weights mean nothing without it: put a copy back, or train anew"
             ) from error
+        with as_written(file):
+            codec = autoencoder.build(image_channels, _below("codec/", tensors))
         space = LatentSpace(codec.to(device), tensors["mean"], tensors["std"], level)
-        return KeptSpace(space, (ch, h, w), about["image_channels"], origin)
+        return KeptSpace(space, (ch, h, w), image_channels, origin)
 
     def made_from(self, images: ImageSet, device: torch.device) -> KeptSpace:
         """The same space, with ``images`` and its codec as they are now for its origin."""
