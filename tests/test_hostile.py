@@ -120,7 +120,6 @@ CODECS = {
     "no recipe": lambda _, about: about.pop("recipe"),
     "no channels": lambda _, about: about.pop("image_channels"),
     "notes that are none": lambda _, about: about.update(notes=7),
-    "a probe of another shape": lambda tensors, _: tensors.update({"probe/pixels": torch.ones(3)}),
 }
 
 
