@@ -259,8 +259,8 @@ def command_lines(good: Good, folder: Path, rng: random.Random) -> Case:
     else:
         word = rng.choice(BAD_WORDS).replace("{witness}", str(good.witness))
     right = [*TINY, f"--data={good.images}", f"--out={folder / 'out'}"]
-    right.insert(rng.randint(0, len(right)), word)
-    return Case(f"{word!r:.60}", ["train", *right])
+    rng.shuffle(right)
+    return Case(f"{word!r:.60}", ["train", *right, word])  # of a value given twice the last one counts
 
 
 KINDS: dict[str, Callable[[Good, Path, random.Random], Case]] = {
