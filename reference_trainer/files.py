@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, one_line
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -28,7 +28,8 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         UserError: no permission, no space: what stood at ``file`` before still does.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"about": as_json(about), "crc32": f"{_checksum(contiguous):08x}"}
+    said = as_json(about)
+    metadata = {"about": said, "about_crc32": _checksum_of(said), "crc32": f"{_checksum(contiguous):08x}"}
     with _replacing(file) as temporary:
         save_file(contiguous, temporary, metadata)  # out of the tensors' own memory
         _sort_metadata(temporary)
@@ -61,9 +62,33 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"cannot read {file}: {error}") from error
     if "crc32" not in metadata:
         raise UserError(f"cannot read {file}: it has no checksum, so this trainer did not write it")
-    if metadata["crc32"] != f"{_checksum(tensors):08x}":
+    said = metadata.get("about", "")
+    # Of earlier versions' files the tensors alone have a checksum.
+    if metadata["crc32"] != f"{_checksum(tensors):08x}" or metadata.get("about_crc32") not in (
+        None,
+        _checksum_of(said),
+    ):
         raise UserError(f"cannot read {file}: its checksum does not fit, the file is damaged")
-    return tensors, json.loads(metadata["about"])
+    with as_written(file):
+        about = json.loads(said)
+        if not isinstance(about, dict):
+            raise TypeError(f"about is {said[:20]}")
+    return tensors, about
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """Inside, what ``load_tensors`` gave is taken apart: what is missing in it, or does not fit, is the file's fault.
+
+    Raises:
+        UserError: just that.
+    """
+    try:
+        yield
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"cannot read {file}: it is whole, but not what this trainer writes there ({one_line(error)[:200]})"
+        ) from error
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -135,6 +160,10 @@ def remove_unfinished(folder: Path) -> None:
     for left in folder.glob(".*.tmp"):
         with suppress(OSError):
             left.unlink()
+
+
+def _checksum_of(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

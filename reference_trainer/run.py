@@ -164,7 +164,7 @@ class RunFolder:
         for file in files:
             try:
                 tensors, about = load_tensors(file)
-                if type(about.get("step")) is not int:
+                if type(about.get("step")) is not int or about["step"] < 0:
                     raise UserError(f"{file} is no checkpoint of a run")
                 return about["step"], tensors
             except UserError as error:

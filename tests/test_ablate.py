@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -12,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 import pytest
@@ -90,6 +91,35 @@ class AtOnce(Executor):
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=InThisProcess))  # and nobody else's
     monkeypatch.setattr(ablate, "ThreadPoolExecutor", AtOnce)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("in_process")
+def test_a_signal_is_passed_on_to_the_runs_and_starts_no_further_one(
+    number: int, status: int, command: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Signalled:
+        """A training that is under way when its parent is stopped; it saves, and ends as it was told."""
+
+        got: ClassVar[list[int]] = []
+        returncode = None
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def send_signal(self, number: int) -> None:
+            self.got.append(number)
+            self.returncode = status
+
+        def wait(self) -> int | None:
+            signal.raise_signal(number)
+            return self.returncode
+
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=Signalled))
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert main([*command, "--arms", "ours", "--suites", "clean", "--seeds", "0", "1", "--steps", "3"]) == status
+    assert Signalled.got == [number]
+    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
 
 @pytest.mark.usefixtures("in_process")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +49,15 @@ def config(image_folder: Path) -> TrainConfig:
     )
 
 
-def poison(steps: Iterable[int], monkeypatch: pytest.MonkeyPatch, value: float = torch.nan) -> None:
-    """One sample of the batch of each of ``steps`` (as the log counts them) has one such element."""
+def poison(
+    steps: Iterable[int], monkeypatch: pytest.MonkeyPatch, value: float = torch.nan, parts: Sequence[int] = (0,)
+) -> None:
+    """One sample of these parts of each of ``steps`` (as the log counts them) has one such element."""
 
     class Poisoned(Batches):
         def _made(self, step: int, part: int) -> Batch:
             batch = super()._made(step, part)
-            if step + 1 in steps:
+            if step + 1 in steps and part in parts:
                 batch.x[ROW, 0, 0, 0] = value
             return batch
 
@@ -165,6 +167,39 @@ def test_a_bad_step_is_named_and_counted_and_its_batch_kept(
     assert [row["bad_steps"] for row in folder.metrics()] == [0, 1, 1]
     assert all(row["consistency"] > 0 for row in folder.metrics())
     assert all(tensor.isfinite().all() for tensor in final(folder).values())
+
+
+@pytest.mark.parametrize(("parts", "samples"), [([0], 1), ([1], 1), ([0, 1], 2)])
+def test_of_a_step_in_parts_the_first_bad_sample_is_named_and_its_part_kept(
+    parts: list[int], samples: int, config: TrainConfig, tmp_path: Path, monkeypatch, capsys
+):
+    config = replace(config, micro_batches=2)
+    poison([6], monkeypatch, parts=parts)
+    folder = run(config, tmp_path / "run")
+    images, first = config.data.load(), parts[0]
+    indices, batch = Batches(config, torch.zeros(images.num_train, 3, 16, 16)).again(5, first)
+    sample, sigma = int(indices[ROW]), float(batch.pairs.t_hi[ROW])
+    (row,) = folder.rows("bad_steps.jsonl")
+    assert row == {"step": 6, "samples": samples, "sample": sample, "sigma": pytest.approx(sigma, rel=1e-4)}
+    said = capsys.readouterr().out
+    assert f"skipped: step 6: 1 of 4 latents of part {first + 1} of 2 are NaN or infinite" in said
+    assert images.train_name(sample) in said
+    (file,) = folder.bad_folder.iterdir()
+    kept, about = load_tensors(file)
+    assert about == {"step": 6, "part": first}
+    assert torch.equal(kept["indices"], indices)
+
+
+@pytest.mark.parametrize("step", [1, 6])  # the first step has its c from a look at all parts
+def test_whichever_part_was_bad_the_run_ends_the_same(step: int, config: TrainConfig, tmp_path: Path, monkeypatch):
+    config, ends = replace(config, micro_batches=2), []
+    for parts in ([0], [1], [0, 1]):
+        poison([step], monkeypatch, parts=parts)
+        ends.append(final(run(config, tmp_path / f"{parts}")))
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+    assert int(ends[0]["num_bad_steps"]) == 1
+    assert all(tensor.isfinite().all() for tensor in ends[0].values())
 
 
 def test_a_run_with_bad_steps_that_crashed_continues_bit_exactly(config: TrainConfig, tmp_path: Path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reference_trainer.__main__ import main
 from reference_trainer.data.autoencoders import PixelSpace
-from reference_trainer.errors import AGAIN
+from reference_trainer.data.store import Store
+from reference_trainer.errors import AGAIN, UserError
 from reference_trainer.evaluation.evaluate import Evaluator
 from reference_trainer.files import save_tensors
 from reference_trainer.run import RunFolder
@@ -139,11 +142,43 @@ def test_a_disk_full_in_the_middle_of_a_save_costs_the_steps_since_the_last(
     assert_same_ends(tmp_path / "whole", stopped.root)
 
 
-def test_a_run_folder_that_vanishes_ends_the_run_and_leaves_no_torso(command, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(("log_every", "said"), [(100, "{run} has vanished"), (1, "cannot write {run}/metrics.jsonl")])
+def test_a_run_folder_that_vanishes_ends_the_run_and_leaves_no_torso(
+    log_every: int, said: str, command, tmp_path: Path, monkeypatch, capsys
+):
     at_step(2, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
-    assert command("run", "log_every=100") == 2
-    assert f"{tmp_path / 'run'} has vanished" in capsys.readouterr().err.splitlines()[-1]
+    assert command("run", f"log_every={log_every}") == 2
+    assert said.format(run=tmp_path / "run") in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_start_in_a_folder_is_refused_and_the_first_does_not_notice(
+    command, tmp_path: Path, monkeypatch, capsys
+):
+    assert command("whole") == 0
+    second = []
+    at_step(3, lambda: second.append(command("run")), monkeypatch)
+    assert command("run") == 0
+    assert second == [2]
+    assert f"another process is training in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert_same_ends(tmp_path / "whole", tmp_path / "run")
+
+
+def test_latents_that_changed_between_two_starts_are_refused_and_nothing_is_touched(
+    image_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    store, run = tmp_path / "store", tmp_path / "run"
+    encode = ["encode", str(image_folder), f"--out={store}", "--autoencoder=PixelSpace", "--resolution=16"]
+    train = ["train", f"--data={store}", f"--out={run}", *(word for word in OPTIONS if not word.startswith("data."))]
+    assert main(encode) == main(train) == 0
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    shutil.rmtree(store)
+    (image_folder / "07.png").unlink()
+    assert main(encode) == 0
+    assert main(train) == 2
+    assert f"{run} was made from something else" in capsys.readouterr().err.splitlines()[-1]
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
 def test_a_run_folder_that_cannot_be_written_is_said_before_anything_else(tmp_path: Path, command, capsys):
@@ -176,6 +211,21 @@ def test_a_clock_that_jumps_changes_nothing(command, tmp_path: Path, monkeypatch
         assert command("jumped") == 0
     assert_same_ends(tmp_path / "whole", tmp_path / "jumped")
     assert all(0 <= row["seconds"] < 600 for row in RunFolder(tmp_path / "jumped").metrics())
+
+
+@pytest.mark.parametrize("now", [0.0, 2e9, 1e11])
+def test_a_shard_that_changed_is_seen_whatever_the_clock_says(now: float, tmp_path: Path, monkeypatch):
+    shard = tmp_path / "x.safetensors"
+    save_file({"latents": torch.randn(12, 1, 2, 2)}, shard)
+    os.utime(shard, (1e9, 1e9))
+    monkeypatch.setattr(time, "time", lambda: now)
+    for _ in range(2):
+        Store.open(tmp_path)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="another sha256"):
+        Store.open(tmp_path)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

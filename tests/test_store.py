@@ -330,11 +330,15 @@ BAD = {
     ),
     "a label below 0": (
         lambda root: rewrite(root, labels=torch.arange(20) - 1),
-        "shard002.* has 20 labels from -1 on of 20 latents",
+        "shard002.* has 20 labels from -1 on, up to 18, of 20 latents",
+    ),
+    "a label that is no class": (
+        lambda root: rewrite(root, labels=torch.full((20,), 2**62)),
+        f"up to {2**62}, of 20 latents, expected one each, 0 to 99999",
     ),
     "fewer labels than latents": (
         lambda root: rewrite(root, labels=torch.arange(19)),
-        "shard002.* has 19 labels from 0 on of 20 latents",
+        "shard002.* has 19 labels from 0 on, up to 18, of 20 latents",
     ),
     "an encode not finished": (
         lambda root: (write_shard(shard(root, 4), {"latents": noise(2)}, {}), (root / INDEX).unlink()),

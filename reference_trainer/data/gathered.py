@@ -13,7 +13,7 @@ from reference_trainer.data.moments import Moments
 from reference_trainer.data.shards import FLIPPED, LATENTS, layout_of, sha256_of
 from reference_trainer.data.statistics import Statistics, pieces_of
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_written, load_tensors, save_tensors
 
 GATHERED = Path("statistics", "gathered.safetensors")
 
@@ -60,14 +60,14 @@ class Gathered:
         """What ``save`` kept; nothing, if it cannot be read, or a shard of it is no longer there."""
         try:
             tensors, about = load_tensors(root / GATHERED)
+            with as_written(root / GATHERED):
+                shards = tuple(Shard(**shard) for shard in about["shards"])
+                moments = {key: Moments.from_dict(one) for key, one in about["moments"].items()}
+                statistics = Statistics(**tensors, count=about["count"]) if tensors else None
+                fits = about["recipe"] == recipe and all((root / shard.name).is_file() for shard in shards)
         except UserError:  # it can be had from the shards
             return Gathered()
-        shards = tuple(Shard(**shard) for shard in about["shards"])
-        if about["recipe"] != recipe or not all((root / shard.name).is_file() for shard in shards):
-            return Gathered()
-        moments = {key: Moments.from_dict(one) for key, one in about["moments"].items()}
-        statistics = Statistics(**tensors, count=about["count"]) if tensors else None
-        return Gathered(shards, moments, statistics)
+        return Gathered(shards, moments, statistics) if fits else Gathered()
 
 
 def gather(root: Path, files: Sequence[Path], recipe: str, held_out_every: int) -> Gathered:

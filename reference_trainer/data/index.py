@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from reference_trainer.data.labels import MOST_CLASSES
 from reference_trainer.data.latents import not_finite
 from reference_trainer.data.moments import Moments
 from reference_trainer.data.shards import (
@@ -89,6 +90,32 @@ class Index:
         """Entries never trained on."""
         return self.count // self.held_out_every
 
+    def require_sense(self) -> None:
+        """See that its parts fit each other, whoever wrote it.
+
+        Raises:
+            ValueError: names those that do not.
+        """
+        ch, *_ = self.shape
+        texts = [text for shard in self.shards for text in (shard.name, shard.sha256)]
+        noted = (self.autoencoder, self.preprocessing, self.codec, self.statistics)
+        sense = {
+            "shape": min(self.shape) > 0,
+            "dtype": self.dtype in DTYPES,
+            "shards": all(isinstance(text, str) and text == Path(text).name for text in texts)
+            and all(shard.count >= 0 for shard in self.shards),
+            "held_out_every": self.held_out_every >= 2,
+            "classes": 0 <= self.classes <= MOST_CLASSES
+            and len(self.label_names or range(self.classes)) == self.classes,
+            "moments": {LATENTS, *([FLIPPED] if self.flips else [])} <= self.moments.keys()
+            and all(one.makes_sense(ch) for one in self.moments.values()),
+            "autoencoder, preprocessing, codec or statistics": all(
+                note is None or type(note) is dict for note in noted
+            ),
+        }
+        if wrong := [name for name, makes in sense.items() if not makes]:
+            raise ValueError(f"its {', '.join(wrong)} make no sense")
+
     def write(self, root: Path) -> None:
         """See ``write_atomically``."""
         about = {"format": FORMAT, "version": VERSION} | vars(self) | {"count": self.count, "held_out": self.held_out}
@@ -116,7 +143,7 @@ class Index:
                 shards=tuple(Shard(one["name"], int(one["count"]), one["sha256"]) for one in found["shards"]),
                 flips=bool(found["flips"]),
                 classes=int(found["classes"]),
-                label_names=None if names is None else tuple(names),
+                label_names=None if names is None else tuple(map(str, names)),
                 held_out_every=int(found["held_out_every"]),
                 moments={key: Moments.from_dict(one) for key, one in found["moments"].items()},
                 autoencoder=found["autoencoder"],
@@ -124,9 +151,8 @@ class Index:
                 codec=found.get("codec"),
                 statistics=found.get("statistics"),
             )
-            if index.dtype not in DTYPES or index.held_out_every < 2 or LATENTS not in index.moments:
-                raise ValueError("its dtype, held_out_every or moments make no sense")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            index.require_sense()
+        except (OSError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 f"{shown(file)} is no index of latents ({' '.join(str(error).split())}): put back the one that encode "
                 "wrote"
@@ -193,10 +219,11 @@ def index_of(root: Path, files: Sequence[Path], held_out_every: int = HELD_OUT_E
             own = Moments.of(latents[train[start : start + ROWS]])
             moments[key] = moments[key].merged(own) if key in moments else own
         if LABELS in layout and len(labels := read_labels(file)):
-            if len(labels) != shard.count or int(labels.min()) < 0:
+            low, high = int(labels.min()), int(labels.max())
+            if len(labels) != shard.count or low < 0 or high >= MOST_CLASSES:
                 raise UserError(
-                    f"{shown(file)} has {len(labels)} {LABELS} from {int(labels.min())} on of {shard.count} latents, "
-                    "expected one each, 0 or more: extract it again"
+                    f"{shown(file)} has {len(labels)} {LABELS} from {low} on, up to {high}, of {shard.count} latents, "
+                    f"expected one each, 0 to {MOST_CLASSES - 1}: extract it again"
                 )
             classes = max(classes, int(labels.max()) + 1)
         shards.append(shard)

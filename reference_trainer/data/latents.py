@@ -16,7 +16,7 @@ from tqdm import tqdm
 from reference_trainer.data.codecs import Codec, Foreign
 from reference_trainer.data.images import ImageSet, to_pixels, to_unit
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_written, load_tensors, save_tensors
 from robustcm.checks import LARGEST, SMALLEST, need_real, need_seed
 from robustcm.gates import recognisable_below
 from robustcm.randomness import Stream, step_generator
@@ -258,7 +258,9 @@ def encode_once(codec: Codec, images: ImageSet, device: torch.device, cache: Pat
     file = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if file.is_file():
         try:
-            raw = load_tensors(file)[0]["raw"]
+            tensors, _ = load_tensors(file)
+            with as_written(file):
+                raw = tensors["raw"]
             if not not_finite(raw):
                 return raw
             tqdm.write(f"encoding again: {file} holds latents that are not finite")

@@ -44,6 +44,11 @@ class Moments:
         """``[ch]``, with the n - 1 of ``torch.std``."""
         return (self.squares / max(1, self.count - 1)).sqrt()
 
+    def makes_sense(self, channels: int) -> bool:
+        """Whether they are of so many channels, and of numbers at all."""
+        fit = self.mean.shape == self.squares.shape == (channels,)
+        return fit and bool(self.mean.isfinite().all() and self.squares.isfinite().all() and (self.squares >= 0).all())
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which keeps every digit of a float64."""
         return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()} | {

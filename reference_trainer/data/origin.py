@@ -9,6 +9,7 @@ Axes: p = images of the probe, ch, h, w.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from reference_trainer.data.codecs import Codec, Foreign, notes_of
 from reference_trainer.data.images import ImageSet, to_pixels
 from reference_trainer.data.latents import LatentSpace, encode, not_finite, spread
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_written, check_layout, load_tensors, save_tensors
 
 LATENTS_MAY_DIFFER = 0.03
 """Root mean square over an image, in standard deviations of the probe: several times what bfloat16 rounds away."""
@@ -188,19 +189,25 @@ class KeptSpace:
         """
         try:
             tensors, about = load_tensors(file)
+            with as_written(file):
+                ch, h, w, image_channels = map(operator.index, (*about["shape"], about["image_channels"]))
+                level = math.nan if about.get("recognised_at") is None else float(about["recognised_at"])
+                for name in ("mean", "std"):
+                    check_layout({name: tensors[name]}, {name: torch.empty(ch)})
+                if not tensors["mean"].isfinite().all() or not (tensors["std"] > 0).all():
+                    raise ValueError("mean and std make no sense")
+                origin, probe = about.get("origin"), _below("probe/", tensors)
+                if origin is not None:
+                    size = tuple(origin.pop("size"))
+                    origin = Origin(**origin, size=size, probe=Probe(**probe) if probe else None)
         except UserError as error:
             raise UserError(
                 f"{error}; the run's weights mean nothing without it: put a copy back, or train anew"
             ) from error
-        codec = autoencoder.build(about["image_channels"], _below("codec/", tensors)).to(device)
-        level = about.get("recognised_at")
-        space = LatentSpace(codec, tensors["mean"], tensors["std"], math.nan if level is None else level)
-        ch, h, w = about["shape"]
-        origin, probe = about.get("origin"), _below("probe/", tensors)
-        if origin is not None:
-            size = tuple(origin.pop("size"))
-            origin = Origin(**origin, size=size, probe=Probe(**probe) if probe else None)
-        return KeptSpace(space, (ch, h, w), about["image_channels"], origin)
+        with as_written(file):
+            codec = autoencoder.build(image_channels, _below("codec/", tensors))
+        space = LatentSpace(codec.to(device), tensors["mean"], tensors["std"], level)
+        return KeptSpace(space, (ch, h, w), image_channels, origin)
 
     def made_from(self, images: ImageSet, device: torch.device) -> KeptSpace:
         """The same space, with ``images`` and its codec as they are now for its origin."""

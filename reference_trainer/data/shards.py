@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reference_trainer.errors import UserError, printable
-from reference_trainer.files import as_json, write_atomically
+from reference_trainer.files import as_json, as_written, write_atomically
 
 FORMAT, VERSION = "robustcm latents", 1
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
@@ -68,7 +68,8 @@ def about_shard(file: Path) -> dict[str, Any] | None:
     layout_of(file)
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get(FORMAT)
-    return None if text is None else dict(json.loads(text))
+    with as_written(file):
+        return None if text is None else dict(json.loads(text))
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:

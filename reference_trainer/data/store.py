@@ -165,6 +165,11 @@ class Store:
         if not self.index.classes:
             return None
         labels = torch.cat([read_labels(self.root / shard.name) for shard in self.index.shards])
+        if len(labels) != self.index.count:
+            raise UserError(
+                f"{shown(self.root)} has {len(labels)} labels of {self.index.count} latents, expected one each: encode "
+                "again into another folder"
+            )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.index.classes:
             raise UserError(
                 f"{shown(self.root)} has labels {int(labels.min())} to {int(labels.max())}, expected 0 to "

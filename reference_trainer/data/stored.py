@@ -21,7 +21,7 @@ from reference_trainer.data.origin import Probe, other_weights
 from reference_trainer.data.shards import FLIPPED, LATENTS, shown
 from reference_trainer.data.store import Store, StoredLatents, in_pieces
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_written, load_tensors, save_tensors
 
 AUTOENCODERS: dict[str, Any] = {
     part.__name__: part for part in (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace)
@@ -39,10 +39,10 @@ def autoencoder_from_dict(found: dict[str, Any]) -> Autoencoder:
     Raises:
         UserError: it is none of this version.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     try:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
         made: Autoencoder = AUTOENCODERS[str(given.pop("part"))](**given)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the store names an autoencoder that this version does not have: {error}") from error
     return made
 
@@ -64,14 +64,17 @@ def load_codec(root: Path, autoencoder: Autoencoder, device: torch.device) -> tu
     """
     tensors, about = load_tensors(root / CODEC)
     weights = {name.removeprefix("codec/"): tensor for name, tensor in tensors.items() if name.startswith("codec/")}
-    codec = autoencoder.build(about["image_channels"], weights).to(device)
-    probe = Probe(**{name: tensors[f"probe/{name}"] for name in ("pixels", "latents", "decoded")})
-    if changes := [*other_weights(about.get("notes", {}), codec), *probe.changes(codec, device)]:
+    with as_written(root / CODEC):
+        recipe, notes = str(about["recipe"]), dict(about.get("notes", {}))
+        probe = Probe(**{name: tensors[f"probe/{name}"] for name in ("pixels", "latents", "decoded")})
+        codec = autoencoder.build(about["image_channels"], weights).to(device)
+        changes = [*other_weights(notes, codec), *probe.changes(codec, device)]
+    if changes:
         raise UserError(
             f"{shown(root)} was encoded by another autoencoder ({'; '.join(changes)}): bring that back, or encode "
             "again into another folder"
         )
-    return codec, about["recipe"]
+    return codec, recipe
 
 
 @dataclass(frozen=True, kw_only=True)

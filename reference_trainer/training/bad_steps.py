@@ -118,19 +118,20 @@ class BadSteps:
             row["sample"] = int(indices[place])
             row["sigma"] = float(self._sigmas(batch.pairs.t_hi)[place])
             where = f" ({'first ' if bad.samples > 1 else ''}{self._called(row['sample'])} at sigma {row['sigma']:.3g})"
-        cause = f"step {number}: {self._cause(bad, batch)}{where}"
+        cause = f"step {number}: {self._cause(bad, batch, part)}{where}"
         self.run.append_row(BAD_STEPS, row)
         done = "zeroed where it is not finite" if self.config.optimizer.on_nonfinite == "zero" else "skipped"
-        tqdm.write(f"{done}: {cause}; {self._keep(number, batch, indices)}")
+        tqdm.write(f"{done}: {cause}; {self._keep(number, part, batch, indices)}")
         return cause
 
     def _sigmas(self, t: Tensor) -> Tensor:
         return sigma_of_flow_time(t) if isinstance(self.config.objective.noise, FlowRange) else t
 
-    def _cause(self, bad: Bad, batch: Batch) -> str:
-        size = len(batch.x)
+    def _cause(self, bad: Bad, batch: Batch, part: int) -> str:
+        parts = self.config.micro_batches
         if latents := int((~batch.x.isfinite().flatten(1).all(1)).sum()):
-            return f"{latents} of {size} latents are NaN or infinite"
+            of = f" of part {part + 1} of {parts}" if parts > 1 else ""
+            return f"{latents} of {len(batch.x)} latents{of} are NaN or infinite"
         if bad.samples:
             return f"the loss of {bad.samples} of {self.config.batch_size} samples is NaN or infinite"
         return "the gradient is NaN or infinite, though no loss is"
@@ -140,12 +141,14 @@ class BadSteps:
         known = len(self.images.train) == len(self.batches.latents)
         return self.images.train_name(sample) if known else f"latent {sample}"
 
-    def _keep(self, number: int, batch: Batch, indices: Tensor) -> str:
+    def _keep(self, number: int, part: int, batch: Batch, indices: Tensor) -> str:
         """Write the batch down for inspection; a run does not end for want of room for that."""
         file = self.run.bad_folder / f"step_{number:08d}.safetensors"
         levels = {name: getattr(batch.pairs, name) for name in ("t_hi", "t_lo", "depth")}
         try:
-            save_tensors(file, {"x": batch.x, "z": batch.z, "indices": indices, **levels}, {"step": number})
+            save_tensors(
+                file, {"x": batch.x, "z": batch.z, "indices": indices, **levels}, {"step": number, "part": part}
+            )
             for old in sorted(file.parent.glob("step_*.safetensors"))[:-KEPT]:
                 old.unlink()
         except (UserError, OSError) as error:

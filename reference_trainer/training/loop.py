@@ -19,7 +19,7 @@ from tqdm import tqdm
 from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.errors import Terminated
+from reference_trainer.errors import Terminated, UserError
 from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
@@ -76,6 +76,8 @@ def train(
     state = TrainState.create(config, (ch, h, w), device, number_of(classes))
     if found := run.latest_checkpoint():
         state.restore(*found)
+        if state.step > config.steps:
+            raise UserError(f"{run.root} has a checkpoint of step {state.step} of {config.steps}: it is of another run")
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes)
     with ranks.first_leads():
         if ranks.leads:
