@@ -39,8 +39,8 @@ class Computing:
     compile: bool = False
     """Compile the network with torch.compile: for a minute and more at each start. Needs a C++ compiler or Triton."""
     channels_last: bool = False
-    """Lay what goes into the convolutions of a U-Net out with the channels last. Slower on an H200: 5.22 steps/s
-    against 6.01."""
+    """Lay what goes into the convolutions of a U-Net out with the channels last. On an H200, where weights lay so as
+    well, slower: 5.22 steps/s against 6.01."""
     checkpointing: bool = False
     """Keep what goes into each block alone, and compute its inside again on the way back: less memory, for one more
     pass forwards. Changes no number beyond rounding; dropout draws the same masks again."""
@@ -61,7 +61,7 @@ class Computing:
         able = capability is not None and capability >= WITH_BFLOAT16
         if self.precision == "auto":
             if able:
-                return Passes(self, "bfloat16", kind, name, f"the fastest: {ON_A_GPU}")
+                return Passes(self, "bfloat16", kind, name, f"the fastest where measured, {ON_A_GPU}")
             why = "bfloat16 and TF32 are of GPUs of compute capability 8 or more"
             return Passes(self, "float32", kind, name, why)
         if self.precision == "tf32" and not able:
@@ -91,9 +91,10 @@ class Passes:
     def __str__(self) -> str:
         """As a run says it at its start."""
         asked = [name for name in ("compile", "channels_last", "checkpointing") if getattr(self.computing, name)]
+        beside = f", with {', '.join(asked)}" if asked else ""
         return (
-            f"the network is computed in {self.precision} on {self.device}: {self.why}"
-            f"{asked and '; with ' + ', '.join(asked) or ''} (computing.precision=... changes it)"
+            f"the network is computed in {self.precision}{beside} on {self.device}: {self.why} "
+            "(computing.precision=... changes it)"
         )
 
     def as_row(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Passes:
         """``network`` as it is called in training; its weights and their names stay what they are. Ask once.
 
         Raises:
-            UserError: it has no blocks to be checkpointed.
+            UserError: it has no blocks to be checkpointed; or, at its first call, it cannot be compiled here.
         """
         if self.computing.checkpointing:
             _checkpoint(network)
@@ -117,17 +118,15 @@ class Passes:
             for module in network.modules():
                 if isinstance(module, nn.Conv2d):  # not the weights: the optimizer's state would have to follow them
                     module.register_forward_pre_hook(_with_channels_last)
-        if self.computing.compile:
-            # In place, so that no name changes. Dropout as without it: student and teacher share its masks.
-            network.compile(dynamic=False, options={"fallback_random": True})
-        if self.precision == "float32" and self.kind == "cpu" and not self.computing.compile:
-            return network
+        call = _compiled(network) if self.computing.compile else network
+        if self.precision == "float32" and self.kind != "cuda":
+            return call
 
         def computed(x: Tensor, *c_noise: Tensor, **conditions: Any) -> Tensor:
             forwards = unpack_dual(x).tangent is not None
             half = self.precision == "bfloat16" and not forwards
             with self._tf32(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                output: Tensor = network(x, *c_noise, **conditions)
+                output: Tensor = call(x, *c_noise, **conditions)
             return output
 
         return computed
@@ -150,6 +149,25 @@ class Passes:
             yield
         finally:
             matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _compiled(network: nn.Module) -> Network:
+    """``network`` compiled in place, so that no name in its state changes; draws dropout's masks as without."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    network.compile(dynamic=False, options={"fallback_random": True})
+
+    def call(x: Tensor, *c_noise: Tensor, **conditions: Any) -> Tensor:
+        try:
+            output: Tensor = network(x, *c_noise, **conditions)
+        except TorchDynamoException as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"computing.compile=True: this network cannot be compiled here ({why}): leave it out"
+            ) from error
+        return output
+
+    return call
 
 
 def _checkpoint(network: nn.Module) -> None:
