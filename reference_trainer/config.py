@@ -19,6 +19,7 @@ from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm.averages import Average, PowerFunction
+from robustcm.consistency import Network
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
@@ -302,7 +303,7 @@ class TrainConfig:
             raise UserError(str(error)) from error
         return raw_latents
 
-    def preconditioned(self, network: nn.Module) -> Callable[..., Tensor]:
+    def preconditioned(self, network: Network) -> Callable[..., Tensor]:
         """The function the objective trains, around ``network``: consistency function, flow map or trajectories."""
         return self.objective.function_of(network)
 

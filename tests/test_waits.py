@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -95,10 +96,16 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "ask",
     [
-        *(Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.unique),
-        *(lambda t: float(t), lambda t: bool(t), lambda t: int(t), lambda t: 1 if t > 0 else 0),
-        *(lambda t: t[t > 0], lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t), lambda t: [*t, *t.cpu()]),
-        *(lambda t: t.index_put_((t > 0,), t), lambda t: torch.tensor([t, t]), lambda t: range(t.int())),
+        *(lambda t: t.item(), lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t.numpy(), lambda t: np.asarray(t)),
+        *(
+            lambda t: float(t),
+            lambda t: bool(t),
+            lambda t: int(t),
+            lambda t: 1 if t > 0 else 0,
+            lambda t: range(t.int()),
+        ),
+        *(lambda t: t.nonzero(), lambda t: t.unique(), lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t)),
+        *(lambda t: t[t > 0], lambda t: t.index_put_((t > 0,), t)),
     ],
 )
 def test_a_call_that_waits_is_seen(ask):
