@@ -10,6 +10,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from reference_trainer.computing import Computing
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
@@ -18,6 +19,7 @@ from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm.averages import Average, PowerFunction
+from robustcm.consistency import Network
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
@@ -206,6 +208,8 @@ class TrainConfig:
     """Of torch on the CPU. Part of the run, since another number changes the last bits. For networks as small as the
     digits' a second thread pays while nothing else runs (``benchmarks/step_time.py --threads 2`` times it); but torch's
     threads wait for each other by spinning, and beside other busy processes a step then takes many times as long."""
+    computing: Computing = Computing()
+    """Precision, compilation, memory: how the network is computed while training."""
     second_sigma: float | None = None
     """Noise level of the second evaluation when sampling with two; the nearest level of training is taken. None: up to
     which the training latents show with weight 0.9 which sample they were (measured; 0.22 for the digits). iCT:
@@ -249,6 +253,10 @@ class TrainConfig:
                 "objective.coupler=Semidiscrete pairs noise with images of any class: with classes=ByClass take exact "
                 "or Entropic, or classes.coupled_within=False",
             )
+        _require(
+            isinstance(self.network, UNet) or not self.computing.channels_last,
+            "computing.channels_last is of convolutions: leave it out, or take network=UNet",
+        )
         _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
         _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:
@@ -295,7 +303,7 @@ class TrainConfig:
             raise UserError(str(error)) from error
         return raw_latents
 
-    def preconditioned(self, network: nn.Module) -> Callable[..., Tensor]:
+    def preconditioned(self, network: Network) -> Callable[..., Tensor]:
         """The function the objective trains, around ``network``: consistency function, flow map or trajectories."""
         return self.objective.function_of(network)
 

@@ -35,6 +35,7 @@ OFTEN = (
     Often("evaluate_every", "0", "steps between two looks at the samples; 0: only at the end"),
     Often("averages", "()", "more averages of the weights: Exponential(0.999), PowerFunction(sigma_rel=0.1)"),
     Often("threads", "1", "of the CPU"),
+    Often("computing.precision", "auto", "bfloat16 on a GPU that has it, else float32; tf32, bfloat16, float32"),
 )
 """With the defaults of the first preset."""
 

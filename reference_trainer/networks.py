@@ -230,7 +230,8 @@ def _once_per_level(network: Any) -> nn.Module:
             batch_size: int | None = None,
             hidden_dtype: torch.dtype | None = None,
         ) -> Any:
-            if timestep.device.type != "cpu":  # how many levels there are is not known without waiting for the device
+            # How many levels there are is not known without waiting for the device, and no compiled shape.
+            if timestep.device.type != "cpu" or torch.compiler.is_compiling():
                 return super().forward(timestep, added_cond_kwargs, batch_size, hidden_dtype)
             levels, which = timestep.unique(return_inverse=True)
             rows = super().forward(levels, added_cond_kwargs, len(levels), hidden_dtype)

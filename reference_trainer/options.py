@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reference_trainer.computing import Computing
 from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.classes import ByClass
@@ -62,6 +63,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (TrainConfig, "classes"): (None, ByClass),
     (TrainConfig, "averages"): (averages.Exponential, averages.PowerFunction),
+    (TrainConfig, "computing"): (Computing,),
     (TrainConfig, "optimizer"): (Adam, RAdam),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.FewStepObjective, "distance"): (

@@ -20,6 +20,7 @@ from reference_trainer.options import differences, filled, from_json, strange_fi
 from robustcm import __version__
 
 METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad_steps.jsonl"
+COMPUTING = "computing.jsonl"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class RunFolder:
     metrics.jsonl              one row a log
     evaluations.jsonl          one row an evaluation: what ``evaluate_every`` asked for, and the end
     bad_steps.jsonl            one row a step that was not finite: which sample, at which noise level
+    computing.jsonl            from which step on on which device and in which precision, a row for each change
     bad/step_*.safetensors     the batches of the newest of them
     tensorboard/events.*, evaluation.json, *.png
     report.html                what a run came to, pictures and all, in one file

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from reference_trainer.computing import Computing
 from reference_trainer.config import TrainConfig
 from reference_trainer.networks import DiT
 from reference_trainer.presets import PRESETS, digits
@@ -39,34 +40,45 @@ def batch_of(config: TrainConfig, device: torch.device) -> Batch:
     return config.objective.prepare(x, draw(0, 0, x.shape), 10, 100).to(device)
 
 
-def step(state: TrainState, config: TrainConfig, batch: Batch) -> torch.Tensor:
-    """As the loop has it, without the log."""
-    terms = config.objective(config.preconditioned(state.network), batch, state.c)
-    terms.loss.backward()
-    state.optimizer_step(config.optimizer, 1e-4)
-    state.update_ema(config.ema_decay)
-    state.c = terms.state
-    state.meter = LevelMeter().add(state.meter, terms, batch.pairs)
-    state.tails = TailMeter().add(state.tails, terms, batch.pairs)
-    state.step += 1
-    return terms.loss.detach()
+def stepper(state: TrainState, config: TrainConfig, batch: Batch) -> Callable[[], torch.Tensor]:
+    """A step as the loop has it, without the log; gives its loss."""
+    passes = config.computing.on(batch.x.device)
+    f = config.preconditioned(passes.of(state.network))
+    meter, tails = LevelMeter(), TailMeter()
+
+    def step() -> torch.Tensor:
+        terms = config.objective(f, batch, state.c)
+        passes.backward(terms.loss)
+        state.optimizer_step(config.optimizer, 1e-4)
+        state.update_ema(config.ema_decay)
+        state.c = terms.state
+        state.meter = meter.add(state.meter, terms, batch.pairs)
+        state.tails = tails.add(state.tails, terms, batch.pairs)
+        state.step += 1
+        return terms.loss.detach()
+
+    return step
 
 
+@pytest.mark.parametrize(
+    "computing",
+    [Computing(precision="float32"), Computing(precision="tf32"), Computing(), Computing(checkpointing=True)],
+)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
-def test_a_step_waits_for_the_device_nowhere(preset, request):
-    config = small(preset())
-    state, batch = TrainState.create(config, SHAPE, CUDA), batch_of(config, CUDA)
-    step(state, config, batch)  # what is set up once may wait
+def test_a_step_waits_for_the_device_nowhere(preset, computing, request):
+    config = replace(small(preset()), computing=computing)
+    step = stepper(TrainState.create(config, SHAPE, CUDA), config, batch_of(config, CUDA))
+    step()  # what is set up once may wait
     request.getfixturevalue("waiting_is_an_error")
     for _ in range(3):
-        step(state, config, batch)
+        step()
 
 
 def test_the_first_steps_on_the_device_are_those_on_the_cpu():
     """Later ones part ways: rounding grows through training."""
-    config = small(digits())
+    config = replace(small(digits()), computing=Computing(precision="float32"))
     losses = []
     for device in (torch.device("cpu"), CUDA):
-        state, batch = TrainState.create(config, SHAPE, device), batch_of(config, device)
-        losses.append(torch.stack([step(state, config, batch) for _ in range(2)]).cpu())
+        step = stepper(TrainState.create(config, SHAPE, device), config, batch_of(config, device))
+        losses.append(torch.stack([step() for _ in range(2)]).cpu())
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)

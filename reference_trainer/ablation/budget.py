@@ -71,10 +71,11 @@ def _steps(
     classes = 0 if config.classes is None or labels is None else int(labels.max()) + 1
     batches = Batches(config, latents, labels, classes)
     state = TrainState.create(config, batches.latents.shape, device, classes)
-    f = config.preconditioned(state.network.train())
+    passes = config.computing.on(device)
+    f = config.preconditioned(passes.of(state.network.train()))
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)
-        terms.loss.backward()
+        passes.backward(terms.loss)
         state.optimizer_step(config.optimizer, 1e-4)
         state.update_ema(config.ema_decay)
         state.c = terms.state

@@ -27,7 +27,7 @@ from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import logger_of
 from reference_trainer.training.meters import LevelMeter, TailMeter
-from reference_trainer.training.start import classes_of_run, latents_of_run
+from reference_trainer.training.start import classes_of_run, latents_of_run, say_how_it_computes
 from reference_trainer.training.state import TrainState
 from robustcm.losses import Scale
 
@@ -74,6 +74,7 @@ def train(
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
     state = TrainState.create(config, (ch, h, w), device, number_of(classes))
+    passes = config.computing.on(device)
     if found := run.latest_checkpoint():
         state.restore(*found)
         if state.step > config.steps:
@@ -85,6 +86,7 @@ def train(
                 judge.prepare(averaged)
             run.keep_rows_until(state.step)
             run.keep_snapshots_until(state.step)
+            say_how_it_computes(passes, run, state.step, config.steps)
             if judge and found and config.evaluates_at(state.step) and state.step not in evaluated(run):
                 judge(averaged)  # a stop came first
         else:
@@ -92,7 +94,7 @@ def train(
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     bad_steps = BadSteps(config, run, batches, images, device, ranks)
-    f = config.preconditioned(state.network.train())
+    f = config.preconditioned(passes.of(state.network.train()))
 
     with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
         while state.step < config.steps:
@@ -103,7 +105,7 @@ def train(
                 batch = batches(state.step, part).to(device)
                 seed_dropout(batches.dropout_seed(state.step, part), device)
                 terms = objective(f, batch, state.c, seen=first)
-                (terms.loss / config.micro_batches).backward()
+                passes.backward(terms.loss / config.micro_batches)
                 seen.append(terms.seen)
                 scales.append(terms.c)
                 wrong[part] = not_finite(terms)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference_trainer.computing import Passes
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.classes import Classes
 from reference_trainer.data.codecs import Codec
@@ -32,7 +33,7 @@ from reference_trainer.data.origin import KeptSpace, Origin, Probe, reopen
 from reference_trainer.data.store import StoredLatents, in_pieces
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
-from reference_trainer.run import RunFolder
+from reference_trainer.run import COMPUTING, RunFolder
 from robustcm.fences import ConditionalClip, TukeyClip
 
 FITTED_ON = 20_000
@@ -109,6 +110,23 @@ def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_da
             )
     now.save(file)
     return now
+
+
+def say_how_it_computes(passes: Passes, run: RunFolder, step: int, steps: int) -> None:
+    """Print how ``run`` computes from ``step`` on and why, and keep it; say so where it is another way than before."""
+    if step >= steps:
+        return
+    run.keep_rows_until(step - 1, (COMPUTING,))  # of a start from which nothing was saved nothing is left
+    rows, now = run.rows(COMPUTING), passes.as_row()
+    tqdm.write(str(passes))
+    changed = [f"{name} {rows[-1].get(name)}" for name in now if rows[-1].get(name) != now[name]] if rows else []
+    if not rows or changed:
+        run.append_row(COMPUTING, {"step": step, **now})
+    if changed:
+        tqdm.write(
+            f"up to step {step} it was {', '.join(changed)}: from here on the run is what it would have been to "
+            "rounding, no longer bit for bit"
+        )
 
 
 def _normalised(raw: Latents, space: LatentSpace) -> Latents:
