@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
+from reference_trainer.evaluation.between_ranks import samples_between
 from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, Imported, PooledLatents, tried
@@ -39,6 +40,7 @@ from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, Trainin
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import EVALUATIONS, RunFolder
 
 
@@ -59,6 +61,7 @@ def evaluate(
     bounds: bool = True,
     n: int = MAX_IMAGES,
     cache: Path | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Compare samples at 1 and 2 evaluations, and what bounds them, with the training images.
 
@@ -78,12 +81,20 @@ def evaluate(
             the samples and, about as much, to the reference.
         n: samples, and training images, as far as there are so many.
         cache: folder where the reference's features are kept, if they are not ours.
+        ranks: processes that draw the samples between them, which changes no digit; all call this. The leading one
+            does the rest, the others return nothing.
     """
     train, held_out = TrainingSet.of(images, seed, n, model.device), images.held_out[:MAX_IMAGES]
+    ahead = samples_between(model, features, train.count, seed, ranks) if ranks.world > 1 else None
+    if not ranks.leads:
+        return {}
     reference = Reference.of(model, train, features, _kept(cache, train, features))
     held_out_real = attempt(lambda: gathered(features, held_out.split(BATCH)))
-    makers = samplers(model, len(train.first), seed) | (without_training(model, reference, seed) if bounds else {})
+    makers = without_training(model, reference, seed) if bounds else {}
+    if ahead is None:
+        makers = samplers(model, len(train.first), seed) | makers
     drawn = Drawn.of(model, features, makers, further_samples(model, train.count, seed))
+    drawn = drawn if ahead is None else ahead | drawn
     stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
     vectors = drawn.vectors | ({FITTED: reference.fitted} if bounds and not stored else {})
     rows = image_rows(vectors, reference, held_out_real)
@@ -140,6 +151,8 @@ class Evaluator:
         """``features``: as ``choose_features`` takes them; ``cache``: as ``evaluate``."""
         self.run, self.images, self.given, self.seed, self.cache = run, images, features, seed, cache
         self._reference: Reference | None = None
+        self._count: int | None = None
+        self._ahead: Drawn | None = None
         self._manifest: dict[str, Any] = {}
 
     def prepare(self, model: TrainedModel) -> None:
@@ -150,6 +163,16 @@ class Evaluator:
         """
         tried(choose_features(self.given, model), self.images.pixels)
 
+    def share(self, model: TrainedModel, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
+        """All ranks draw the samples between them, for the leading one to be called next; False: ``stopped`` first."""
+        if ranks.world == 1:
+            return True
+        if self._count is None:
+            self._count = TrainingSet.of(self.images, self.seed, device=model.device).count
+        features = choose_features(self.given, model)
+        self._ahead = samples_between(model, features, self._count, self.seed, ranks, stopped)
+        return self._ahead is not None
+
     def __call__(self, model: TrainedModel) -> None:
         if self._reference is None:
             train = TrainingSet.of(self.images, self.seed, device=model.device)
@@ -157,7 +180,9 @@ class Evaluator:
             self._reference = Reference.of(model, train, features, _kept(self.cache, train, features))
             self._manifest = manifest_of(model, train, features)
         reference = self._reference
-        drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
+        drawn, self._ahead = self._ahead, None
+        if drawn is None:
+            drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
         rows, of_latents = image_rows(drawn.vectors, reference), latent_rows(drawn.latents, reference, bounds=False)
         about = {"step": model.step, "seed": self.seed, "features": reference.features.name}
         about |= {"manifest": self._manifest}
