@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from reference_trainer.errors import UserError
 from reference_trainer.ranks import Ranks
+from robustcm.flow_maps import FlowMapObjective
+from robustcm.flow_targets import Derivative
+from robustcm.objective import FewStepObjective
 
 ROWS = (Shard(0),)
 """Each tensor is cut along its first axis; of one with fewer rows than processes some hold none."""
@@ -30,19 +33,8 @@ class Sharding:
     mesh: DeviceMesh
 
     @staticmethod
-    def over(ranks: Ranks, device: torch.device, micro_batches: int) -> Sharding:
-        """All ranks, with ``device`` for their own.
-
-        Raises:
-            UserError: one process, or micro-batches that are not the same number for each.
-        """
-        if ranks.world == 1:
-            raise UserError("--sharded needs several processes: start it with torchrun, or leave it out")
-        if micro_batches % ranks.world:
-            raise UserError(
-                f"--sharded needs as many micro-batches for each of {ranks.world} processes: set micro_batches to a "
-                f"multiple of {ranks.world}, got {micro_batches}"
-            )
+    def over(ranks: Ranks, device: torch.device) -> Sharding:
+        """All ranks, with ``device`` for their own. All call it."""
         return Sharding(ranks, init_device_mesh(device.type, (ranks.world,)))
 
     def cut(self, network: nn.Module) -> None:
@@ -108,6 +100,27 @@ class Sharding:
             found = network.state_dict()[name]
             tensor.copy_(found.full_tensor() if isinstance(found, DTensor) else found)
         return like
+
+
+def require_shardable(objective: FewStepObjective, micro_batches: int, ranks: Ranks) -> None:
+    """Refuse what cannot be trained in shards.
+
+    Raises:
+        UserError: one process; micro-batches that are not the same number for each; an objective that differentiates
+            the network forwards.
+    """
+    if ranks.world == 1:
+        raise UserError("--sharded needs several processes: start it with torchrun, or leave it out")
+    if micro_batches % ranks.world:  # each forward and backward is one of all ranks
+        raise UserError(
+            f"--sharded needs as many micro-batches for each of {ranks.world} processes: set micro_batches to a "
+            f"multiple of {ranks.world}, got {micro_batches}"
+        )
+    if isinstance(objective, FlowMapObjective) and isinstance(objective.target, Derivative):
+        raise UserError(
+            "objective.target=Derivative() differentiates the network forwards, which FSDP2 has no means for: leave "
+            "--sharded out, or take objective.target=TwoPoint()"
+        )
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,13 @@ from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
+from reference_trainer.sharding import require_shardable
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
 from robustcm.averages import PowerFunction
 from robustcm.couplers import exact
+from robustcm.flow_maps import FlowMapObjective
+from robustcm.flow_targets import Derivative
 from robustcm.gates import Above
 from robustcm.objective import Objective, draw
 from robustcm.scales import MeasuredC
@@ -191,6 +195,15 @@ def test_a_run_changes_between_whole_and_sharded(config: TrainConfig, two: Path,
 def test_a_network_is_not_sharded_over_one_process(config: TrainConfig, tmp_path: Path):
     with pytest.raises(UserError, match="start it with torchrun"):
         run(config, tmp_path / "run", Ranks(), sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "micro_batches", "what"),
+    [({}, 3, "set micro_batches to a multiple of 2"), ({"target": Derivative()}, 4, "take objective.target=TwoPoint")],
+)
+def test_what_cannot_be_sharded_is_refused(changed: dict[str, Any], micro_batches: int, what: str):
+    with pytest.raises(UserError, match=what):
+        require_shardable(FlowMapObjective(**changed), micro_batches, Ranks(0, 2))
 
 
 def test_two_processes_evaluate_to_the_digits_of_one(two: Path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.errors import Terminated, UserError
+from reference_trainer.errors import Terminated
 from reference_trainer.model import TrainedModel, build_network, number_of
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
@@ -29,12 +29,7 @@ from reference_trainer.training.logger import logger_of
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.start import classes_of_run, latents_of_run
 from reference_trainer.training.state import TrainState
-from robustcm.flow_maps import FlowMapObjective
-from robustcm.flow_targets import Derivative
 from robustcm.losses import Scale
-
-if TYPE_CHECKING:
-    from reference_trainer.sharding import Sharding
 
 
 class Judge(Protocol):
@@ -75,15 +70,20 @@ def train(
         Terminated: stopped by SIGTERM, after saving.
         UserError: see its message; checkpoints written before stay good.
     """
+    if sharded:
+        from reference_trainer.sharding import Sharding, require_shardable  # slow to import, and seldom needed
     with ranks.first_leads():
         check_labels(config, images.train_labels)
         check_snapshots(config)
         check_batch_size(config, images.num_train)  # all before the autoencoder is fitted
-        parts, sharding = ranks.parts(config.micro_batches), sharding_of(config, ranks, device) if sharded else None
+        parts = ranks.parts(config.micro_batches)
+        if sharded:
+            require_shardable(config.objective, config.micro_batches, ranks)
         classes = classes_of_run(config, run, images, new_data)
         latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
+    sharding = Sharding.over(ranks, device) if sharded else None
     state = TrainState.create(config, (ch, h, w), device, number_of(classes), sharding)
     if found := run.latest_checkpoint():
         state.restore(*found)
@@ -169,22 +169,6 @@ def train(
     if stop_requested.terminated:
         raise Terminated(f"stopped after step {state.step} and saved in {run.root}")
     return state.step == config.steps
-
-
-def sharding_of(config: TrainConfig, ranks: Ranks, device: torch.device) -> Sharding:
-    """How the ranks hold the network between them.
-
-    Raises:
-        UserError: an objective that differentiates the network forwards; or see ``Sharding.over``.
-    """
-    if isinstance(config.objective, FlowMapObjective) and isinstance(config.objective.target, Derivative):
-        raise UserError(
-            "objective.target=Derivative() differentiates the network forwards, which FSDP2 has no means for: leave "
-            "--sharded out, or take objective.target=TwoPoint()"
-        )
-    from reference_trainer.sharding import Sharding  # slow to import, and seldom needed
-
-    return Sharding.over(ranks, device, config.micro_batches)
 
 
 def evaluated(run: RunFolder) -> list[int]:
