@@ -96,9 +96,10 @@ class Sharding:
     @torch.no_grad()
     def whole(self, network: nn.Module, like: nn.Module) -> nn.Module:
         """``like`` with the weights of ``network``, whole, on every rank. All call it."""
-        for name, tensor in like.state_dict().items():
-            found = network.state_dict()[name]
-            tensor.copy_(found.full_tensor() if isinstance(found, DTensor) else found)
+        tensors = network.state_dict()
+        for name, into in like.state_dict().items():
+            tensor = tensors[name]
+            into.copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
         return like
 
 

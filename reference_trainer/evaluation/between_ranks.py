@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Features, vectors_of
 from reference_trainer.evaluation.reference import decoded
 from reference_trainer.evaluation.rows import Missing, attempt, known
@@ -63,24 +62,23 @@ def samples_between(
 def _joined(blocks: Iterator[Block], name: str, n: int) -> tuple[Tensor | Missing, Statistics | Missing] | None:
     """Latents and features of a set; None: some of its blocks were not drawn, or not for this rank."""
     bar = tqdm(blocks, desc=f"samples, {name}", unit="block", total=-(-n // BATCH), leave=False, delay=2)
-    coming, latents = iter(bar), list[Tensor | Missing]()
+    latents, failed = list[Tensor | Missing](), list[Missing]()
 
     def vectors() -> Iterator[Tensor]:
-        for block in coming:
+        for block in bar:  # to the end, whatever fails: so do the other ranks
             latents.append(block.latents)
-            yield known(block.vectors)
+            if isinstance(block.vectors, Missing):
+                failed.append(block.vectors)
+            elif not failed:
+                yield block.vectors
 
-    def statistics() -> Statistics:
-        parts = vectors()
-        if (first := next(parts, None)) is None:
-            raise UserError("none was drawn")
-        return Statistics.gathered(chain([first], parts))
-
-    found = attempt(statistics)
-    latents += [block.latents for block in coming]  # of what fails, too: all ranks go on to the end
-    if len(latents) < -(-n // BATCH):
+    parts = vectors()
+    first = next(parts, None)
+    statistics = None if first is None else Statistics.gathered(chain([first], parts))
+    vectors_of_all = failed[0] if failed else statistics
+    if vectors_of_all is None or len(latents) < -(-n // BATCH):
         return None
-    return attempt(lambda: torch.cat([known(part) for part in latents])), found
+    return attempt(lambda: torch.cat([known(part) for part in latents])), vectors_of_all
 
 
 def _blocks(model: TrainedModel, features: Features, evaluations: int, n: int, seed: int) -> list[Callable[[], Block]]:
