@@ -35,6 +35,8 @@ class Sharding:
     @staticmethod
     def over(ranks: Ranks, device: torch.device) -> Sharding:
         """All ranks, with ``device`` for their own. All call it."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where the mesh is taken to be
         return Sharding(ranks, init_device_mesh(device.type, (ranks.world,)))
 
     def cut(self, network: nn.Module) -> None:
@@ -74,8 +76,8 @@ class Sharding:
 
     @torch.no_grad()
     def own(self, whole: Tensor) -> Tensor:
-        """This rank's shard of a tensor that all ranks have."""
-        return distribute_tensor(whole, self.mesh, ROWS, src_data_rank=None).to_local()
+        """This rank's shard of a tensor that all ranks have, in memory of its own."""
+        return distribute_tensor(whole, self.mesh, ROWS, src_data_rank=None).to_local().clone()
 
     @torch.no_grad()
     def put(self, into: Tensor, whole: Tensor) -> None:
