@@ -130,7 +130,7 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
     """What is whole at a time: each of the backbone's blocks, which are the modules of its lists."""
     for module in network.children():
         if isinstance(module, nn.ModuleList):
-            yield from module
+            yield from (block for block in module if block is not None)  # diffusers puts None where no attention is
         else:
             yield from blocks(module)
 
