@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,11 +50,16 @@ COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one talks
+    words = [word for word in given if word != "--debug"]
+    work: Callable[[], int]
+    work, leads = partial(run, words), os.environ.get("RANK", "0") == "0"
+    if not leads:  # of several processes one talks
+        from reference_trainer.ranks import following
+
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (to the end of the process)
-    words = [word for word in given if word != "--debug"]
-    return exit_status(lambda: run(words), debug=words != given)
+        work = partial(following, work)
+    return exit_status(work, debug=words != given, leads=leads)
 
 
 def run(words: list[str]) -> int:
@@ -124,6 +130,12 @@ def parser() -> Parser:
         action="store_true",
         help="go on though the images or the pretrained autoencoder have changed: weights, fitted autoencoder and "
         "normalisation stay those of the run, the images are encoded anew",
+    )
+    training.add_argument(
+        "--sharded",
+        action="store_true",
+        help="of several processes (torchrun) each holds its share of weights, averages and moments, for networks that "
+        "do not fit on one GPU; a run may change between with and without",
     )
     training.set_defaults(run_command=run_train)
 
@@ -298,16 +310,19 @@ def run_train(options: argparse.Namespace) -> int:
                 run.claim(config)
         beside = None if ranks.world > 1 else not options.brief
         judge = Evaluator(run, images, features, cache=cache_folder(), bounds_beside=beside)
-        if not train(config, run, images, cache_folder(), device, judge, options.new_data, ranks):
+        done = train(config, run, images, cache_folder(), device, judge, options.new_data, ranks, options.sharded)
+        if not done:
             print(f"stopped and saved in {run.root}; run the same command again to continue")
             return 130
-        if not ranks.leads:
-            return 0
+        ranks.wait()  # until the last checkpoint is there
         model = load_model(run, device)
         chosen = choose_features(features, model)
+        ahead = judge.beforehand()
         evaluation = evaluate(
-            model, images, chosen, bounds=not options.brief, cache=cache_folder(), ahead=judge.beforehand()
+            model, images, chosen, bounds=not options.brief, cache=cache_folder(), ahead=ahead, ranks=ranks
         )
+        if not ranks.leads:
+            return 0
         print(as_table(evaluation), flush=True)  # before anything is written: a full disk shall not cost the figures
         record(run, evaluation)
         if options.brief:
@@ -345,6 +360,8 @@ def run_sample(options: argparse.Namespace) -> int:
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one picture, drawn by one process
     if options.n < 1:
         raise UserError(f"--n must be at least 1, got {options.n}")
     average = None if options.average is None else read_average(options.average)
@@ -401,26 +418,33 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from reference_trainer.evaluation.table import as_table
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
+    from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
 
     if options.samples < 2:
         raise UserError(f"--samples must be at least 2, got {options.samples}")
-    run, device = RunFolder(options.run), device_of(options.device)
+    run, device = RunFolder(options.run), own_device(device_of(options.device))
     average = None if options.average is None else read_average(options.average)
     config = run.config()
+    ranks = Ranks.join(device)
     check_average(config, average)  # before the images are loaded
     torch.set_num_threads(config.threads)
-    images = config.load_images(device)
-    features = named_features(options.features, images, device)
-    model = load_model(run, device, images, options.new_data, average)
-    if options.guidance is not None:
-        model = model.guided(options.guidance)
-    chosen = choose_features(features, model)
+    with ranks.first_leads():
+        images = config.load_images(device)
+        features = named_features(options.features, images, device)
+        model = load_model(run, device, images, options.new_data, average)
+        if options.guidance is not None:
+            model = model.guided(options.guidance)
+        chosen = choose_features(features, model)
     if options.averages:
+        if not ranks.leads:
+            return 0
         for line in evaluate_averages(run, model, images, chosen, options.seed):
             print(line, flush=True)
         return 0
-    evaluation = evaluate(model, images, chosen, options.seed, n=options.samples, cache=cache_folder())
+    evaluation = evaluate(model, images, chosen, options.seed, n=options.samples, cache=cache_folder(), ranks=ranks)
+    if not ranks.leads:
+        return 0
     print(as_table(evaluation), flush=True)
     if average is not None:  # the report is of the average that samples
         print(f"wrote {write_evaluation(run, evaluation, f'evaluation-{in_file_name(average)}.json')}")

@@ -173,8 +173,9 @@ def _compiled(network: nn.Module) -> Network:
 def _checkpoint(network: nn.Module) -> None:
     """See diffusers' ModelMixin."""
     for module in network.modules():
-        if hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+        enable: Any = getattr(module, "enable_gradient_checkpointing", None)
+        if enable is not None:
+            enable()
             return
     raise UserError("computing.checkpointing is of diffusers' networks: this one has no blocks that it knows")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reference_trainer.computing import Computing
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
@@ -124,7 +124,7 @@ class Adam:
         """Whether a bad step changes nothing."""
         return self.on_nonfinite != "zero"
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The learning rate is set anew at every step."""
         return torch.optim.AdamW(
             parameters, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
@@ -138,7 +138,7 @@ class RAdam(Adam):
     eps: float = 1e-8
     max_norm: float = 100.0
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The learning rate is set anew at every step."""
         parameters = list(parameters)
         return torch.optim.RAdam(

@@ -59,11 +59,12 @@ def some_of(names: Sequence[str], at_most: int = 3, between: str = ", ") -> str:
     return f"{between.join(map(printable, names[:at_most]))}{more}"
 
 
-def exit_status(work: Callable[[], int], debug: bool = False) -> int:
+def exit_status(work: Callable[[], int], debug: bool = False, leads: bool = True) -> int:
     """What ``work`` gives; else a line and 2 for what the user can mend, 1 for a fault, 130 for Ctrl-C, 75 at SIGTERM.
 
     Args:
         debug: print the traceback, too, with the exceptions behind it.
+        leads: False for one of several processes of a command that need not all say that they were stopped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path in a message must not end the run that it tells of
@@ -75,10 +76,12 @@ def exit_status(work: Callable[[], int], debug: bool = False) -> int:
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        if leads:
+            print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
     except Terminated as stopped:
-        print(f"{str(stopped) or 'terminated'}; run the same command again to continue", file=sys.stderr)
+        if leads:
+            print(f"{str(stopped) or 'terminated'}; run the same command again to continue", file=sys.stderr)
         return AGAIN
     except BrokenPipeError:  # who read the output has seen enough, as in `... --fields | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

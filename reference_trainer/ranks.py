@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from torch import Tensor
 from reference_trainer.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first fits an autoencoder, evaluates, or saves
+HEAD_START = 3.0
+"""Seconds in which the leading process says what all of them find wrong, and torchrun ends the others."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,28 @@ class Ranks:
         """Until all are here."""
         self.any(False)
 
+    def in_turns(self, works: Sequence[Callable[[], T]], stopped: Callable[[], bool] = lambda: False) -> Iterator[T]:
+        """What each of ``works`` returns, in their order, for the leading rank; nothing for the others, who help.
+
+        The ranks take one each, then the next. All go through this to its end, with the same works.
+
+        Args:
+            stopped: asked before each round; it ends early where one of the ranks says so.
+        Raises:
+            UserError: a process is gone; says which.
+        """
+        for first in range(0, len(works), self.world):
+            if self.any(stopped()):
+                return
+            own = works[first + self.rank]() if first + self.rank < len(works) else None
+            found: list[T | None] = [own]
+            if self.world > 1:
+                found *= self.world
+                with self._together():  # pickled, but by a process of this very command
+                    dist.gather_object(own, found if self.leads else None)
+            if self.leads:
+                yield from found[: len(works) - first]  # type: ignore[misc]  # none of these is missing
+
     @contextmanager
     def first_leads(self) -> Iterator[None]:
         """The leading rank goes through what is inside before the others do, who find what it left in files.
@@ -145,6 +171,19 @@ class LeaderError(UserError):
 
     def __init__(self) -> None:
         super().__init__("")
+
+
+def following(work: Callable[[], T]) -> T:
+    """``work`` of a process that does not lead: what it finds wrong before all have met, the leading one finds, too.
+
+    So that says it, once, and torchrun ends this process meanwhile. If it does not, this one alone was at fault.
+    """
+    try:
+        return work()
+    except Exception:
+        if not dist.is_initialized():
+            time.sleep(HEAD_START)
+        raise
 
 
 def own_device(device: torch.device) -> torch.device:

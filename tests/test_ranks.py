@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +22,21 @@ from PIL import Image
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
-from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.images import ImageFolder, ImageSet
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation.evaluate import Evaluator, evaluate
+from reference_trainer.files import load_tensors
+from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
+from reference_trainer.sharding import require_shardable
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
+from robustcm.averages import PowerFunction
 from robustcm.couplers import exact
+from robustcm.flow_maps import FlowMapObjective
+from robustcm.flow_targets import Derivative
 from robustcm.gates import Above
 from robustcm.objective import Objective, draw
 from robustcm.scales import MeasuredC
@@ -45,20 +56,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4, dropout=0.1),
         objective=Objective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5)),
         coupling_pool=2,
+        averages=(PowerFunction(sigma_rel=0.1),),
+        snapshot_every=3,
         batch_size=8,
         micro_batches=4,
         steps=6,
         log_every=3,
         save_every=2,
+        evaluate_every=3,
     )
 
 
-def run(config: TrainConfig, root: Path, ranks: Ranks) -> None:
-    folder = RunFolder(root)
+def run(config: TrainConfig, root: Path, ranks: Ranks, sharded: bool = False) -> None:
+    folder, images = RunFolder(root), config.data.load()
     if ranks.leads:
         folder.root.mkdir(exist_ok=True)
         folder.claim(config)
-    train(config, folder, config.data.load(), root / "cache", CPU, ranks=ranks)
+    train(config, folder, images, root / "cache", CPU, Evaluator(folder, images), ranks=ranks, sharded=sharded)
 
 
 def kill_behind_step_4(root: Path, copy: Path) -> None:
@@ -78,12 +92,38 @@ def one_of_two(rank: int, root: Path, config: TrainConfig) -> None:
         if ranks.leads:
             kill_behind_step_4(root / "two", root / "continued")
     run(config, root / "continued", ranks)
+    run(config, root / "sharded", ranks, sharded=True)
+    with ranks.first_leads():
+        if ranks.leads:
+            kill_behind_step_4(root / "two", root / "then sharded")
+    run(config, root / "then sharded", ranks, sharded=True)
+    ranks.wait()
+    figures = evaluate(load_model(RunFolder(root / "two"), CPU), many(), Thumbs(), bounds=False, ranks=ranks)
+    (root / f"figures of rank {rank}").write_text(json.dumps(figures))
+    with pytest.raises(UserError) as refused:
+        run(replace(config, micro_batches=1), root / "refused", ranks)
+    (root / f"refusal of rank {rank}").write_text(str(refused.value))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         ranks.add_up([torch.ones(3)])
     except UserError as error:
         (root / "said").write_text(str(error))
+
+
+class Thumbs:
+    """Features: the mean of every 4 x 4 pixels."""
+
+    name = "thumbs"
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels.float(), 4).flatten(1)
+
+
+def many() -> ImageSet:
+    """As many as make two blocks for the samples, and the second one short."""
+    pixels = torch.randint(0, 256, (600, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return ImageSet("noise", pixels, None, torch.arange(600) % 10 == 9)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +174,66 @@ def test_one_process_goes_on_where_two_stopped(config: TrainConfig, two: Path, t
     kill_behind_step_4(two / "two", tmp_path / "run")
     run(config, tmp_path / "run", Ranks())
     assert_close(tensors_of(two / "two"), tensors_of(tmp_path / "run"))
+
+
+def test_a_sharded_network_trains_as_a_whole_one_does(two: Path):
+    assert_close(tensors_of(two / "sharded"), tensors_of(two / "two"))
+    (of_two,), (of_sharded,) = (RunFolder(two / name).snapshots().values() for name in ("two", "sharded"))
+    averages, sharded = load_tensors(of_two)[0], load_tensors(of_sharded)[0]
+    assert averages.keys() == sharded.keys()
+    for name, tensor in averages.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_run_changes_between_whole_and_sharded(config: TrainConfig, two: Path, tmp_path: Path):
+    assert_close(tensors_of(two / "then sharded"), tensors_of(two / "two"))
+    kill_behind_step_4(two / "sharded", tmp_path / "run")
+    run(config, tmp_path / "run", Ranks())
+    assert_close(tensors_of(tmp_path / "run"), tensors_of(two / "sharded"))
+
+
+def test_a_network_is_not_sharded_over_one_process(config: TrainConfig, tmp_path: Path):
+    with pytest.raises(UserError, match="start it with torchrun"):
+        run(config, tmp_path / "run", Ranks(), sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "micro_batches", "what"),
+    [({}, 3, "set micro_batches to a multiple of 2"), ({"target": Derivative()}, 4, "take objective.target=TwoPoint")],
+)
+def test_what_cannot_be_sharded_is_refused(changed: dict[str, Any], micro_batches: int, what: str):
+    with pytest.raises(UserError, match=what):
+        require_shardable(FlowMapObjective(**changed), micro_batches, Ranks(0, 2))
+
+
+def test_two_processes_evaluate_to_the_digits_of_one(two: Path):
+    alone = evaluate(load_model(RunFolder(two / "two"), CPU), many(), Thumbs(), bounds=False)
+    assert alone["rows"]["2 evaluations"]["n"] == 540
+    assert json.loads((two / "figures of rank 0").read_text()) == json.loads(json.dumps(alone))
+    assert (two / "figures of rank 1").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_samples_are_judged_while_several_processes_train(two: Path, name: str):
+    (row,) = RunFolder(two / name).evaluations()
+    assert row["step"] == 3
+    assert row["rows"]["1 evaluation"]["n"] == 36
+
+
+def test_what_all_ranks_are_refused_the_leading_one_says(two: Path):
+    assert "set micro_batches to a multiple of 2" in (two / "refusal of rank 0").read_text()
+    assert (two / "refusal of rank 1").read_text() == ""
+
+
+@given(works=st.integers(0, 7))
+def test_one_process_takes_every_turn(works: int):
+    assert list(Ranks().in_turns([partial(int, i) for i in range(works)])) == list(range(works))
+
+
+def test_turns_end_where_they_are_stopped():
+    done = list[int]()
+    assert list(Ranks().in_turns([partial(done.append, i) for i in range(5)], lambda: len(done) == 2)) == [None] * 2
+    assert done == [0, 1]
 
 
 def test_a_rank_that_dies_is_named_by_those_that_are_left(two: Path):

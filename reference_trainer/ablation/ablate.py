@@ -275,6 +275,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     if options.list:
         print("arms:", *(f"  {arm.name}" for arm in ARMS), "suites:", *(f"  {s.name}" for s in SUITES), sep="\n")
         return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("ablate starts a process for each GPU or core itself (--workers): leave torchrun out")
     if not options.stop_above > 1:
         raise UserError(f"--stop-above must be larger than 1, got {options.stop_above}")
     for name, value in (("--steps", options.steps), ("--seconds", options.seconds), ("--workers", options.workers)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.beforehand import Beforehand, may_run_beside
+from reference_trainer.evaluation.between_ranks import samples_between
 from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried
@@ -34,10 +35,11 @@ from reference_trainer.evaluation.sets import (
     latent_rows,
     samplers,
 )
-from reference_trainer.evaluation.training_set import MAX_IMAGES, training_images
+from reference_trainer.evaluation.training_set import MAX_IMAGES, TrainingSet, training_images
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import EVALUATIONS, RunFolder
 
 
@@ -59,6 +61,7 @@ def evaluate(
     n: int = MAX_IMAGES,
     cache: Path | None = None,
     ahead: Beforehand | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Compare samples at 1 and 2 evaluations, and what bounds them, with the training images.
 
@@ -79,11 +82,20 @@ def evaluate(
         n: samples, and training images, as far as there are so many.
         cache: folder where the reference's features are kept, if they are not ours.
         ahead: what was measured before, of the same images, features and arguments.
+        ranks: processes that draw the samples between them, which changes no digit; all call this. The leading one
+            does the rest, the others return nothing.
     """
+    drawn = None
+    if ranks.world > 1:
+        count = TrainingSet.of(images, seed, n, model.device).count
+        drawn = samples_between(model, features, count, seed, ranks)
+    if not ranks.leads:
+        return {}
     done = ahead or Beforehand.of(model, images, features, seed, bounds, n, cache)
     train, reference = done.train, done.reference
-    further = further_samples(model, train.count, seed)
-    drawn = Drawn.of(model, features, samplers(model, len(train.first), seed), further)
+    if drawn is None:
+        further = further_samples(model, train.count, seed)
+        drawn = Drawn.of(model, features, samplers(model, len(train.first), seed), further)
     rows = image_rows(drawn.vectors, reference, done.held_out_real)
     rows = with_as_asked(rows, drawn.vectors, model, features, seed) | done.rows
     of_latents = latent_rows(drawn.latents, reference, bounds=False) | done.of_latents
@@ -136,6 +148,8 @@ class Evaluator:
         self._bounds, self._ahead = bounds_beside, None if bounds_beside is None else ThreadPoolExecutor(1)
         self._measured: Future[Beforehand] | None = None
         self._reference: Reference | None = None
+        self._count: int | None = None
+        self._shared: Drawn | None = None
         self._manifest: dict[str, Any] = {}
 
     def prepare(self, model: TrainedModel) -> None:
@@ -154,6 +168,16 @@ class Evaluator:
         """What was measured while training went on, waited for; None: nothing was."""
         return None if self._measured is None else self._measured.result()
 
+    def share(self, model: TrainedModel, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
+        """All ranks draw the samples between them, for the leading one to be called next; False: ``stopped`` first."""
+        if ranks.world == 1:
+            return True
+        if self._count is None:
+            self._count = TrainingSet.of(self.images, self.seed, device=model.device).count
+        features = choose_features(self.given, model)
+        self._shared = samples_between(model, features, self._count, self.seed, ranks, stopped)
+        return self._shared is not None
+
     def __call__(self, model: TrainedModel) -> None:
         if self._reference is None:
             found = self.beforehand()
@@ -163,7 +187,9 @@ class Evaluator:
             self._reference = found.reference
             self._manifest = manifest_of(model, found.train, found.reference.features)
         reference = self._reference
-        drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
+        drawn, self._shared = self._shared, None
+        if drawn is None:
+            drawn = Drawn.of(model, reference.features, samplers(model, reference.count, self.seed))
         rows, of_latents = image_rows(drawn.vectors, reference), latent_rows(drawn.latents, reference, bounds=False)
         about = {"step": model.step, "seed": self.seed, "features": reference.features.name}
         about |= {"manifest": self._manifest}

@@ -54,6 +54,10 @@ class Drawn:
 
         return Drawn(latents, at_once({name: partial(vectors, name) for name in latents}, "features of the samples"))
 
+    def __or__(self, other: Drawn) -> Drawn:
+        """Those of both."""
+        return Drawn(self.latents | other.latents, self.vectors | other.vectors)
+
 
 def samplers(model: TrainedModel, n: int, seed: int) -> Makers:
     """What draws n latents at 1 and at 2 network evaluations."""

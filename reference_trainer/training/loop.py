@@ -20,7 +20,7 @@ from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import Terminated, UserError
-from reference_trainer.model import TrainedModel, number_of
+from reference_trainer.model import TrainedModel, build_network, number_of
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training.bad_steps import BadSteps, not_finite
@@ -39,6 +39,10 @@ class Judge(Protocol):
         """Before the first step, and of weights that are worth nothing yet: try all that will be needed later."""
         ...
 
+    def share(self, model: TrainedModel, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
+        """All ranks do what they can between them, before the leading one calls this; False: they were ``stopped``."""
+        ...
+
     def __call__(self, model: TrainedModel) -> None: ...
 
 
@@ -51,6 +55,7 @@ def train(
     judge: Judge | None = None,
     new_data: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    sharded: bool = False,
 ) -> bool:
     """Train to ``config.steps``; call it again with the same arguments to continue, bit-exactly.
 
@@ -58,28 +63,35 @@ def train(
         judge: is shown the averaged weights every ``config.evaluate_every`` steps, but not those of the last.
         new_data: go on although the images or the user's autoencoder are not what the run was made from.
         ranks: the processes that share each step's micro-batches; all call this, the leading one writes.
+        sharded: each of them holds its share of weights, averages and moments, see ``Sharding``.
     Returns:
         Whether the run is complete (False: stopped by Ctrl-C, after saving).
     Raises:
         Terminated: stopped by SIGTERM, after saving.
         UserError: see its message; checkpoints written before stay good.
     """
-    check_labels(config, images.train_labels)
-    check_snapshots(config)
-    check_batch_size(config, images.num_train)  # both before the autoencoder is fitted
-    parts = ranks.parts(config.micro_batches)
+    if sharded:
+        from reference_trainer.sharding import Sharding, require_shardable  # slow to import, and seldom needed
     with ranks.first_leads():
+        check_labels(config, images.train_labels)
+        check_snapshots(config)
+        check_batch_size(config, images.num_train)  # all before the autoencoder is fitted
+        parts = ranks.parts(config.micro_batches)
+        if sharded:
+            require_shardable(config.objective, config.micro_batches, ranks)
         classes = classes_of_run(config, run, images, new_data)
         latents, space = latents_of_run(config, run, images, cache, device, new_data)
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
-    state = TrainState.create(config, (ch, h, w), device, number_of(classes))
+    sharding = Sharding.over(ranks, device) if sharded else None
+    state = TrainState.create(config, (ch, h, w), device, number_of(classes), sharding)
     passes = config.computing.on(device)
     if found := run.latest_checkpoint():
         state.restore(*found)
         if state.step > config.steps:
             raise UserError(f"{run.root} has a checkpoint of step {state.step} of {config.steps}: it is of another run")
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes)
+    build = partial(build_network, config, (ch, h, w), number_of(classes))
     with ranks.first_leads():
         if ranks.leads:
             if judge:
@@ -87,8 +99,6 @@ def train(
             run.keep_rows_until(state.step)
             run.keep_snapshots_until(state.step)
             say_how_it_computes(passes, run, state.step, config.steps)
-            if judge and found and config.evaluates_at(state.step) and state.step not in evaluated(run):
-                judge(averaged)  # a stop came first
         else:
             state.forget_sums()
     objective = config.objective
@@ -96,7 +106,14 @@ def train(
     bad_steps = BadSteps(config, run, batches, images, device, ranks)
     f = config.preconditioned(passes.of(state.network.train()))
 
+    def show(judge: Judge) -> None:
+        model = replace(averaged, network=state.whole_ema(build), step=state.step)
+        if judge.share(model, ranks, partial(bool, stop_requested)) and ranks.leads:
+            stop_requested.may_break(partial(judge, model))
+
     with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
+        if judge and found and config.evaluates_at(state.step) and ranks.any(state.step not in evaluated(run)):
+            show(judge)  # a stop came first
         while state.step < config.steps:
             first = residuals_ahead(config, f, batches, state, ranks)
             before, seen, scales = (state.meter, state.tails), list[Tensor](), list[Scale]()
@@ -113,7 +130,7 @@ def train(
                 state.tails = tail_meter.add(state.tails, terms, batch.pairs)
 
             counts = torch.stack(seen).sum(0)
-            ranks.add_up(state.gradients())
+            state.add_up_gradients(ranks)
             ranks.add_up([counts, wrong])
             lr = config.learning_rate(state.step, config.steps)
             bad = state.optimizer_step(config.optimizer, lr, wrong.any())
@@ -136,18 +153,20 @@ def train(
                 state.forget_sums()
             if config.evaluates_at(state.step):  # before saving: its row comes first
                 bad_steps.look(state)
-                if judge and ranks.leads and not stop_requested:
-                    stop_requested.may_break(partial(judge, replace(averaged, step=state.step)))
+                if judge and not ranks.any(bool(stop_requested)):
+                    show(judge)
             if config.keeps_snapshot_at(state.step):  # before saving, too
                 bad_steps.look(state)
+                snapshot = state.snapshot()
                 if ranks.leads:
-                    run.save_snapshot(state.step, state.snapshot())
+                    run.save_snapshot(state.step, snapshot)
             last |= ranks.any(bool(stop_requested))
             if state.step % config.save_every == 0 or last:
                 bad_steps.look(state)
                 state.add_up_sums(ranks)
+                tensors = state.tensors()
                 if ranks.leads:
-                    run.save_checkpoint(state.step, state.tensors(), config.keep_checkpoints)
+                    run.save_checkpoint(state.step, tensors, config.keep_checkpoints)
             logger.advance()
             if last:
                 break
