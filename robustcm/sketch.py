@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,4 +102,4 @@ class LogHistogram:
         return self._cell(self.smallest)
 
     def _cell(self, value: float) -> int:
-        return int(torch.tensor(value, dtype=torch.float64).view(torch.int64)) >> self._shift
+        return int(np.float64(value).view(np.int64)) >> self._shift
