@@ -6,6 +6,7 @@ a block at a time, while the network computes, and tensor by tensor in a checkpo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ class Sharding:
 
     def cut(self, network: nn.Module) -> None:
         """Cut ``network``, which is whole and the same on all ranks, in its place and onto the ranks' devices."""
+        # Of outputs that are views of others: nobody writes into what a network returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for module in (*blocks(network), network):
             fully_shard(module, mesh=self.mesh)
             assert isinstance(module, FSDPModule)
