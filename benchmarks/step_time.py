@@ -1,14 +1,16 @@
-"""What does a training step of the preset `digits` cost, part by part, and what does keeping freed memory save?
+"""Where does the time of a training step of the preset `digits` go, and what does keeping freed memory save?
 
     python benchmarks/step_time.py [--preset digits] [--latents 2 4 4] [--threads 1]
 
-Each part is timed alone on the same batch, on random latents. The whole step runs twice, each time in a process of its
-own: as the trainer runs it, and with glibc's own way with freed memory.
+Each part is timed alone on the same batch, on random latents, as CPU time and as a share of the first: the floor,
+which is teacher, student, backward and optimizer. `step_floor.py` has the trainer itself beside it. The whole step runs
+twice, each time in a process of its own: as the trainer runs it, and with glibc's own way with freed memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from _timing import Timing, measure, write_json
 from reference_trainer.config import TrainConfig
 from reference_trainer.machine import describe_machine, keep_freed_memory
 from reference_trainer.presets import PRESETS
+from reference_trainer.training.bad_steps import not_finite
 from reference_trainer.training.batches import with_measured_gate
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
@@ -30,6 +33,7 @@ from robustcm.couplers import exact
 from robustcm.objective import Batch, draw
 
 CPU = torch.device("cpu")
+FLOOR = "floor"
 FURTHER = (
     *(Exponential(decay=0.9), Exponential(decay=0.999)),
     *(PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.1)),
@@ -55,6 +59,25 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
     def backward() -> None:
         f(x_hi, batch.pairs.t_hi).sum().backward()
 
+    def floor() -> None:
+        teacher()
+        backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    leaf = terms.student.detach().requires_grad_()
+
+    def distance() -> None:
+        distances = objective.distance(leaf, terms.teacher, terms.c)
+        (objective.weight(batch.pairs.t_hi, batch.pairs.t_lo) * distances).mean().backward()
+
+    good = torch.tensor(False)
+
+    def bookkeeping() -> None:
+        bad = not_finite(terms).any()
+        for value in (state.c, state.meter, state.tails):
+            torch.where(bad, value, value)
+
     def measured_c() -> object:
         depth, n = batch.pairs.depth, batch.pairs.num_levels
         seen = objective.c.count(terms.r, depth, n)
@@ -77,13 +100,17 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
     tails = TailMeter()
     tails.add(state.tails, terms, batch.pairs)  # builds its histogram
     return {
-        "draw noise and levels": partial(draw, 0, step, x.shape),
-        "exact coupling": partial(exact, x, draws.z),
+        FLOOR: floor,
+        "draw noise and levels (beside)": partial(draw, 0, step, x.shape),
+        "exact coupling (beside)": partial(exact, x, draws.z),
+        "levels and gate (beside)": partial(objective.prepare, x, draws, step, config.steps, coupled=draws.z),
         "teacher": teacher,
         "student and backward": backward,
+        "distance, forward and backward": distance,
         "measured c": measured_c,
         "clip and optimiser": optimise,
-        "EMA": partial(state.update_ema, config.ema_decay),
+        "is the step bad": bookkeeping,
+        "EMA": partial(state.update_ema, config.ema_decay, good),
         "EMA and four further averages": partial(averaging.update_ema, config.ema_decay),
         "level meter": partial(LevelMeter().add, state.meter, terms, batch.pairs),
         "tail meter": partial(tails.add, state.tails, terms, batch.pairs),
@@ -109,9 +136,12 @@ def main() -> None:
         return
     about, rows = describe_machine(), []
     keep_freed_memory()
+    floor = math.nan
     for name, call in parts(config, shape).items():
-        rows.append({"part": name, "seconds": measure(call)})
-        print(f"{name:30} {rows[-1]['seconds']}", flush=True)
+        timing = measure(call, max_runs=1000)
+        floor = timing.cpu if name == FLOOR else floor
+        rows.append({"part": name, "seconds": timing, "cpu_over_floor": timing.cpu / floor})
+        print(f"{name:32} {timing.cpu / floor:7.2%}   {timing}", flush=True)
     for memory in ("kept", "given back"):
         command = [sys.executable, __file__, f"--preset={options.preset}", f"--whole={memory}"]
         command += [f"--threads={torch.get_num_threads()}", "--latents"]
