@@ -20,6 +20,7 @@ from synthetic_tails import synthetic
 
 from analysis import baselines, c_schedules, drawing, inputs, loss_shapes, td_outliers, values
 from reference_trainer import __main__ as trainer
+from reference_trainer.commands.train import configuration
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.images import ImageFolder, to_unit
 from reference_trainer.errors import UserError
@@ -220,7 +221,7 @@ FOLDER = ["--data", "photos/../pictures"]
 def test_the_analysis_means_the_configuration_that_training_has(data, typed, trained):
     asked = td_outliers.parser().parse_args([*data, *typed])
     config = inputs.configuration(asked.data, asked.resolution, asked.autoencoder, CPU)
-    assert config == trainer.configuration(trainer.parser().parse_args(["train", "digits", *trained, *data]))[1]
+    assert config == configuration(trainer.parser().parse_args(["train", "digits", *trained, *data]))[1]
     if data:
         assert config.data.path == str(Path.cwd() / "pictures")  # an analysis and a run from elsewhere mean one folder
     if data and not typed:

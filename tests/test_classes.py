@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from reference_trainer.__main__ import in_rows, main
+from reference_trainer.__main__ import main
+from reference_trainer.commands.sample import in_rows
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.classes import ByClass, Classes
 from reference_trainer.data.codecs import Pixels

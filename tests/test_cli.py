@@ -24,9 +24,12 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from analysis import c_schedules, loss_shapes, td_outliers
-from reference_trainer.__main__ import COMMANDS, configuration, main, parser, require_writable
+from reference_trainer.__main__ import main, parser
 from reference_trainer.ablation.ablate import jobs_of
 from reference_trainer.ablation.ladder import ARMS, SUITES
+from reference_trainer.command import COMMANDS
+from reference_trainer.commands.shared import require_writable
+from reference_trainer.commands.train import configuration
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.machine import cache_folder
@@ -211,7 +214,7 @@ def test_run_is_a_silent_name_of_out(capsys: pytest.CaptureFixture[str]):
         for line in file.read_text().splitlines()
         if re.search(r"--run\b", line)
     ]
-    assert [name for name, _ in mentions] == ["__main__.py"], mentions
+    assert [name for name, _ in mentions] == ["train.py"], mentions
 
 
 # --- Help -------------------------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reference_trainer.__main__ import COMMANDS, configuration, parser
+from reference_trainer.__main__ import parser
 from reference_trainer.ablation.ablate import base_of, picked
 from reference_trainer.ablation.comparison import ONE, TWO, Result, by_seed, paired_ratio
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, arm_from_words
+from reference_trainer.command import COMMANDS
+from reference_trainer.commands.train import configuration
 from reference_trainer.errors import UserError
 from reference_trainer.words import with_options
 

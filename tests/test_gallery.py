@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from analysis import td_outliers
-from reference_trainer.__main__ import configuration
 from reference_trainer.__main__ import parser as trainer_parser
+from reference_trainer.commands.train import configuration
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from reference_trainer.__main__ import save_picture
+from reference_trainer.commands.shared import save_picture
 from reference_trainer.config import TrainConfig
 from reference_trainer.data import squares
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_pixels, to_unit

@@ -26,6 +26,7 @@ FLOORS = (
     {"model"},
     {"training", "evaluation"},
     {"ablation"},
+    {"commands"},
     {"__main__"},
 )
 """Of the trainer, from the ground: a room may import itself and any room on a floor below."""

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reference_trainer.__main__ import configuration, main, parser
+from reference_trainer.__main__ import main, parser
 from reference_trainer.ablation.ablate import base_of
 from reference_trainer.ablation.ladder import ARMS, arm_from_words
+from reference_trainer.commands.train import configuration
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.encode import Encoding, encode_folder
