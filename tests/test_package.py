@@ -19,6 +19,7 @@ import pytest
 import reference_trainer.__main__ as trainer
 from reference_trainer.__main__ import main
 from reference_trainer.command import INSTALLED, MODULE
+from reference_trainer.commands import train
 from robustcm import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_the_core_alone_says_what_the_trainer_needs(monkeypatch: pytest.MonkeyPa
     def without_tqdm(_: object) -> int:
         raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm.auto")
 
-    monkeypatch.setattr(trainer, "run_train", without_tqdm)
+    monkeypatch.setattr(train, "run_train", without_tqdm)
     assert main(["--show"]) == 2
     assert capsys.readouterr().err == (
         "error: the trainer needs tqdm.auto: pip install 'robustcm[trainer]' brings it\n"

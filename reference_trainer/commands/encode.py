@@ -52,11 +52,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--flips", action="store_true", help="also encode the mirrored images")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--shard", type=whole, default=4096, help="images a file (default 4096)")
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run_encode)
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run_encode(options: argparse.Namespace) -> int:
     """A store of latents."""
     from reference_trainer.data.encode import LEFT_OUT, Encoding, encode_folder
     from reference_trainer.data.shards import DTYPES

@@ -51,11 +51,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="instead: Frechet distances by average, of those the run keeps and a ladder of sigma_rel; averages.png",
     )
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run_evaluate)
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run_evaluate(options: argparse.Namespace) -> int:
     """The table, and the report anew."""
     import torch
 

@@ -32,11 +32,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
     parser.add_argument("--average", metavar="AVERAGE", help="of the weights, see evaluate")
     parser.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED[-...].png)")
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run_sample)
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run_sample(options: argparse.Namespace) -> int:
     """One PNG of samples."""
     import torch
 

@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="of several processes (torchrun) each holds its share of weights, averages and moments, for networks that "
         "do not fit on one GPU; a run may change between with and without",
     )
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run_train)
     return parser
 
 
@@ -98,7 +98,7 @@ def what_is(word: str, presets: Sequence[str], fields: Sequence[str]) -> str:
     return f"unknown preset {word}{did_you_mean(word, (*presets, *COMMANDS, *fields)) or f': there are {there}'}"
 
 
-def run(options: argparse.Namespace) -> int:
+def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
     import torch
 
