@@ -66,8 +66,7 @@ class Computing:
             return Passes(self, "float32", kind, name, why)
         if self.precision == "tf32" and not able:
             return Passes(self, "float32", kind, name, "it has no TF32")
-        slow = "as asked, though no faster there" if self.precision == "bfloat16" and not able else "as asked"
-        return Passes(self, self.precision, kind, name, slow)
+        return Passes(self, self.precision, kind, name, "as asked")
 
 
 @dataclass(frozen=True)
