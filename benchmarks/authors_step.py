@@ -43,8 +43,8 @@ class AuthorsStep:
         cost = torch.cdist(x.flatten(1), z.flatten(1)) ** 2
         plan = ot.emd(ot.unif(b), ot.unif(b), (cost / cost.max()).numpy())
         chosen = self.numbers.choice(b * b, b, p=plan.flatten() / plan.sum())
-        rows, columns = np.divmod(chosen, b)
-        return x[rows], z[columns]
+        pairs = torch.from_numpy(chosen)
+        return x[pairs // b], z[pairs % b]
 
     def __call__(self, x: Tensor) -> None:
         """Everything, from the noise to the average."""

@@ -126,7 +126,7 @@ class Turns:
         """Nothing to try."""
 
     def __call__(self, model: TrainedModel) -> None:
-        row = {} if self.since is None else {"trainer": self._spent(self.since)}
+        row: dict[str, Clocks] = {} if self.since is None else {"trainer": self._spent(self.since)}
         for name, step in self.others.items():
             began = clocks()
             for _ in range(self.steps):

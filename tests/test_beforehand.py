@@ -49,7 +49,7 @@ def config(image_folder: Path) -> TrainConfig:
 def test_what_was_measured_beside_training_is_what_is_measured_behind_it(
     config: TrainConfig, bounds: bool, tmp_path: Path, two_cores: None
 ):
-    images, ends = config.data.load(), {}
+    images, ends = config.data.load(), dict[bool | None, str]()
     for beside in (bounds, None):
         run = RunFolder(tmp_path / str(beside))
         judge = Evaluator(run, images, bounds_beside=beside)
