@@ -64,10 +64,10 @@ def unlike(manifests: Mapping[str, Manifest | None]) -> list[str]:
         return []
     silent = [name for name, manifest in manifests.items() if not manifest]
     lines = [f"no manifest: {_some(silent)}"] if silent else []
-    for field in dict.fromkeys(field for leaves in stated.values() for field in leaves):
+    for field in dict.fromkeys(field for fields in stated.values() for field in fields):
         values: dict[str, list[str]] = {}
-        for name, leaves in stated.items():
-            values.setdefault(str(leaves.get(field, UNKNOWN)), []).append(name)
+        for name, fields in stated.items():
+            values.setdefault(str(fields.get(field, UNKNOWN)), []).append(name)
         if len(values) > 1 and field not in NAMES:
             lines.append(f"{field}: " + "; ".join(f"{value} ({_some(names)})" for value, names in values.items()))
     return lines
