@@ -26,7 +26,7 @@ def draw_sheet(panels: Sequence[tuple[str, Tensor]], columns: int = 8) -> Figure
 
 def draw_classes(names: Sequence[str], panels: Sequence[tuple[str, Tensor]], columns: int) -> Figure:
     """Titled panels side by side, each ``uint8 [n, ch, h, w]``: of each of ``names`` a row of ``columns`` images."""
-    figure, axes = new_figure(len(panels), width=3.4 * len(panels), height=0.3 + 3.2 * len(names) / columns)
+    figure, axes = new_figure(len(panels), width=3.4 * len(panels), height=0.6 + 3.2 * len(names) / columns)
     for i, (ax, (title, pixels)) in enumerate(zip(axes[0], panels, strict=True)):
         side = pixels.shape[-2] + 1
         ax.imshow(tile(pixels, columns), interpolation="nearest")
