@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reference_trainer.errors import UserError, one_line
+from reference_trainer.errors import UserError, one_line, printable
 
 COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
 MODULE, INSTALLED = "python -m reference_trainer", "robustcm"
@@ -93,9 +93,17 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     try:
-        return Path(text).expanduser()
+        found = Path(text).expanduser()
     except RuntimeError:  # nobody of that name
-        return Path(text)
+        found = Path(text)
+    try:
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long, or with a null character: no file can have it
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise argparse.ArgumentTypeError(f"{printable(text)[:60]!r} is no path: {why}") from error
+    return found
 
 
 def real(text: str) -> float:

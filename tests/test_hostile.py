@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reference_trainer.__main__ import main
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.origin import KeptSpace
@@ -225,3 +226,11 @@ def test_the_judge_sees_each_fault(good: Good, tmp_path: Path, monkeypatch: pyte
     assert row_of(says("error: one line", work=victim.unlink))["overwritten"]
     monkeypatch.setattr(fuzz, "command_line", says("error: one line"))
     assert not fuzz.at_fault(fuzz.judged(Case("", []), good, tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_a_mistake_in_the_words(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main([f"--data={name}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no path" in line
+    assert len(line) < 200

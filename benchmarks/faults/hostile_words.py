@@ -5,7 +5,7 @@ from __future__ import annotations
 BAD_WORDS = (
     *("nosuchpreset", "steps=0", "steps=-1", "steps=1.5", "steps=nan", "steps=1e999", f"steps={2**70}", "steps=", "=1"),
     *("network=DiT(width=7)", "network=DiT(**{})", "network=DiT(*[1])", "objective.c=(lambda: 1)()", "batch_size=[]"),
-    *("network=__import__('os').system('touch {witness}')", "network=open('{witness}','w')", "seed='a'", "steps=\n1"),
+    *("network=__import__('os').system('touch {witness}')", "network=open('{witness}','w')", "seed='a'", "steps=1\n2"),
     *('network=exec(\'open("{witness}","w")\')', "data.path.x=1", "__class__=1", "objective.__init__=1", "a.b.c.d=1"),
     *("steps.__class__=1", "network=" + "(" * 3000, "optimizer.betas=(1,2,3)", "--nosuch", "--device=nosuch", "--out="),
     *("--device=cuda:99", "--data=/nowhere/at/all", "--features=nosuch:thing", "--features=/dev/null.pt", "x\x00y"),

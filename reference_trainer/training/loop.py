@@ -108,7 +108,8 @@ def train(
 
     def show(judge: Judge) -> None:
         model = replace(averaged, network=state.whole_ema(build), step=state.step)
-        if judge.share(model, ranks, partial(bool, stop_requested)) and ranks.leads:
+        shared = ranks.world == 1 or judge.share(model, ranks, partial(bool, stop_requested))
+        if shared and ranks.leads:
             stop_requested.may_break(partial(judge, model))
 
     with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
