@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from reference_trainer.choices import CHOICES
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
 from reference_trainer.data.codecs import Pixels
@@ -29,7 +30,6 @@ from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
-from reference_trainer.options import CHOICES
 from robustcm.averages import Exponential, PowerFunction
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained, AnnealedAbove

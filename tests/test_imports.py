@@ -20,6 +20,7 @@ FLOORS = (
     {"data", "computing", "sharding"},
     {"config"},
     {"published"},
+    {"choices"},
     {"options", "presets"},
     {"words", "fields", "run"},
     {"averages"},

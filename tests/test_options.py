@@ -18,12 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reference_trainer.__main__ import main
+from reference_trainer.choices import CHOICES, VOCABULARY
 from reference_trainer.config import MOST_THREADS, Adam, ConstantLR, CosineLR, RAdam, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.fields import describe_fields, docs_of
 from reference_trainer.options import (
-    CHOICES,
-    VOCABULARY,
     as_options,
     describe,
     differences,

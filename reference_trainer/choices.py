@@ -1,0 +1,101 @@
+"""What each exchangeable part of a configuration can be, by the names that a command line and config.json take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from reference_trainer.computing import Computing
+from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.classes import ByClass
+from reference_trainer.data.from_diffusers import DiffusersAutoencoder
+from reference_trainer.data.images import Digits, ImageFolder
+from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.stored import LatentStore
+from reference_trainer.networks import DiT, UNet
+from reference_trainer.published import NETWORKS
+from robustcm import (
+    averages,
+    barron,
+    couplers,
+    early,
+    fences,
+    flow_maps,
+    flow_targets,
+    gates,
+    losses,
+    noise,
+    objective,
+    scales,
+    schedules,
+    semidiscrete,
+    sketch,
+    trajectories,
+)
+
+RHOS = (
+    *(losses.pseudo_huber_of_r2, losses.cauchy_of_r2, losses.geman_mcclure_of_r2),
+    *(losses.fair_of_r2, losses.squared_l2_of_r2, barron.BarronOfR2),
+)
+
+CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
+    (TrainConfig, "data"): (Digits, ImageFolder, LatentStore),
+    (TrainConfig, "autoencoder"): (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace),
+    (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
+    (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
+    (TrainConfig, "network"): (DiT, UNet),
+    (TrainConfig, "objective"): (
+        *(objective.Objective, flow_maps.FlowMapObjective),
+        trajectories.TrajectoryObjective,
+    ),
+    (TrainConfig, "classes"): (None, ByClass),
+    (TrainConfig, "averages"): (averages.Exponential, averages.PowerFunction),
+    (TrainConfig, "computing"): (Computing,),
+    (TrainConfig, "optimizer"): (Adam, RAdam),
+    (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
+    (objective.FewStepObjective, "distance"): (
+        *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.fair, losses.squared_l2, barron.Barron),
+        *(losses.PerToken, losses.PerElement),
+    ),
+    (objective.FewStepObjective, "c"): (scales.ConstantC, scales.PowerLawC, scales.MeasuredC),
+    (objective.Objective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
+    (trajectories.TrajectoryObjective, "levels"): (schedules.LevelGrid, schedules.RatioLevels),
+    (flow_maps.FlowMapObjective, "levels"): (flow_maps.LogitNormalTimes,),
+    (flow_maps.FlowMapObjective, "target"): (flow_targets.TwoPoint, flow_targets.Derivative),
+    (flow_targets.TwoPoint, "share"): (flow_targets.SigmoidShare, flow_targets.ConstantShare),
+    (trajectories.TrajectoryObjective, "ends"): (trajectories.UniformEnds,),
+    (objective.FewStepObjective, "weight"): (
+        *(schedules.inverse_gap, schedules.equal_weight),
+        *(schedules.BoundedInverseGap, schedules.SnrPlusWeight),
+    ),
+    (objective.FewStepObjective, "coupler"): (
+        *(couplers.independent, couplers.exact),
+        *(couplers.Entropic, couplers.WithinClasses, semidiscrete.Semidiscrete),
+    ),
+    (objective.FewStepObjective, "gate"): (
+        *(gates.everywhere, gates.Above, gates.SoftAbove, gates.AnnealedAbove, gates.ShareAbove),
+        gates.AboveExplained,
+    ),
+    (objective.Objective, "extra"): (None, early.EarlyDiffusion),
+    (couplers.WithinClasses, "coupler"): (couplers.exact, couplers.Entropic),
+    (scales.PowerLawC, "constant"): (scales.ConstantC,),
+    (scales.MeasuredC, "histogram"): (sketch.LogHistogram,),
+    (losses.PerToken, "rho"): RHOS,
+    (losses.PerElement, "rho"): RHOS,
+    (schedules.LevelGrid, "noise"): (noise.NoiseRange,),
+    (schedules.RatioLevels, "noise"): (noise.NoiseRange,),
+    (schedules.LevelGrid, "curriculum"): (
+        *(schedules.DoublingCurriculum, schedules.ProgressiveCurriculum),
+        schedules.FixedCurriculum,
+    ),
+    (schedules.LevelGrid, "law"): (schedules.LognormalLaw, schedules.UniformLaw),
+}
+"""For each exchangeable field, the parts the command line and config.json know. From Python any callable goes.
+
+What a field of a class takes, its subclasses' take, where they say nothing else.
+"""
+
+VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
+VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
+VOCABULARY |= NETWORKS
