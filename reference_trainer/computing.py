@@ -37,8 +37,8 @@ class Computing:
     float32 with 10 bits for the fraction, on such a GPU alone, elsewhere float32. A derivative taken forwards
     (``Derivative``) is computed in TF32 where bfloat16 is asked for: convolutions have none under autocast."""
     compile: bool = False
-    """Compile the network with torch.compile, at each start anew; on an H200 the U-Net of CelebA-HQ had not finished after
-    200 s. Needs a C++ compiler or Triton."""
+    """Compile the network with torch.compile, at each start anew; on an H200 the U-Net of CelebA-HQ had not finished
+    after 200 s. Needs a C++ compiler or Triton."""
     channels_last: bool = False
     """Lay what goes into the convolutions of a U-Net out with the channels last. On an H200, where weights lay so as
     well, slower: 5.22 steps/s against 6.01."""
