@@ -31,6 +31,7 @@ from robustcm import (
     schedules,
     semidiscrete,
     sketch,
+    teacher_input,
     trajectories,
 )
 
@@ -78,6 +79,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
         gates.AboveExplained,
     ),
     (objective.Objective, "extra"): (None, early.EarlyDiffusion),
+    (objective.Objective, "teacher_input"): (None, teacher_input.KeepCovariance),
     (couplers.WithinClasses, "coupler"): (couplers.exact, couplers.Entropic),
     (scales.PowerLawC, "constant"): (scales.ConstantC,),
     (scales.MeasuredC, "histogram"): (sketch.LogHistogram,),

@@ -1,10 +1,11 @@
 """Robust training of latent consistency models: one short module a technique, all of them composable.
 
 losses and barron (robust distances), early (diffusion loss at small noise), couplers and semidiscrete (OT) with gates,
-scales (the scale c), norms (Non-scaling LayerNorm), fences (outliers clipped); noise and schedules (levels);
-consistency (f, temporal difference, sampler); robust (a distance with its measured scale) and objective (all of it
-composed); flow_maps, flow_targets and trajectories (the other few-step methods, of the same parts); guidance (by
-class); averages (of the weights); tails (outlier statistics) and sketch (streaming quantiles).
+scales (the scale c), teacher_input (the data's covariance kept), norms (Non-scaling LayerNorm), fences (outliers
+clipped); noise and schedules (levels); consistency (f, temporal difference, sampler); robust (a distance with its
+measured scale) and objective (all of it composed); flow_maps, flow_targets and trajectories (the other few-step
+methods, of the same parts); guidance (by class); averages (of the weights); tails (outlier statistics) and sketch
+(streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
     from robustcm.semidiscrete import Semidiscrete
     from robustcm.tails import TailStream, box_statistics
+    from robustcm.teacher_input import KeepCovariance
     from robustcm.trajectories import TrajectoryObjective, UniformEnds, sample_trajectory
 
 _MODULE_OF = {
@@ -90,6 +92,7 @@ _MODULE_OF = {
         "schedules": "DoublingCurriculum LevelGrid RatioLevels",
         "semidiscrete": "Semidiscrete",
         "tails": "TailStream box_statistics",
+        "teacher_input": "KeepCovariance",
         "trajectories": "TrajectoryObjective UniformEnds sample_trajectory",
     }.items()
     for name in names.split()
@@ -111,6 +114,7 @@ __all__ = [
     "Exponential",
     "FlowMapObjective",
     "Guided",
+    "KeepCovariance",
     "LevelGrid",
     "LikeSquares",
     "LogitNormalTimes",

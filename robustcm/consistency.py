@@ -96,6 +96,7 @@ def temporal_difference(
     t_lo: Tensor,
     *,
     teacher: ConsistencyFunction | None = None,
+    x_lo: Tensor | None = None,
     conditions: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Student ``f(x + t_hi z, t_hi)`` and teacher ``stopgrad f(x + t_lo z, t_lo)``, each ``[b, ...]``.
@@ -106,12 +107,13 @@ def temporal_difference(
 
     Args:
         teacher: another function in the place of f, such as one of averaged weights (CM, CTM).
+        x_lo: what the teacher is shown instead of ``x + t_lo z``, see ``robustcm.teacher_input``.
         conditions: keyword arguments of both, such as ``class_labels``.
     Source: Song and Dhariwal 2023, arXiv 2310.14189 (teacher without EMA); mask sharing checked in the sLCT code.
     """
     given = conditions or {}
     with shared_mask(f, x.device), torch.no_grad():
-        target = (teacher or f)(add_noise(x, z, t_lo), t_lo, **given)
+        target = (teacher or f)(add_noise(x, z, t_lo) if x_lo is None else x_lo, t_lo, **given)
     student = f(add_noise(x, z, t_hi), t_hi, **given)
     return student, target
 

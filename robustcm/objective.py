@@ -43,6 +43,7 @@ from robustcm.randomness import Stream, counter_generator, normal, uniform
 from robustcm.robust import robust_distance
 from robustcm.scales import CSchedule, MeasuredC
 from robustcm.schedules import LevelGrid, LevelPairs, PairLaw, PairWeight, inverse_gap
+from robustcm.teacher_input import TeacherInput
 
 ExtraTerm = Callable[[Tensor, Tensor, LevelPairs], Tensor]
 """``(student [b, ...], x [b, ...], pairs) -> [b]``, added to the weighted distance."""
@@ -86,12 +87,15 @@ class Batch(NamedTuple):
     """Keyword arguments of f: labels, texts."""
     progress: Tensor | float = 0.0
     """Share of the training done, 0-dim, for parts that move with it."""
+    x_lo: Tensor | None = None
+    """What the teacher is shown, ``[b, ...]``; None: ``x + t_lo z``."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
         pairs = LevelPairs(*(_there(value, device) for value in self.pairs))
         conditions = {name: _there(value, device) for name, value in self.conditions.items()}
-        return Batch(_there(self.x, device), _there(self.z, device), pairs, conditions, _there(self.progress, device))
+        x, z, progress, x_lo = (_there(value, device) for value in (self.x, self.z, self.progress, self.x_lo))
+        return Batch(x, z, pairs, conditions, progress, x_lo)
 
 
 def _there(value: Any, device: torch.device | str) -> Any:
@@ -289,6 +293,27 @@ class Objective(FewStepObjective):
     """Of a pair of noise levels in the loss."""
     extra: ExtraTerm | None = None
     """A term beside the distance (technique 2: EarlyDiffusion)."""
+    teacher_input: TeacherInput | None = None
+    """What the teacher is shown; None: ``x + t_lo z``."""
+
+    def prepare(
+        self,
+        x: Tensor,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        *,
+        labels: Tensor | None = None,
+        coupled: Tensor | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Batch:
+        """See ``FewStepObjective``; beside levels and noise it gives the teacher its input."""
+        batch = super().prepare(x, draws, step, total_steps, labels=labels, coupled=coupled, conditions=conditions)
+        if self.teacher_input is None:
+            return batch
+        pairs, progress = batch.pairs, step / total_steps
+        p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
+        return batch._replace(x_lo=self.teacher_input(x, batch.z, pairs, p_hi, p_lo))
 
     def function_of(self, network: Network) -> Preconditioned:
         """The consistency function of ``network``, for the noise levels it is trained at."""
@@ -318,7 +343,9 @@ class Objective(FewStepObjective):
         self, f: ConsistencyFunction, batch: Batch, teacher: ConsistencyFunction | None
     ) -> tuple[Tensor, Tensor]:
         x, z, pairs, conditions = batch[:4]
-        return temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions)
+        return temporal_difference(
+            f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, x_lo=batch.x_lo, conditions=conditions
+        )
 
     def _added(self, student: Tensor, batch: Batch, r: Tensor) -> Tensor:
         return super()._added(student, batch, r) if self.extra is None else self.extra(student, batch.x, batch.pairs)

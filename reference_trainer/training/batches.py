@@ -20,13 +20,16 @@ from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
 from robustcm.guidance import hidden
-from robustcm.objective import Batch, FewStepObjective, draw
+from robustcm.objective import Batch, FewStepObjective, Objective, draw
 from robustcm.randomness import Stream, counter_generator, normal, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
+from robustcm.teacher_input import KeepCovariance
 
 AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
 
 
+PAIRS_MEASURED = 4096
+"""Samples with their noise, from which ``KeepCovariance`` learns how the two go together: to 1.6 % of a deviation."""
 MOST_PAIRED = 2**26
 """Numbers of a store that a ``Semidiscrete`` pairing takes into memory: 268 MB. Its fit takes time of order n^2 d."""
 
@@ -67,6 +70,7 @@ class Batches:
         self._solver, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pools: dict[tuple[int, int], Future[tuple[Tensor, ...]]] = {}
         self._ahead: dict[tuple[int, int], Future[Batch]] = {}
+        self.objective = self._with_measured_teacher(self.objective)
 
     def __call__(self, step: int, part: int = 0) -> Batch:
         """Micro-batch ``part`` of ``step``, on the CPU; the next is made meanwhile."""
@@ -143,6 +147,33 @@ class Batches:
         # The next pool is paired while this one is trained on: the solvers work outside Python's lock.
         self._pools = {key: self._pools.get(key) or self._solver.submit(self._paired, *key) for key in (*kept, *wanted)}
         return self._pools[pool, part].result()[place]
+
+    def _with_measured_teacher(self, objective: AnyObjective) -> AnyObjective:
+        """``objective``, with what its teacher is shown measured on the latents and on the first noise they get.
+
+        The same on every rank: measured on parts 0, whichever it trains on.
+        """
+        if not (isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)):
+            return objective
+        asked = objective.teacher_input
+        pools = math.ceil(PAIRS_MEASURED / (self.rows * self.config.coupling_pool))
+        bar = tqdm(range(pools), desc="how noise goes with the data", unit="pool", leave=False, delay=2)
+        paired = None
+        if objective.coupler is not independent:
+            data, noise = zip(*(self._pairs_of(pool) for pool in bar), strict=True)
+            paired = torch.cat(data), torch.cat(noise)
+        try:
+            return replace(objective, teacher_input=asked.on(some_of(self.latents), paired))
+        except ValueError as error:
+            raise UserError(f"objective.teacher_input={asked}: {error}") from error
+
+    def _pairs_of(self, pool: int) -> tuple[Tensor, Tensor]:
+        """Samples of a pool, part 0, and their noise."""
+        steps = range(pool * self.config.coupling_pool, (pool + 1) * self.config.coupling_pool)
+        x = self.latents.take(torch.cat([self._indices(step, 0) for step in steps]))
+        if self.pairing is not None:
+            return x, torch.cat([self._noise_to_pair(step, 0) for step in steps])
+        return x, torch.cat(self._paired(pool, 0))
 
     def _paired(self, pool: int, part: int) -> tuple[Tensor, ...]:
         """The noise of this part of each step of the pool, paired with the samples there."""
