@@ -144,7 +144,7 @@ class FlowMapObjective(FewStepObjective):
         return sample_flow_map(f, z, times=(*levels, 0.0), conditions=conditions)
 
     def _compared(self, f: FlowMap, batch: Batch, teacher: FlowMap | None) -> tuple[Tensor, Tensor]:
-        x, z, (t, r, _, _), conditions, progress = batch
+        x, z, (t, r, _, _), conditions, progress = batch[:5]
         same_shape(x=x, z=z)
         z_t, v = torch.lerp(x, z, over_samples(one_a_sample("t", t, len(x)), x)), z - x
         with shared_mask(f, x.device):

@@ -16,10 +16,11 @@ from reference_trainer.networks import DiT
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate
-from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
+from robustcm.couplers import Coupler, Entropic, WithinClasses, coupling_gain, exact, independent
 from robustcm.gates import Above, AboveExplained, everywhere
 from robustcm.objective import Objective, draw
 from robustcm.semidiscrete import Semidiscrete
+from robustcm.teacher_input import CovarianceKept, KeepCovariance
 
 LATENTS = 0.5 * torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 
@@ -178,6 +179,29 @@ def test_a_gate_that_asks_the_latents_is_put_where_they_say():
     assert with_measured_gate(Objective(gate=AboveExplained()), latents).gate == AboveExplained()
     with pytest.raises(UserError, match="at least two samples"):
         with_measured_gate(asked, latents[:1])
+
+
+@pytest.mark.parametrize("coupler", [independent, exact, Semidiscrete(steps=4)])
+def test_what_a_teacher_is_shown_is_measured_on_the_latents_and_the_noise_they_get(coupler: Coupler):
+    asked = replace(config(1).objective, coupler=coupler, gate=Above(0.5), teacher_input=KeepCovariance(components=5))
+    whole = Batches(replace(config(1), objective=asked), LATENTS)
+    parts = Batches(replace(config(1), objective=asked, micro_batches=2), LATENTS, parts=[1])
+    for batches, part in ((whole, 0), (parts, 1)):
+        measured = batches.objective.teacher_input
+        assert isinstance(measured, CovarianceKept)
+        assert measured.axes.shape == (LATENTS[0].numel(), 5)
+        assert (measured.along > 0).any() == (coupler is not independent)
+        batch = batches(3, part)
+        p_hi, p_lo = (batches.objective.gate(t, 0.0) for t in (batch.pairs.t_hi, batch.pairs.t_lo))
+        torch.testing.assert_close(batch.x_lo, measured(batch.x, batch.z, batch.pairs, p_hi, p_lo))
+    again = Batches(replace(config(1), objective=asked), LATENTS)(3)
+    assert torch.equal(again.x_lo, whole(3).x_lo)
+
+
+def test_latents_without_a_covariance_stop_what_a_teacher_is_shown_before_training():
+    asked = replace(config(1).objective, coupler=independent, teacher_input=KeepCovariance())
+    with pytest.raises(UserError, match="the same: nothing varies"):
+        Batches(replace(config(1), objective=asked), torch.ones_like(LATENTS))
 
 
 def test_where_the_data_follow_the_noise_each_sample_is_the_one_its_noise_finds():

@@ -263,7 +263,7 @@ def test_a_part_out_of_range_is_said(make, message):
 def test_the_loss_is_the_distance_of_u_from_its_target(target):
     objective = FlowMapObjective(target=target, distance=cauchy, c=ConstantC(per_sqrt_d=0.1))
     u, batch = objective.function_of(Net()), prepared(objective)
-    x, z, (t, r, _, _), _, progress = batch
+    x, z, (t, r, _, _), _, progress = batch[:5]
     terms = objective(u, batch, objective.init())
     z_t = (1 - t)[:, None] * x + t[:, None] * z
     student = u(z_t, t, r)
@@ -336,7 +336,7 @@ def test_student_and_teacher_share_their_dropout_mask(target):
 @pytest.mark.parametrize("target", [TwoPoint(), Derivative()], ids=["two-point", "derivative"])
 def test_the_loss_never_waits_for_a_value_on_the_device(target):
     objective = FlowMapObjective(target=target, c=MeasuredC(bins=4))
-    x, z, pairs, _, progress = prepared(objective)
+    x, z, pairs, _, progress = prepared(objective)[:5]
     with FakeTensorMode() as fake:
         x, z, state, progress, *levels = (fake.from_tensor(v) for v in (x, z, objective.init(), progress, *pairs[:3]))
         batch = Batch(x, z, LevelPairs(*levels, 2), {}, progress)

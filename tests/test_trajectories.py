@@ -200,7 +200,7 @@ def test_ending_at_sigma_min_it_is_consistency_training_to_the_bit():
 def test_student_and_teacher_start_from_the_same_noise_and_end_at_the_same_level():
     objective = TrajectoryObjective()
     jump, batch = objective.function_of(Net()), prepared(objective)
-    x, z, pairs, conditions, _ = batch
+    x, z, pairs, conditions = batch[:4]
     terms = objective(jump, batch, objective.init())
     s = conditions["s"]
     torch.testing.assert_close(terms.student, jump(add_noise(x, z, pairs.t_hi), pairs.t_hi, s))
@@ -238,7 +238,7 @@ def test_conditions_of_the_caller_go_along_with_s():
 
 def test_the_loss_never_waits_for_a_value_on_the_device():
     objective = TrajectoryObjective(c=MeasuredC(bins=4))
-    x, z, pairs, conditions, _ = prepared(objective)
+    x, z, pairs, conditions = prepared(objective)[:4]
     with FakeTensorMode() as fake:
         x, z, s, state, *levels = (fake.from_tensor(v) for v in (x, z, conditions["s"], objective.init(), *pairs[:3]))
         batch = Batch(x, z, LevelPairs(*levels, pairs.num_levels), {"s": s})
