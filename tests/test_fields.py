@@ -37,6 +37,7 @@ from robustcm.losses import PerElement, PerToken, cauchy_of_r2
 from robustcm.objective import FewStepObjective, Objective, draw
 from robustcm.semidiscrete import Semidiscrete
 from robustcm.sketch import LogHistogram
+from robustcm.teacher_input import KeepCovariance
 
 PARTS = tuple(dict.fromkeys(p for parts in CHOICES.values() for p in parts if isinstance(p, type)))
 NEEDED: dict[type, dict[str, Any]] = {
@@ -109,6 +110,8 @@ def one_step(config: TrainConfig) -> None:
     objective = config.objective
     if isinstance(objective.gate, AboveExplained):
         objective = replace(objective, gate=objective.gate.on(x))
+    if isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance):
+        objective = replace(objective, teacher_input=objective.teacher_input.on(x))
     network = Tiny()
     optimizer = config.optimizer.build(network.parameters())
     state = objective.init()
