@@ -29,6 +29,7 @@ from robustcm.objective import Objective
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 from robustcm.semidiscrete import Semidiscrete
+from robustcm.teacher_input import KeepCovariance
 from robustcm.trajectories import TrajectoryObjective
 
 Data: TypeAlias = Digits | ImageFolder | LatentStore
@@ -175,6 +176,7 @@ class TrainConfig:
         levels=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40)),
         coupler=exact,
         gate=AboveExplained(),
+        teacher_input=KeepCovariance(),
     )
     """The loss: what is compared, at which noise levels, how robustly."""
     classes: ByClass | None = None

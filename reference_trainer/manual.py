@@ -29,6 +29,7 @@ OFTEN = (
     Often("objective.c.multiple", "0.7", "scale of the distance over the median residual; objective.c=ConstantC"),
     Often("objective.coupler", "exact", "pairing of noise and data; independent, Entropic(reg=...)"),
     Often("objective.gate", "AboveExplained(0.2)", "where the pairing is used; Above(3), everywhere"),
+    Often("objective.teacher_input", "KeepCovariance()", "keeps the variance of the data from level to level; None"),
     Often("classes", "None", "ByClass trains by class, of class folders or a store with labels: sample --label"),
     Often("clip.k", "4.0", "where outliers of the latents are cut; clip=None leaves them in"),
     Often("non_scaling_norm", "False", "norms without a learned scale"),

@@ -47,6 +47,8 @@ def digits_by_class() -> TrainConfig:
 def ilct(config: TrainConfig = DIGITS) -> TrainConfig:
     """The baseline, iCT on latents: Pseudo-Huber, constant c, nothing else."""
     objective = replace(config.objective, distance=pseudo_huber, c=ConstantC(), coupler=independent)
+    if isinstance(objective, Objective):
+        objective = replace(objective, teacher_input=None)
     return replace(config, objective=objective, clip=None)
 
 

@@ -23,6 +23,7 @@ from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.gates import AboveExplained, everywhere
 from robustcm.losses import PerElement, cauchy, geman_mcclure, geman_mcclure_of_r2, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+from robustcm.teacher_input import KeepCovariance
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + the authors' c", lambda config: changed(ilct(config), c=PowerLawC())),
     Arm("iLCT + measured c", lambda config: changed(ilct(config), c=MeasuredC())),
     Arm("iLCT + clip", lambda config: replace(ilct(config), clip=ConditionalClip())),
+    Arm("iLCT + covariance kept", lambda config: changed(ilct(config), teacher_input=KeepCovariance())),
     Arm("iLCT + NsLN", lambda config: replace(ilct(config), non_scaling_norm=True)),
     # ... two of them together, all five, and the recipe of this repository ...
     Arm("iLCT + Cauchy, measured c", lambda config: changed(ilct(config), distance=cauchy, c=MeasuredC())),
     Arm("paper", paper),
+    Arm("paper + covariance kept", lambda config: changed(paper(config), teacher_input=KeepCovariance())),
     Arm("paper + clip", lambda config: replace(paper(config), clip=ConditionalClip())),
     Arm("ours", lambda config: config),
     # ... and that recipe with one part taken out.
@@ -71,6 +74,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, one c", lambda config: changed(config, c=MeasuredC(multiple=0.7))),
     Arm("ours, c per level", lambda config: changed(config, c=MeasuredC(multiple=0.7, bins=8))),
     Arm("ours, no coupling", lambda config: changed(config, coupler=independent)),
+    Arm("ours, covariance not kept", lambda config: changed(config, teacher_input=None)),
     Arm("ours, coupling without gate", lambda config: changed(config, gate=everywhere)),
     Arm("ours, pool of two batches", lambda config: replace(config, coupling_pool=2)),
     Arm("ours, per element", per_element),
