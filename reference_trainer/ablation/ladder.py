@@ -150,9 +150,7 @@ def of_size(d: int) -> Callable[[TrainConfig], TrainConfig]:
             raise UserError(f"suite d{d} fits an autoencoder to images: leave out the store, or autoencoder=")
         halvings = int(math.log2(resolution // side)) - int(math.log2(fitted.patch))
         if side * fitted.patch * 2**halvings != resolution:
-            raise UserError(
-                f"suite d{d} is for images of 32, 64, 128 .. px, not {resolution}: data.resolution=32"
-            )
+            raise UserError(f"suite d{d} is for images of 32, 64, 128 .. px, not {resolution}: data.resolution=32")
         widths = (16, *(32,) * halvings)
         return replace(config, autoencoder=replace(fitted, latent_channels=channels, block_out_channels=widths))
 
