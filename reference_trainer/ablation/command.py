@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         nargs="+",
         metavar="SUITE",
         default=["clean"],
-        help="other latents: with outliers, or of d elements, by an autoencoder fitted to that; --list (default: clean)",
+        help="other latents: with outliers, or of d elements by an autoencoder fitted to that (default: clean)",
     )
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     budget = parser.add_mutually_exclusive_group()
