@@ -21,8 +21,8 @@ WAVELETS = Wavelets()
 
 
 def features_named(name: str, device: torch.device) -> Features:
-    """The features ``name``, loaded: ``wavelets``, ``inception``, ``dinov2``, ``Fidelity(...)``, ``TorchScript(...)``, the
-    path of a TorchScript file, or ``module:function``.
+    """The features ``name``, loaded: ``wavelets``, ``inception``, ``dinov2``, ``Fidelity(...)``, ``TorchScript(...)``,
+    the path of a TorchScript file, or ``module:function``.
 
     Raises:
         UserError: there are none of that name, or they cannot be loaded.

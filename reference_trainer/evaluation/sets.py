@@ -129,8 +129,8 @@ def floor_rows(reference: Reference, held_out: Statistics | Missing) -> Rows:
     rows = at_once(against, "floors")
     halves, both = rows[HALVES], reference.reconstructions
     if not isinstance(halves, Missing) and not isinstance(both, Missing):
-        parts = tuple(map(Statistics.of, _halved(both.some)))
-        more = attempt(lambda: to_reconstructions(*parts, scales_kernel(reference.features)))
+        one, other = map(Statistics.of, _halved(both.some))
+        more = attempt(lambda: to_reconstructions(one, other, scales_kernel(reference.features)))
         rows |= {f"{HALVES}, to the reconstructions": more} if isinstance(more, Missing) else {HALVES: halves | more}
     return rows
 
