@@ -70,7 +70,7 @@ def test_the_size_follows_from_the_images_alone(shape: tuple[int, int, int], k: 
 def test_blur_noise_and_a_gaussian_of_the_same_covariance_are_seen_and_another_half_is_not():
     """Of patches of a photograph; the Gaussian has all that a linear measure could see."""
     photograph = PHOTOGRAPHS[4].read()
-    windows = photograph.unfold(1, SIDE, 12).unfold(2, SIDE, 12)
+    windows = photograph.unfold(1, SIDE, 20).unfold(2, SIDE, 20)
     patches = windows.permute(1, 2, 0, 3, 4).flatten(0, 1)
     generator = torch.Generator().manual_seed(0)
     patches = patches[torch.randperm(len(patches), generator=generator)]
