@@ -17,7 +17,7 @@ from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
 from reference_trainer.options import autoencoder_option, override
-from reference_trainer.presets import PRESETS, on_data
+from reference_trainer.presets import PRESETS, on_data, photographs
 from reference_trainer.run import RunFolder
 
 
@@ -42,13 +42,16 @@ def configuration(
 ) -> TrainConfig:
     """What `train --data DATA` trains with, in the default preset; ``resolution`` and ``autoencoder`` exchanged in it.
 
+    ``photographs`` is the preset of this name, unless there is something else that is called so.
+
     ``autoencoder`` is a part such as ``KLAutoencoder``, ``module:function``, a hub name or folder of diffusers', or a
     run folder.
 
     Raises:
         UserError: none of the three, or a resolution that does not work.
     """
-    config = on_data(PRESETS[0](), data)
+    shipped = data == photographs.__name__ and not Path(data).exists()
+    config = photographs() if shipped else on_data(PRESETS[0](), data)
     if resolution is not None:
         config = replace(config, data=at_resolution(config.data, resolution))
     if autoencoder is None:
@@ -72,7 +75,8 @@ def at_resolution(data: Data, resolution: int) -> ImageFolder:
     """
     if isinstance(data, LatentStore):
         raise UserError("--resolution is of images: the latents of a store have the one they were encoded at")
-    assert isinstance(data, ImageFolder)
+    if not isinstance(data, ImageFolder):
+        raise UserError("--resolution is of a folder of images: those that packages ship have their own")
     try:
         return replace(data, resolution=resolution)
     except ValueError as error:

@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, metavar="RUN", help="look at this trained run (default: brief baselines)")
     p.add_argument(
-        "--data", metavar="PATH", help="a folder of images, or a store of latents (default: the digits, or the run's)"
+        "--data",
+        metavar="PATH",
+        help="a folder of images, a store of latents, or the preset photographs (default: the digits, or the run's)",
     )
     p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")
     p.add_argument(

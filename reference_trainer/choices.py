@@ -12,6 +12,7 @@ from reference_trainer.data.classes import ByClass
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.published import NETWORKS
@@ -41,7 +42,7 @@ RHOS = (
 )
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
-    (TrainConfig, "data"): (Digits, ImageFolder, LatentStore),
+    (TrainConfig, "data"): (Digits, Photographs, ImageFolder, LatentStore),
     (TrainConfig, "autoencoder"): (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),

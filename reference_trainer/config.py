@@ -15,6 +15,7 @@ from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
@@ -32,7 +33,7 @@ from robustcm.semidiscrete import Semidiscrete
 from robustcm.teacher_input import KeepCovariance
 from robustcm.trajectories import TrajectoryObjective
 
-Data: TypeAlias = Digits | ImageFolder | LatentStore
+Data: TypeAlias = Digits | Photographs | ImageFolder | LatentStore
 
 MOST_THREADS = 1024
 

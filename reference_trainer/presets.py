@@ -16,6 +16,7 @@ from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.index import is_store
+from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.sources import require_no_archive
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT
@@ -42,6 +43,11 @@ def digits() -> TrainConfig:
 def digits_by_class() -> TrainConfig:
     """The recipe of `digits`, told which digit each image shows, lightly guided: `sample RUN --label 3`."""
     return replace(DIGITS, classes=ByClass(guidance=1.25))
+
+
+def photographs() -> TrainConfig:
+    """Patches of six photographs that two packages ship, 32x32, in colour: natural images without a download."""
+    return on_images(DIGITS, Photographs())
 
 
 def ilct(config: TrainConfig = DIGITS) -> TrainConfig:
@@ -95,7 +101,7 @@ def trajectory(config: TrainConfig = DIGITS) -> TrainConfig:
 PRESETS: tuple[Callable[[], TrainConfig], ...] = (digits, digits_by_class, ilct, paper, pixels, flow_map, trajectory)
 """On the embedded digits; the first is the default."""
 
-DATA: tuple[Callable[..., TrainConfig], ...] = (digits, digits_by_class, pixels, *DATA_SETS)
+DATA: tuple[Callable[..., TrainConfig], ...] = (digits, digits_by_class, pixels, photographs, *DATA_SETS)
 RECIPES: tuple[Callable[[TrainConfig], TrainConfig], ...] = (ilct, paper, flow_map, trajectory)
 
 
@@ -120,11 +126,16 @@ def on_data(config: TrainConfig, path: str | Path | None) -> TrainConfig:
 
 
 def on_folder(config: TrainConfig, path: str) -> TrainConfig:
-    """``config`` on a folder of images: colour, 64x64, so more latent channels, and squared error for photographs.
+    """``config`` on a folder of images, at 64x64."""
+    return on_images(config, ImageFolder(path=path))
+
+
+def on_images(config: TrainConfig, data: ImageFolder | Photographs) -> TrainConfig:
+    """``config`` on images in colour: more latent channels, and squared error for photographs.
 
     Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept.
     """
-    config = replace(config, data=ImageFolder(path=path), batch_size=64, coupling_pool=4)
+    config = replace(config, data=data, batch_size=64, coupling_pool=4)
     if config.clip is not None:  # of extreme values only: whether a decoder needs the others is not known
         config = replace(config, clip=TukeyClip(k=3.0))
     if isinstance(config.autoencoder, KLAutoencoder):

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     """Which class each sample is drawn of."""
     POSTERIOR = 8
     """Latents drawn from an encoder's distribution; the step is a number made of the image."""
+    PATCHES = 9
+    """Where in a photograph patches are cut; the step is its number, the block how much smaller it was made."""
 
 
 def counter_generator(seed: int, step: int, stream: int = Stream.DRAW, block: int = 0) -> np.random.Generator:

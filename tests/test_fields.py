@@ -28,6 +28,7 @@ from reference_trainer.data.codecs import Pixels
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
+from reference_trainer.data.photographs import Photographs
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm.averages import Exponential, PowerFunction
@@ -165,7 +166,7 @@ def works(part: Any, changed: dict[str, Any]) -> None:
         assert part.fit(x, torch.Generator().manual_seed(0)).potential.isfinite().all()
     elif isinstance(part, (Exponential, PowerFunction)):
         assert all(0 <= part(step) <= 1 for step in (0, 1, 10, 10**9))
-    elif not isinstance(part, (Digits, ImageFolder)):
+    elif not isinstance(part, (Digits, ImageFolder, Photographs)):
         one_step(in_a_config(part))
 
 

@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.ablation.budget import steps_within
-from reference_trainer.ablation.comparison import ONE, Result, as_markdown, by_seed, draw_comparison, judged_by
+from reference_trainer.ablation.comparison import ONE, Result, by_seed, draw_comparison, judged_by
+from reference_trainer.ablation.further import as_tables
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words
 from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
@@ -213,6 +214,8 @@ class Children:
             rows=evaluation.get("rows", {}),
             failure=failure,
             manifest=evaluation.get("manifest"),
+            latents=evaluation.get("latents", {}),
+            autoencoder=evaluation.get("autoencoder", {}),
         )
 
 
@@ -245,7 +248,7 @@ def write_comparison(results: Sequence[Result], out: Path, stop_above: float, ab
             f"Rule: an arm whose first seed is above {stop_above:g} times the baseline's gets no further seed.",
             "",
         ]
-    text = "\n".join(lines) + as_markdown(results, BASELINE, stopped)
+    text = "\n".join(lines) + as_tables(results, BASELINE, stopped)
     write_atomically(out / "ablation.md", text.encode())
     report = about | {"stopped": stopped, "runs": [asdict(r) for r in results]}
     write_atomically(out / "ablation.json", (as_json(report, indent=1) + "\n").encode())

@@ -14,6 +14,8 @@ examples:
   python -m reference_trainer ablate --list
   python -m reference_trainer ablate --steps 5000 network.width=128
   python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
+  python -m reference_trainer ablate photographs --suites d64 d128 d256 d512 d1024 --arms ours --steps 2000
+  python -m reference_trainer ablate --data photos data.resolution=32 --suites d64 d256 --arms ours --steps 2000
   python -m reference_trainer ablate celebahq --data latents --arms paper ours --steps 20000
   python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
 """
@@ -48,7 +50,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar=("PRESET", "path.to.field=value"),
         help="one more arm, presets and what differs; may be given several times, and alone leaves out the ladder",
     )
-    parser.add_argument("--suites", nargs="+", metavar="SUITE", default=["clean"], help="default: clean")
+    parser.add_argument(
+        "--suites",
+        nargs="+",
+        metavar="SUITE",
+        default=["clean"],
+        help="other latents: with outliers, or of d elements by an autoencoder fitted to that (default: clean)",
+    )
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=whole, default=5000, help="budget of every run in steps (default 5000)")

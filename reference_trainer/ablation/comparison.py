@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -37,6 +37,10 @@ class Result:
     failure: str = ""
     manifest: dict[str, Any] | None = None
     """Of evaluation.json: how the rows were measured; None where an earlier version measured them."""
+    latents: dict[str, Any] = field(default_factory=dict)
+    """Of evaluation.json: samples and bounds in the latent space; empty where they were not measured."""
+    autoencoder: dict[str, Any] = field(default_factory=dict)
+    """Of evaluation.json: what is known of it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def ranking(results: Sequence[Result], suite: str, baseline: str) -> list[tuple[
     """Arms and their ratio to the baseline's by ``judged_by``, the best first; those without a seed it has are out."""
     metric = judged_by(results, suite)
     own = by_seed(results, suite, baseline, ONE, metric)
-    arms = _distinct([r.arm for r in results if r.suite == suite])
+    arms = distinct([r.arm for r in results if r.suite == suite])
     ratios = ((arm, paired_ratio(by_seed(results, suite, arm, ONE, metric), own)) for arm in arms)
     return sorted(((arm, ratio.mean) for arm, ratio in ratios if ratio), key=lambda found: found[1])
 
@@ -100,9 +104,9 @@ def ranking(results: Sequence[Result], suite: str, baseline: str) -> list[tuple[
 def as_markdown(results: Sequence[Result], baseline: str, stopped: Sequence[tuple[str, str]] = ()) -> str:
     """A table a suite. ``stopped``: (suite, arm) whose further seeds were skipped by the rule."""
     parts = []
-    for suite in _distinct([r.suite for r in results]):
+    for suite in distinct([r.suite for r in results]):
         parts += [f"### {suite}", "", *_HEAD]
-        for arm in _distinct([r.arm for r in results if r.suite == suite]):
+        for arm in distinct([r.arm for r in results if r.suite == suite]):
             parts.append(_line(results, suite, arm, baseline, (suite, arm) in stopped))
         parts += [
             "",
@@ -128,10 +132,10 @@ def _line(results: Sequence[Result], suite: str, arm: str, baseline: str, stoppe
     for metric, row in product((IMAGES, RECONSTRUCTIONS), (ONE, TWO)):
         values = by_seed(results, suite, arm, row, metric)
         ratio = paired_ratio(values, by_seed(results, suite, baseline, row, metric)) if arm != baseline else None
-        cells += [_spread(values, 1), str(ratio) if ratio else "-"]
-    cells += [_spread(by_seed(results, suite, arm, ONE, name), 3, each=False) for name in _SHARES]
-    cells.append(_spread(by_seed(results, suite, arm, ONE, "kernel_x1000"), 1, each=False))
-    cells.append(_spread(by_seed(results, suite, arm, ONE, "frechet_held_out"), 1, each=False))
+        cells += [spread_of(values, 1), str(ratio) if ratio else "-"]
+    cells += [spread_of(by_seed(results, suite, arm, ONE, name), 3, each=False) for name in _SHARES]
+    cells.append(spread_of(by_seed(results, suite, arm, ONE, "kernel_x1000"), 1, each=False))
+    cells.append(spread_of(by_seed(results, suite, arm, ONE, "frechet_held_out"), 1, each=False))
     cells += [str(own[0].steps), f"{statistics.fmean(r.seconds for r in own):.0f}"]
     failures = [f"seed {r.seed} failed: {r.failure}" for r in own if r.failure]
     notes = "; ".join([*failures, *(["further seeds skipped by the rule"] if stopped else [])])
@@ -142,7 +146,7 @@ def _line(results: Sequence[Result], suite: str, arm: str, baseline: str, stoppe
 _SHARES = ("sure_digits", "precision", "recall")
 
 
-def _spread(values: dict[int, float], digits: int, each: bool = True) -> str:
+def spread_of(values: dict[int, float], digits: int, each: bool = True) -> str:
     """Mean and, behind it, each seed's value."""
     if not values:
         return "-"
@@ -183,8 +187,8 @@ def _bounds(results: Sequence[Result]) -> list[str]:
 
 def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
     """A panel a suite, a line an arm: the distance it is judged by at 1 (filled) and 2 evaluations (open)."""
-    suites = _distinct([r.suite for r in results])
-    arms = _distinct([r.arm for r in results])
+    suites = distinct([r.suite for r in results])
+    arms = distinct([r.arm for r in results])
     figure, axes = new_figure(len(suites), width=3.4 + 3.6 * len(suites), height=1.3 + 0.34 * len(arms))
     for ax, suite in zip(axes[0], suites, strict=True):
         metric = judged_by(results, suite)
@@ -215,5 +219,6 @@ def draw_comparison(results: Sequence[Result], baseline: str) -> Figure:
     return figure
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
+    """Each once, in the order of ``names``."""
     return list(dict.fromkeys(names))

@@ -6,6 +6,7 @@ of this repository; they differ in technique alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.photographs import SIDE
+from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.presets import ilct, paper
 from reference_trainer.words import NAMES, Chosen, names_in, with_options
@@ -110,7 +113,7 @@ def arm_from_words(words: Sequence[str], path: Path | None = None) -> Arm:
 
 @dataclass(frozen=True)
 class Suite:
-    """Data of known tails: what is done to the latents of every arm."""
+    """Other latents for every arm: of known tails, or of another size."""
 
     name: str
     change: Callable[[TrainConfig], TrainConfig]
@@ -133,10 +136,36 @@ def heavy_tailed(config: TrainConfig) -> TrainConfig:
     return replace(config, autoencoder=autoencoder, network=replace(config.network, patch=8))
 
 
+SIZES = {64: (4, 4), 128: (8, 4), 256: (4, 8), 512: (8, 8), 1024: (16, 8)}
+"""Channels and side of the latents of a suite, by their size d."""
+
+
+def of_size(d: int) -> Callable[[TrainConfig], TrainConfig]:
+    """Latents of ``d`` elements, of a small autoencoder fitted to whatever images there are.
+
+    The network stays as it is: with ``network.patch=2``, as images in colour have it, 4 tokens for the latents of 4 x 4
+    and 16 for those of 8 x 8.
+    """
+
+    def change(config: TrainConfig) -> TrainConfig:
+        channels, side = SIZES[d]
+        fitted, resolution = config.autoencoder, getattr(config.data, "resolution", SIDE)
+        if not isinstance(fitted, KLAutoencoder) or isinstance(config.data, LatentStore):
+            raise UserError(f"suite d{d} fits an autoencoder to images: leave out the store, or autoencoder=")
+        halvings = int(math.log2(resolution // side)) - int(math.log2(fitted.patch))
+        if side * fitted.patch * 2**halvings != resolution:
+            raise UserError(f"suite d{d} is for images of 32, 64, 128 .. px, not {resolution}: data.resolution=32")
+        widths = (16, *(32,) * halvings)
+        return replace(config, autoencoder=replace(fitted, latent_channels=channels, block_out_channels=widths))
+
+    return change
+
+
 SUITES: tuple[Suite, ...] = (
     Suite("clean", lambda config: config),
     Suite("outliers-0.1%", with_outliers(0.001)),
     Suite("outliers-1%", with_outliers(0.01)),
     Suite("outliers-5%", with_outliers(0.05)),
     Suite("heavy", heavy_tailed),
+    *(Suite(f"d{d}", of_size(d)) for d in SIZES),
 )

@@ -21,9 +21,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--features",
         metavar="FEATURES",
-        help="inception (FID, KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or "
+        help="wavelets, which need no download and see edges and texture, not what an image shows; inception (FID, "
+        "KID) or dinov2 (FD-DINOv2), through torch-fidelity; a TorchScript file, .pt or .ts; or "
         "an importable module:function that returns a map from uint8 images [n, ch, h, w] to features [n, k] "
-        "(default: a digit classifier for digits, the run's own autoencoder for other images)",
+        "(default: a digit classifier for digits, wavelets for photographs, the run's own autoencoder for others)",
     )
     parser.add_argument(
         "--samples",

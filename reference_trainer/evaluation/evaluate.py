@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from reference_trainer.data.codecs import notes_of
 from reference_trainer.data.images import Digits, ImageSet
+from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.beforehand import Beforehand, may_run_beside
 from reference_trainer.evaluation.between_ranks import samples_between
@@ -36,6 +37,7 @@ from reference_trainer.evaluation.sets import (
     samplers,
 )
 from reference_trainer.evaluation.training_set import MAX_IMAGES, TrainingSet, training_images
+from reference_trainer.evaluation.wavelets import Wavelets
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
@@ -44,11 +46,14 @@ from reference_trainer.run import EVALUATIONS, RunFolder
 
 
 def choose_features(given: Features | None, model: TrainedModel) -> Features:
-    """Those the user has given, else the digit classifier for digits, else the autoencoder's latents."""
+    """Those the user has given, else the digit classifier for digits, wavelets for the photographs that packages ship,
+    the autoencoder's latents for all others."""
     if given is not None:
         return given
     if isinstance(model.config.data, Digits):
         return load_digit_classifier()
+    if isinstance(model.config.data, Photographs):
+        return Wavelets()
     return PooledLatents(model.space.codec, model.device)
 
 

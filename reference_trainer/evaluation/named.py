@@ -1,4 +1,4 @@
-"""What ``--features`` names: a network of torch-fidelity, a TorchScript file, or a function of the user's."""
+"""What ``--features`` names: wavelets, a network of torch-fidelity, a TorchScript file, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from typing import Any
 import torch
 
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.features import Features, Imported
 from reference_trainer.evaluation.fidelity import Fidelity
 from reference_trainer.evaluation.torchscript import SUFFIXES, TorchScript
+from reference_trainer.evaluation.wavelets import Wavelets
 
 SHORT = {"inception": Fidelity(), "dinov2": Fidelity(extractor="dinov2-vit-l-14")}
 PARTS: dict[str, Any] = {"Fidelity": Fidelity, "TorchScript": TorchScript}
 
 
-def features_named(name: str, device: torch.device) -> Imported:
-    """The features ``name``, loaded: ``inception``, ``dinov2``, ``Fidelity(...)``, ``TorchScript(...)``, the path of a
-    TorchScript file, or ``module:function``.
+WAVELETS = Wavelets()
+
+
+def features_named(name: str, device: torch.device) -> Features:
+    """The features ``name``, loaded: ``wavelets``, ``inception``, ``dinov2``, ``Fidelity(...)``, ``TorchScript(...)``,
+    the path of a TorchScript file, or ``module:function``.
 
     Raises:
         UserError: there are none of that name, or they cannot be loaded.
     """
+    if name == WAVELETS.name:
+        return WAVELETS
     if name in SHORT:
         return SHORT[name].load(name, device)
     if name.partition("(")[0] in PARTS:

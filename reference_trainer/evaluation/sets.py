@@ -116,14 +116,23 @@ def image_rows(
 
 
 def floor_rows(reference: Reference, held_out: Statistics | Missing) -> Rows:
-    """Of real images: the held-out ones, and half of the training images against the other half."""
+    """Of real images: the held-out ones, and half of the training images against the other half.
+
+    The halves also as reconstructions: what distance to these two sets have by chance.
+    """
     real = reference.images
     first, second = (real, real) if isinstance(real, Missing) else map(Statistics.of, _halved(real.some))
     against = {
         HELD_OUT: partial(measure, held_out, real, reference.features),
         HALVES: partial(measure, first, second, reference.features, held_out),
     }
-    return at_once(against, "floors")
+    rows = at_once(against, "floors")
+    halves, both = rows[HALVES], reference.reconstructions
+    if not isinstance(halves, Missing) and not isinstance(both, Missing):
+        one, other = map(Statistics.of, _halved(both.some))
+        more = attempt(lambda: to_reconstructions(one, other, scales_kernel(reference.features)))
+        rows |= {f"{HALVES}, to the reconstructions": more} if isinstance(more, Missing) else {HALVES: halves | more}
+    return rows
 
 
 def latent_rows(latents: Mapping[str, Tensor | Missing], reference: Reference, bounds: bool) -> Rows:
