@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from reference_trainer.evaluation.boxes import GREY, Column, draw_boxes
+from reference_trainer.evaluation.latent_space import GROUPS
 from reference_trainer.evaluation.pictures import GAUSSIAN_BEYOND_INNER, GAUSSIAN_BEYOND_OUTER
 from reference_trainer.plotting import new_figure
 from robustcm.tails import BoxStatistics
@@ -232,3 +233,29 @@ def _draw_metrics(frechet: Axes, recall: Axes, both: Axes, runs: Sequence[RunCur
         frechet.set_yscale("log")  # it falls by orders of magnitude
         frechet.yaxis.set_major_formatter(LogFormatter())  # 600, not 6 x 10^2
         frechet.yaxis.set_minor_formatter(LogFormatter())
+
+
+def draw_variance(
+    foretold: Mapping[str, Mapping[int, Mapping[str, float]]], measured: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """Variance of samples over that of the data against the number of levels, a panel for each group of components."""
+    groups = list(GROUPS)
+    figure, axes = new_figure(len(groups), 4.2 * len(groups), 3.8)
+    colours = dict(zip(foretold, ("#4c72b0", "#c4453c", "#8a6d9e"), strict=False))
+    for ax, group in zip(axes[0], groups, strict=True):
+        for name, by_levels in foretold.items():
+            points = [(n, found[group]) for n, found in by_levels.items() if group in found]
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colours[name], label=f"{name}, foretold")
+        for (name, row), marker in zip(measured.items(), "osD^vP*X" * len(measured), strict=False):
+            if group in row:
+                face = "black" if row["kept"] else "none"
+                ax.plot(row["levels"], row[group], marker, color="black", markerfacecolor=face, label=name)
+        ax.axhline(1, color=GREY, linewidth=0.8, zorder=0)
+        ax.set(xscale="log", xlabel="noise levels N", title=group.removeprefix("variance_").replace("_", " "))
+        ticks = sorted({n for by_levels in foretold.values() for n in by_levels})
+        ax.set_xticks(ticks, [str(n) for n in ticks])
+        ax.minorticks_off()
+    axes[0, 0].set_ylabel("variance of samples / of the data")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
