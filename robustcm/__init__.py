@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from robustcm.objective import Objective, draw
     from robustcm.robust import RobustLoss, all_ranks, robust_distance
     from robustcm.scales import ConstantC, MeasuredC, PowerLawC
-    from robustcm.schedules import DoublingCurriculum, LevelGrid, RatioLevels
+    from robustcm.schedules import DenoiseFirst, DoublingCurriculum, LevelGrid, RatioLevels
     from robustcm.semidiscrete import Semidiscrete
     from robustcm.tails import TailStream, box_statistics
     from robustcm.teacher_input import KeepCovariance
@@ -89,7 +89,7 @@ _MODULE_OF = {
         "objective": "Objective draw",
         "robust": "RobustLoss all_ranks robust_distance",
         "scales": "ConstantC MeasuredC PowerLawC",
-        "schedules": "DoublingCurriculum LevelGrid RatioLevels",
+        "schedules": "DenoiseFirst DoublingCurriculum LevelGrid RatioLevels",
         "semidiscrete": "Semidiscrete",
         "tails": "TailStream box_statistics",
         "teacher_input": "KeepCovariance",
@@ -107,6 +107,7 @@ __all__ = [
     "ConditionalClip",
     "ConstantC",
     "ConstantShare",
+    "DenoiseFirst",
     "Derivative",
     "DoublingCurriculum",
     "EarlyDiffusion",

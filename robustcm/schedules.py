@@ -259,6 +259,46 @@ class RatioLevels:
         return max(2, round(1 / float(step)) + 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoiseFirst:
+    """A ``share`` of the run with the data as the teacher, so that f learns to denoise; then the levels of ``then``.
+
+    In the first part t_hi is drawn as at the end of ``then``, t_lo is sigma_min, where f is the identity, and N is 2.
+    ``then`` has the rest of the steps for all of its stages.
+
+    Source: a start from a diffusion model, as Geng et al. 2024 (ECT), arXiv 2406.14548, have it; here of the same run.
+    """
+
+    share: float = 0.2
+    """Of the steps, 0 to 1."""
+    then: LevelGrid | RatioLevels = LevelGrid()
+    """The levels behind it."""
+
+    def __post_init__(self) -> None:
+        need_real(self, "share", least=0, most=1)
+
+    @property
+    def noise(self) -> NoiseRange:
+        """That of ``then``."""
+        return self.then.noise
+
+    def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
+        first, rest = self._parts(total_steps)
+        if step >= first:
+            return self.then(step - first, rest, uniform)
+        pairs = self.then(rest - 1, rest, uniform)
+        return pairs._replace(t_lo=torch.full_like(pairs.t_lo, self.noise.sigma_min), num_levels=2)
+
+    def nearest(self, sigma: float, step: int, total_steps: int) -> float:
+        """See ``PairLaw``."""
+        first, rest = self._parts(total_steps)
+        return self.then.nearest(sigma, step - first if step >= first else rest - 1, rest)
+
+    def _parts(self, total_steps: int) -> tuple[int, int]:
+        first = round(self.share * total_steps)
+        return first, max(1, total_steps - first)
+
+
 # --- Weights of a pair: (t_hi, t_lo) -> [b] ---------------------------------------------------------------------------
 
 PairWeight: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -114,8 +114,14 @@ class CovarianceKept:
         return (above * below).sqrt() / together
 
     def __call__(self, x: Tensor, z: Tensor, pairs: LevelPairs, p_hi: Tensor, p_lo: Tensor) -> Tensor:
-        """``x_lo [b, ...]``, scaled. Two products with the axes: ``4 b d k`` operations."""
+        """``x_lo [b, ...]``, scaled. Two products with the axes: ``4 b d k`` operations.
+
+        Of two levels (N = 2) as it is: that is denoising, whose mean is wanted; the factor would be t_hi over the
+        deviation of the data, and the teacher's noise with it.
+        """
         x_lo = add_noise(x, z, pairs.t_lo)
+        if pairs.num_levels == 2:
+            return x_lo
         mean, axes = self.mean.to(x_lo.dtype), self.axes.to(x_lo.dtype)
         more = (self.factor(pairs.t_hi, pairs.t_lo, p_hi, p_lo) - 1).to(x_lo.dtype)
         away, k = x_lo.flatten(1) - mean, axes.shape[1]

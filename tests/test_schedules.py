@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from robustcm.noise import NoiseRange
 from robustcm.schedules import (
     BoundedInverseGap,
+    DenoiseFirst,
     DoublingCurriculum,
     FixedCurriculum,
     LevelGrid,
@@ -236,3 +237,32 @@ def test_ratio_levels_whose_median_is_no_level_have_a_number_of_levels(p_mean: f
     pairs = RatioLevels(p_mean=p_mean)(3, 8, uniform_numbers(10))
     assert pairs.num_levels >= 2
     assert (pairs.t_lo < pairs.t_hi).all()
+
+
+# --- A start as a denoiser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", [LevelGrid(), RatioLevels()])
+def test_a_run_that_denoises_first_has_all_its_stages_behind_that(then: LevelGrid | RatioLevels):
+    levels, uniform = DenoiseFirst(share=0.25, then=then), uniform_numbers(1000)
+    for step in (0, 24):
+        pairs = levels(step, 100, uniform)
+        assert pairs.num_levels == 2
+        assert (pairs.t_lo == np.float32(then.noise.sigma_min)).all()
+        assert torch.equal(pairs.t_hi, then(74, 75, uniform).t_hi)  # as at the end of the run
+        assert levels.nearest(1.0, step, 100) == then.nearest(1.0, 74, 75)
+    for step in (25, 60, 99):
+        pairs, those = levels(step, 100, uniform), then(step - 25, 75, uniform)
+        assert all(torch.equal(a, b) for a, b in zip(pairs[:3], those[:3], strict=True))
+        assert pairs.num_levels == those.num_levels
+        assert levels.nearest(1.0, step, 100) == then.nearest(1.0, step - 25, 75)
+    assert levels.noise == then.noise
+
+
+def test_a_share_of_nothing_is_no_start_and_one_of_all_only_denoises():
+    uniform = uniform_numbers(50)
+    none, all_of_it = DenoiseFirst(share=0.0)(0, 10, uniform), DenoiseFirst(share=1.0)(9, 10, uniform)
+    assert torch.equal(none.t_lo, LevelGrid()(0, 10, uniform).t_lo)
+    assert all_of_it.num_levels == 2
+    with pytest.raises(ValueError, match="share must be"):
+        DenoiseFirst(share=1.1)

@@ -15,7 +15,7 @@ from robustcm.couplers import exact, independent
 from robustcm.gates import Above, ShareAbove, everywhere
 from robustcm.noise import NoiseRange
 from robustcm.objective import Objective, draw
-from robustcm.schedules import FixedCurriculum, LevelGrid, LevelPairs
+from robustcm.schedules import DenoiseFirst, FixedCurriculum, LevelGrid, LevelPairs
 from robustcm.teacher_input import CovarianceKept, KeepCovariance
 
 levels = st.floats(0.002, 80)
@@ -41,7 +41,7 @@ def gaussian(n: int, d: int = 3, seed: int = 0) -> Tensor:
 
 
 def pairs_of(t_hi: Tensor, t_lo: Tensor) -> LevelPairs:
-    return LevelPairs(t_hi, t_lo, torch.zeros_like(t_hi), 2)
+    return LevelPairs(t_hi, t_lo, torch.zeros_like(t_hi), 41)
 
 
 @given(levels, levels, shares, shares, variance, correlation)
@@ -151,6 +151,13 @@ def test_small_noise_is_shown_as_it_is():
     pairs = pairs_of(torch.full((50,), 0.004), torch.full((50,), 0.002))
     shown = KeepCovariance().on(gaussian(500))(x, z, pairs, torch.zeros(50), torch.zeros(50))
     torch.testing.assert_close(shown, add_noise(x, z, pairs.t_lo), atol=1e-3, rtol=0)
+
+
+def test_a_teacher_that_is_the_data_is_shown_as_it_is():
+    x, z = gaussian(50), torch.randn(50, 3, generator=torch.Generator().manual_seed(3))
+    pairs = DenoiseFirst()(0, 100, torch.rand(50, generator=torch.Generator().manual_seed(4)))
+    shown = KeepCovariance().on(gaussian(500))(x, z, pairs, torch.zeros(50), torch.zeros(50))
+    assert torch.equal(shown, add_noise(x, z, pairs.t_lo))
 
 
 def test_turned_data_give_the_same_turned():
