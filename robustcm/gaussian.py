@@ -62,11 +62,11 @@ class Gaussian:
         if rank is not None and not 1 <= rank <= d:
             raise ValueError(f"rank must be 1 to {d}, the elements of a sample, got {rank}")
         variances, axes = torch.linalg.eigh(covariance.double())
-        variances, axes = variances.flip(0), axes.flip(1)
-        if constant := int((variances <= CONSTANT * variances[0].clamp(min=1e-300)).sum()):
-            raise ValueError(f"{constant} of {d} principal components are constant")
-        k = d if rank is None else rank
+        variances, axes, k = variances.flip(0), axes.flip(1), d if rank is None else rank
+        if constant := int((variances[:k] <= CONSTANT * variances[0].clamp(min=1e-300)).sum()):
+            raise ValueError(f"{constant} of {k} principal components are constant")
         others = (variances if k == d else variances[k:]).mean()[None]
+        others = others.clamp(min=CONSTANT * variances[0])
         return Gaussian(mean.float(), axes[:, :k].float().contiguous(), torch.cat([variances[:k], others]).float())
 
     @staticmethod
@@ -74,11 +74,11 @@ class Gaussian:
         """That of samples ``x [n, ...]``.
 
         Raises:
-            ValueError: no more samples than elements; or see ``of``.
+            ValueError: no more samples than components; or see ``of``.
         """
         flat = x.detach().flatten(1).double().cpu()
-        if len(flat) <= flat.shape[1]:
-            raise ValueError(f"{len(flat)} samples of {flat.shape[1]} elements: a covariance needs more samples")
+        if len(flat) <= (components := flat.shape[1] if rank is None else rank):
+            raise ValueError(f"{len(flat)} samples are too few for {components} components")
         return Gaussian.of(flat.mean(0), torch.cov(flat.T).reshape(flat.shape[1], -1), rank)
 
     def to(self, device: torch.device | str) -> Gaussian:
@@ -141,8 +141,11 @@ class Blended:
     """``w first + (1 - w) second`` with the share ``w(t [b], variances [m], noise) -> [b, m]`` in 0 .. 1."""
 
     first: Gain = flow_gain
+    """Where the share is 1."""
     second: Gain = scalar_gain
+    """Where it is 0."""
     share: Gain = noise_share
+    """Of the first, by component and noise level."""
 
     def __call__(self, t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:
         first, second = self.first(t, variances, noise), self.second(t, variances, noise)

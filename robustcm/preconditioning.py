@@ -47,13 +47,27 @@ class Preconditioning:
 
 
 @dataclass(frozen=True)
+class ScalarSkip:
+    """The usual ``Skip``, ``c_skip(t) x_t``, by name."""
+
+    noise: NoiseRange = NoiseRange()
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return over_samples(Preconditioning(noise=self.noise).c_skip(t), x_t) * x_t
+
+    def to(self, device: torch.device | str) -> ScalarSkip:
+        """Itself: it holds no tensor."""
+        return self
+
+
+@dataclass(frozen=True)
 class Preconditioned:
     """``f(x_t, t) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, c_noise(t))``; the same object trains and samples.
 
     Args:
         network: F. Its output may be of lower precision (autocast); the sum is at least float32.
         preconditioning: the coefficients.
-        skip: in the place of ``c_skip(t) x_t``, such as ``GaussianSkip``; None: that.
+        skip: in the place of ``c_skip(t) x_t``, such as ``LinearSkip``; None: that.
     """
 
     network: Network

@@ -198,7 +198,7 @@ def test_a_skip_moves_between_devices_with_all_it_holds(gain, device):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="12 samples of 12 elements: a covariance needs more samples"):
+    with pytest.raises(ValueError, match="12 samples are too few for 12 components"):
         Gaussian.fit(data(12))
 
 
