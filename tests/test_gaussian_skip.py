@@ -49,8 +49,7 @@ def load() -> Twice:
 
 def gaussian_latents(n: int = 300) -> Tensor:
     """``[n, 2, 4, 4]`` with correlated elements and a mean that differs by element."""
-    generator = torch.Generator().manual_seed(0)
-    z, mix = torch.randn(n, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    z, mix = (torch.randn(m, 32, generator=torch.Generator().manual_seed(seed)) for seed, m in ((0, n), (1, 32)))
     return (z @ mix / 10 + torch.linspace(-0.5, 0.5, 32)).reshape(n, *SHAPE)
 
 
