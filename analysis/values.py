@@ -27,6 +27,7 @@ from robustcm.couplers import exact
 from robustcm.gates import Above, AboveExplained
 from robustcm.losses import sample_r2
 from robustcm.objective import Objective, draw
+from robustcm.preconditioning import Skip
 from robustcm.schedules import FixedCurriculum, LevelGrid
 from robustcm.tails.boxes import FEW
 
@@ -176,6 +177,8 @@ class Trained:
     device: torch.device
     labels: Tensor | None = None
     """``[n]``, for couplers that need them and networks that are told."""
+    skip: Skip | None = None
+    """See ``TrainConfig.preconditioned``."""
 
     def residuals(self, num_levels: int, count: int) -> Residuals:
         """About ``count`` temporal differences at N = ``num_levels``.
@@ -187,7 +190,7 @@ class Trained:
             UserError: a single sample, or all the same, and a gate that asks the data; or none is finite.
         """
         objective = replace(with_measured_gate(self.config.objective, self.data), coupler=self.config.coupler)
-        f = self.config.preconditioned(self.network)
+        f = self.config.preconditioned(self.network, self.skip)
         grid = objective.levels if isinstance(objective.levels, LevelGrid) else LevelGrid()
         grid = replace(grid, curriculum=FixedCurriculum(num_levels=num_levels))
         objective, data = replace(objective, levels=grid), self.data
@@ -239,7 +242,7 @@ def trained_of(model: TrainedModel, run: RunFolder, images: ImageSet) -> Trained
         raise UserError(refusal)
     origin = f"run {run.root.resolve().name} ({model.step} steps)"
     network = network_of(model.config, run, model.shape, model.device)
-    return Trained(model.config, network, data, origin, model.device, images.train_labels)
+    return Trained(model.config, network, data, origin, model.device, images.train_labels, model.skip)
 
 
 def run_space(

@@ -46,7 +46,7 @@ def shares(model: TrainedModel, batches: list[Batch], objective: Objective) -> t
 
     c is settled on all batches before the first gradient is taken.
     """
-    f, state = model.config.preconditioned(model.network), objective.init(model.device)
+    f, state = model.function, objective.init(model.device)
     with torch.no_grad():
         for batch in batches:
             state = objective(f, batch, state).state

@@ -32,7 +32,7 @@ BATCH = 250
 
 def images_of(model: TrainedModel, n: int, sigmas: tuple[float, ...], coupler: Coupler | None) -> Tensor:
     """uint8 ``[n, ch, h, w]``, from the noise ``TrainedModel.images`` has at seed 0."""
-    f, parts = model.config.preconditioned(model.network), []
+    f, parts = model.function, []
     for index, start in enumerate(range(0, n, BATCH)):
         generator = step_generator(0, index, Stream.SAMPLING)
         z = torch.randn(BATCH, *model.shape, generator=generator)[: n - start].to(model.device)

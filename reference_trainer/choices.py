@@ -10,6 +10,7 @@ from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainCon
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
+from reference_trainer.data.gaussian_skip import GaussianSkip, Scalar
 from reference_trainer.data.images import Digits, ImageFolder
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
@@ -25,6 +26,7 @@ from robustcm import (
     flow_maps,
     flow_targets,
     gates,
+    gaussian,
     losses,
     noise,
     objective,
@@ -34,6 +36,7 @@ from robustcm import (
     sketch,
     teacher_input,
     trajectories,
+    turning,
 )
 
 RHOS = (
@@ -51,6 +54,14 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
         *(objective.Objective, flow_maps.FlowMapObjective),
         trajectories.TrajectoryObjective,
     ),
+    (TrainConfig, "preconditioning"): (Scalar, GaussianSkip),
+    (GaussianSkip, "gain"): (
+        *(turning.Turning, gaussian.flow_gain, gaussian.wiener_gain, gaussian.scalar_gain),
+        gaussian.Blended,
+    ),
+    (gaussian.Blended, "first"): (gaussian.flow_gain, gaussian.wiener_gain),
+    (gaussian.Blended, "second"): (gaussian.scalar_gain, gaussian.wiener_gain),
+    (gaussian.Blended, "share"): (gaussian.noise_share,),
     (TrainConfig, "classes"): (None, ByClass),
     (TrainConfig, "averages"): (averages.Exponential, averages.PowerFunction),
     (TrainConfig, "computing"): (Computing,),

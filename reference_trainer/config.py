@@ -13,6 +13,7 @@ from torch import Tensor
 from reference_trainer.computing import Computing
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.classes import ByClass
+from reference_trainer.data.gaussian_skip import GaussianSkip, Scalar
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
@@ -20,13 +21,13 @@ from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from robustcm.averages import Average, PowerFunction
-from robustcm.consistency import Network
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained
 from robustcm.losses import geman_mcclure
 from robustcm.objective import Objective
+from robustcm.preconditioning import Network, Skip
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 from robustcm.semidiscrete import Semidiscrete
@@ -180,6 +181,9 @@ class TrainConfig:
         teacher_input=KeepCovariance(),
     )
     """The loss: what is compared, at which noise levels, how robustly."""
+    preconditioning: Scalar | GaussianSkip = Scalar()
+    """What a consistency function is while the network gives nothing: ``c_skip(t) x_t``, or one that knows the latents'
+    mean and covariance, kept with the run."""
     classes: ByClass | None = None
     """Tell the network the class of each sample, so that samples can be asked for by class; None: it is not told."""
     coupling_pool: int = 1
@@ -260,6 +264,10 @@ class TrainConfig:
             isinstance(self.network, UNet) or not self.computing.channels_last,
             "computing.channels_last is of convolutions: leave it out, or take network=UNet",
         )
+        _require(
+            isinstance(self.objective, Objective) or isinstance(self.preconditioning, Scalar),
+            "preconditioning=GaussianSkip is of consistency functions: take Scalar with this objective",
+        )
         _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
         _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:
@@ -306,9 +314,17 @@ class TrainConfig:
             raise UserError(str(error)) from error
         return raw_latents
 
-    def preconditioned(self, network: Network) -> Callable[..., Tensor]:
-        """The function the objective trains, around ``network``: consistency function, flow map or trajectories."""
-        return self.objective.function_of(network)
+    def preconditioned(self, network: Network, skip: Skip | None = None) -> Callable[..., Tensor]:
+        """The function the objective trains, around ``network``: consistency function, flow map or trajectories.
+
+        Args:
+            skip: where ``preconditioning`` is no ``Scalar``, that of the run.
+        """
+        if isinstance(self.preconditioning, Scalar) or not isinstance(self.objective, Objective):
+            return self.objective.function_of(network)
+        if skip is None:
+            raise ValueError(f"{self.preconditioning} is measured on latents: pass the skip of the run")
+        return self.objective.function_of(network, skip)
 
     def evaluates_at(self, step: int) -> bool:
         """Whether training stops behind ``step`` steps to evaluate; the end is evaluated anyway, and more fully."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from reference_trainer.averages import averaged_weights, check_average
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.classes import Classes
+from reference_trainer.data.gaussian_skip import AnySkip, Scalar, load_skip
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.data.origin import reopen
@@ -42,6 +43,13 @@ class TrainedModel:
     """That the network is told of."""
     average: str = ""
     """Which average of the weights, in words; empty: the one that samples."""
+    skip: AnySkip | None = None
+    """Around the network, see ``TrainConfig.preconditioned``; on ``device``."""
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """What samples: consistency function, flow map or trajectories."""
+        return self.config.preconditioned(self.network, self.skip)
 
     def sigmas(self, evaluations: int) -> tuple[float, ...]:
         """Levels of the sampler, as the objective has them: noise levels, of a flow map flow times.
@@ -92,7 +100,7 @@ class TrainedModel:
         """
         if first % batch_size:
             raise ValueError(f"first must be a multiple of {batch_size}, got {first}")
-        f: Callable[..., Tensor] = self.config.preconditioned(self.network)
+        f = self.function
         if self.classes is not None and self.config.classes is not None:
             f = Guided(f, self.config.classes.guidance, number_of(self.classes))
             labels = self.classes.proportional(n, seed) if labels is None else labels
@@ -155,6 +163,7 @@ def load_model(
         changes=changes,
         classes=classes,
         average="" if average is None else about,
+        skip=kept_skip(config, run, kept.shape, device),
     )
 
 
@@ -180,6 +189,17 @@ def averaged_network(
         raise UserError(f"the checkpoint of step {step} in {run.root} does not fit its config.json: {error}") from error
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False), about
+
+
+def kept_skip(config: TrainConfig, run: RunFolder, shape: tuple[int, int, int], device: torch.device) -> AnySkip | None:
+    """The skip of a trained ``run``, for latents of ``shape``; None where it is the scalar one that all begin with.
+
+    Raises:
+        UserError: see ``load_skip``.
+    """
+    if isinstance(config.preconditioning, Scalar):
+        return None
+    return load_skip(run.skip_file, config.preconditioning, shape, config.objective.noise).to(device)
 
 
 def kept_classes(config: TrainConfig, run: RunFolder) -> Classes | None:

@@ -215,11 +215,10 @@ def as_options(config: TrainConfig) -> list[str]:
     The objective's kind goes before its fields, and both before what is refused with another kind.
     """
     whole = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    parts, second_sigma = whole.pop("objective"), whole.pop("second_sigma")
+    parts, of_its_kind = whole.pop("objective"), {name: whole.pop(name) for name in ("preconditioning", "second_sigma")}
     whole["objective"] = type(parts)
     whole |= {f"objective.{field.name}": getattr(parts, field.name) for field in dataclasses.fields(parts)}
-    whole["second_sigma"] = second_sigma
-    return [f"{path}={literal(value)}" for path, value in whole.items()]
+    return [f"{path}={literal(value)}" for path, value in (whole | of_its_kind).items()]
 
 
 def to_json(value: Any) -> Any:

@@ -31,6 +31,7 @@ class RunFolder:
     autoencoder.safetensors    codec and normalisation, so that the folder is complete by itself, and what they were
                                made from
     checkpoints/step_*.safetensors
+    skip.safetensors           of a run with preconditioning=GaussianSkip: mean and covariance of the latents
     classes.json               of a run trained by class: their names, and how many training images each has
     snapshots/step_*.safetensors
                                the power-function averages, float32, every ``snapshot_every`` steps
@@ -115,6 +116,11 @@ class RunFolder:
     def space_file(self) -> Path:
         """Where ``KeptSpace`` is kept."""
         return self.root / "autoencoder.safetensors"
+
+    @property
+    def skip_file(self) -> Path:
+        """Where the numbers of ``GaussianSkip`` are kept."""
+        return self.root / "skip.safetensors"
 
     @property
     def classes_file(self) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -17,65 +16,13 @@ from torch import Tensor, nn
 
 from robustcm.couplers import Coupler
 from robustcm.noise import NoiseRange
+from robustcm.preconditioning import Network as Network
+from robustcm.preconditioning import Preconditioned as Preconditioned
+from robustcm.preconditioning import Preconditioning as Preconditioning
 from robustcm.shapes import one_a_sample, over_samples, same_shape
-
-Network: TypeAlias = Callable[..., Tensor]
-"""``F(c_in x_t [b, ...], c_noise [b], **conditions) -> [b, ...]``."""
 
 ConsistencyFunction: TypeAlias = Callable[..., Tensor]
 """``f(x_t [b, ...], t [b], **conditions) -> [b, ...]``: the clean sample at the end of the path through x_t."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preconditioning:
-    """The coefficients around the network, each a function of ``t [b]``, so that f(x, sigma_min) = x bit-exactly.
-
-    Source: Song et al. 2023, arXiv 2303.01469, appendix C, on Karras et al. 2022, Table 1; checked in the sLCT code.
-    """
-
-    sigma_data: float = 0.5
-    noise: NoiseRange = NoiseRange()
-
-    def c_skip(self, t: Tensor) -> Tensor:
-        # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, which need not give 1 at sigma_min.
-        return 1 / (((t - self.noise.sigma_min) / self.sigma_data) ** 2 + 1)
-
-    def c_out(self, t: Tensor) -> Tensor:
-        return (t - self.noise.sigma_min) * self.sigma_data / torch.sqrt(t**2 + self.sigma_data**2)
-
-    def c_in(self, t: Tensor) -> Tensor:
-        return 1 / torch.sqrt(t**2 + self.sigma_data**2)
-
-    def c_noise(self, t: Tensor) -> Tensor:
-        return 1000 * 0.25 * torch.log(t)
-
-
-@dataclass(frozen=True)
-class Preconditioned:
-    """``f(x_t, t) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, c_noise(t))``; the same object trains and samples.
-
-    Args:
-        network: F. Its output may be of lower precision (autocast); the sum is at least float32.
-        preconditioning: the coefficients.
-    """
-
-    network: Network
-    preconditioning: Preconditioning = Preconditioning()
-
-    @property
-    def noise(self) -> NoiseRange:
-        """The noise levels f is made for."""
-        return self.preconditioning.noise
-
-    def __call__(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        """``x_t [b, ...]``, ``t [b]`` in sigma_min .. sigma_max -> ``[b, ...]``; ``conditions`` go to the network.
-
-        Raises:
-            ValueError: ``t`` is not one level a sample.
-        """
-        p, t = self.preconditioning, one_a_sample("t", t, len(x_t))
-        output = self.network(over_samples(p.c_in(t), x_t) * x_t, p.c_noise(t), **conditions)
-        return over_samples(p.c_skip(t), x_t) * x_t + over_samples(p.c_out(t), x_t) * output
 
 
 def add_noise(x: Tensor, z: Tensor, t: Tensor) -> Tensor:

@@ -26,19 +26,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from robustcm.consistency import (
-    ConsistencyFunction,
-    Network,
-    Preconditioned,
-    Preconditioning,
-    replayed_rng,
-    sample,
-    temporal_difference,
-)
+from robustcm.consistency import ConsistencyFunction, replayed_rng, sample, temporal_difference
 from robustcm.couplers import Coupler, independent
 from robustcm.gates import Gate, everywhere, gated_noise
 from robustcm.losses import Distance, Scale, cauchy, sample_r2
 from robustcm.noise import FlowRange, NoiseRange
+from robustcm.preconditioning import Network, Preconditioned, Preconditioning, Skip
 from robustcm.randomness import Stream, counter_generator, normal, uniform
 from robustcm.robust import robust_distance
 from robustcm.scales import CSchedule, MeasuredC
@@ -315,9 +308,9 @@ class Objective(FewStepObjective):
         p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
         return batch._replace(x_lo=self.teacher_input(x, batch.z, pairs, p_hi, p_lo))
 
-    def function_of(self, network: Network) -> Preconditioned:
-        """The consistency function of ``network``, for the noise levels it is trained at."""
-        return Preconditioned(network, Preconditioning(noise=self.noise))
+    def function_of(self, network: Network, skip: Skip | None = None) -> Preconditioned:
+        """The consistency function of ``network``, for the noise levels it is trained at; ``skip``: see there."""
+        return Preconditioned(network, Preconditioning(noise=self.noise), skip)
 
     def sampling_levels(self, evaluations: int, second: float, step: int, total_steps: int) -> tuple[float, ...]:
         """sigma_max, ``second``, then halving it each time; each but the first the level nearest to that."""

@@ -26,6 +26,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
 from reference_trainer.data.codecs import Pixels
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
+from reference_trainer.data.gaussian_skip import Scalar, skip_for
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.data.photographs import Photographs
@@ -113,7 +114,8 @@ def one_step(config: TrainConfig) -> None:
         objective = replace(objective, gate=objective.gate.on(x))
     if isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance):
         objective = replace(objective, teacher_input=objective.teacher_input.on(x))
-    network = Tiny()
+    network, asked = Tiny(), config.preconditioning
+    skip = None if isinstance(asked, Scalar) else skip_for(asked, x, objective.noise)
     optimizer = config.optimizer.build(network.parameters())
     state = objective.init()
     for step in (0, 3):
@@ -121,7 +123,7 @@ def one_step(config: TrainConfig) -> None:
         batch = objective.prepare(x, draw(config.seed, step, x.shape), step, 4, labels=labels)
         low, high = batch.pairs.t_lo, batch.pairs.t_hi
         assert (low <= high if isinstance(objective, FlowMapObjective) else low < high).all()
-        terms = objective(config.preconditioned(network), batch, state)
+        terms = objective(config.preconditioned(network, skip), batch, state)
         assert terms.loss.isfinite()
         terms.loss.backward()
         state = terms.state

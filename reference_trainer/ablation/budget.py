@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.gaussian_skip import Scalar, skip_for
 from reference_trainer.data.latents import Latents
 from reference_trainer.files import as_json, write_atomically
 from reference_trainer.training.batches import Batches
@@ -72,7 +73,9 @@ def _steps(
     batches = Batches(config, latents, labels, classes)
     state = TrainState.create(config, batches.latents.shape, device, classes)
     passes = config.computing.on(device)
-    f = config.preconditioned(passes.of(state.network.train()))
+    asked = config.preconditioning
+    skip = None if isinstance(asked, Scalar) else skip_for(asked, latents, config.objective.noise).to(device)
+    f = config.preconditioned(passes.of(state.network.train()), skip)
     for step in count(config.steps // 2):
         terms = config.objective(f, batches(step).to(device), state.c)
         passes.backward(terms.loss)

@@ -214,8 +214,19 @@ class Store:
         Raises:
             UserError: its file cannot be read.
         """
-        about = self.statistics["covariance"]
-        return None if about is None else load_tensors(self.root / about["file"])[0]["covariance"]
+        found = self.second_moments()
+        return None if found is None else found[1]
+
+    def second_moments(self) -> tuple[Tensor, Tensor] | None:
+        """``covariance`` with the mean ``[d]`` before it.
+
+        Raises:
+            UserError: their file cannot be read.
+        """
+        if (about := self.statistics["covariance"]) is None:
+            return None
+        tensors, _ = load_tensors(self.root / about["file"])
+        return tensors["mean"], tensors["covariance"]
 
     def fingerprint(self) -> str:
         """Changes when a shard, or what is held out, changes."""
@@ -262,6 +273,14 @@ class StoredLatents:
                 places = torch.nonzero(wanted & (shards == shard))[:, 0]
                 self._read(shard, key, rows[places].tolist(), places.tolist(), out)
         return out.view(dtype).reshape(-1, *self.shape).float()
+
+    def second_moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean ``[d]`` and covariance ``[d, d]`` of all of them, float64; None where they are not kept.
+
+        Raises:
+            UserError: their file cannot be read.
+        """
+        return None if self._flips or self._part != "train" else self._store.second_moments()
 
     def _read(self, shard: int, key: str, rows: list[int], places: list[int], out: Tensor) -> None:
         """The bytes of ``rows`` of one shard to ``places`` of ``out``, uint8 ``[b, bytes of a latent]``."""

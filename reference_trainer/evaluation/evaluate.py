@@ -21,11 +21,12 @@ from reference_trainer.evaluation.by_class import about_classes, panels_by_class
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried
 from reference_trainer.evaluation.latent_space import few_latents
+from reference_trainer.evaluation.learned import what_was_learned
 from reference_trainer.evaluation.manifest import manifest_of
-from reference_trainer.evaluation.pictures import draw_classes, draw_losses, draw_sheet, draw_tails
+from reference_trainer.evaluation.pictures import draw_classes, draw_learned, draw_losses, draw_sheet, draw_tails
 from reference_trainer.evaluation.reference import Reference
 from reference_trainer.evaluation.report import write_page
-from reference_trainer.evaluation.rows import Missing, Row, attempt, small_samples
+from reference_trainer.evaluation.rows import Missing, Row, attempt, known, small_samples
 from reference_trainer.evaluation.sets import (
     LATENTS,
     SAMPLES,
@@ -76,7 +77,7 @@ def evaluate(
     covariance of the latents and nothing else, ``ceiling: ...`` is white noise in the place of latents.
     ``reconstructions`` are the latents of the run decoded, outliers and clipping included: what a model that fits its
     data exactly would draw. What cannot be measured stands under ``left_out`` with the reason, and under ``manifest``
-    how all of it was measured.
+    how all of it was measured; with the bounds, under ``learned``, what f does by noise level (``what_was_learned``).
 
     Beyond 5000 images are drawn, decoded and measured batch by batch. Then Frechet distances are of all of them;
     kernel distances, precision, recall and what is compared in latents, and the rows that bound, are of the first 5000.
@@ -118,6 +119,12 @@ def evaluate(
         **figures(rows, of_latents, reference),
         "notes": [*small_samples(rows, reference.images, len(done.held_out)), *few_latents(reference.components)],
     }
+    if bounds:
+        learned = attempt(lambda: what_was_learned(model, images, known(reference.latents), seed))
+        if isinstance(learned, Missing):
+            out["left_out"]["what was learned"] = learned
+        else:
+            out["learned"] = learned
     if model.classes is not None:
         out["classes"] = about_classes(model, drawn.vectors, features, len(train.first), seed)
     if isinstance(features, DigitClassifier) and images.labels is not None:
@@ -248,6 +255,8 @@ def write_report(run: RunFolder, model: TrainedModel, images: ImageSet, evaluati
             tqdm.write(f"no classes.png: {by_class}")
         else:
             files.append(save_figure(by_class, run.root / "classes.png"))
+    if "learned" in evaluation:
+        files.append(save_figure(draw_learned(evaluation["learned"]), run.root / "learned.png"))
     if rows := run.metrics():
         files.append(save_figure(draw_losses(rows), run.root / "losses.png"))
         files.append(save_figure(draw_tails(rows), run.root / "tails.png"))

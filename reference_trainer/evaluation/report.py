@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from reference_trainer.errors import printable
+from reference_trainer.evaluation.learned import reading
 from reference_trainer.evaluation.manifest import leaves
 from reference_trainer.evaluation.sets import LATENTS as OF_LATENTS
 from reference_trainer.evaluation.sets import SAMPLES
@@ -53,6 +54,11 @@ $body
 ABOUT = {
     "samples": "Samples at one and at two network evaluations, beside what they should look like.",
     "classes": "Of each class a row.",
+    "learned": "By noise level t, what f makes of data with noise. Left: its error, over that of the best linear "
+    "denoiser. Where it lies above the line of the Gaussian, small noise is not learned: more steps, or a larger "
+    "network. A sample is no mean, so at large noise the right f goes up to 2. Right: how far its outputs lie from the "
+    "data; flat at the dotted line is right. Where it leaves that line, quality is lost: at small noise for want of "
+    "training, where it only does from some level up by the recipe (levels, coupling, gate).",
     "losses": "Over training, by noise level: the loss, and the residual norm with the scale c (dashed).",
     "tails": "Over training, by noise level: spread and outliers of the temporal difference.",
 }
@@ -131,7 +137,8 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
         ]
         head = ["class", "images", "samples", *(f"as asked, {name}" for name in judged)]
         out += ["<h2>Classes</h2>", _note(CLASSES_NOTE, classes), _grid(head, cells)]
-    below = [f"<li>{_text(line)}</li>" for line in (*about_autoencoder(evaluation), *remarks(evaluation))]
+    learned = reading(evaluation["learned"]) if "learned" in evaluation else []
+    below = [f"<li>{_text(line)}</li>" for line in (*about_autoencoder(evaluation), *learned, *remarks(evaluation))]
     return [*out, f"<ul>{''.join(below)}</ul>"] if below else out
 
 

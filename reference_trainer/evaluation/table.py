@@ -7,6 +7,7 @@ from typing import Any
 
 from reference_trainer.errors import printable
 from reference_trainer.evaluation.features import PooledLatents
+from reference_trainer.evaluation.learned import reading
 from reference_trainer.evaluation.manifest import in_words
 
 NAME = 32
@@ -50,6 +51,7 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
         *about_autoencoder(evaluation),
         *_about_latents(evaluation.get("latents")),
         *_about_classes(evaluation.get("classes")),
+        *(reading(evaluation["learned"]) if "learned" in evaluation else []),
         *remarks(evaluation),
     ]
     if "manifest" in evaluation:

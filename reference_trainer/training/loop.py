@@ -27,7 +27,7 @@ from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
 from reference_trainer.training.logger import logger_of
 from reference_trainer.training.meters import LevelMeter, TailMeter
-from reference_trainer.training.start import classes_of_run, latents_of_run, say_how_it_computes
+from reference_trainer.training.start import classes_of_run, latents_of_run, say_how_it_computes, skip_of_run
 from reference_trainer.training.state import TrainState
 from robustcm.losses import Scale
 
@@ -81,6 +81,7 @@ def train(
             require_shardable(config.objective, config.micro_batches, ranks)
         classes = classes_of_run(config, run, images, new_data)
         latents, space = latents_of_run(config, run, images, cache, device, new_data)
+        skip = skip_of_run(config, run, latents, space, device)
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
     sharding = Sharding.over(ranks, device) if sharded else None
@@ -90,7 +91,7 @@ def train(
         state.restore(*found)
         if state.step > config.steps:
             raise UserError(f"{run.root} has a checkpoint of step {state.step} of {config.steps}: it is of another run")
-    averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes)
+    averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes, skip=skip)
     build = partial(build_network, config, (ch, h, w), number_of(classes))
     with ranks.first_leads():
         if ranks.leads:
@@ -104,7 +105,7 @@ def train(
     objective = config.objective
     meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     bad_steps = BadSteps(config, run, batches, images, device, ranks)
-    f = config.preconditioned(passes.of(state.network.train()))
+    f = config.preconditioned(passes.of(state.network.train()), skip)
 
     def show(judge: Judge) -> None:
         model = replace(averaged, network=state.whole_ema(build), step=state.step)

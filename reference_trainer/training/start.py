@@ -15,6 +15,7 @@ from reference_trainer.computing import Passes
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.classes import Classes
 from reference_trainer.data.codecs import Codec
+from reference_trainer.data.gaussian_skip import AnySkip, Scalar, save_skip, skip_for
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import (
     Changed,
@@ -33,6 +34,7 @@ from reference_trainer.data.origin import KeptSpace, Origin, Probe, reopen
 from reference_trainer.data.store import StoredLatents, in_pieces
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
+from reference_trainer.model import kept_skip
 from reference_trainer.run import COMPUTING, RunFolder
 from robustcm.fences import ConditionalClip, TukeyClip
 
@@ -82,6 +84,21 @@ def latents_of_run(
     if changes or space is not kept.space:
         replace(kept, space=space).save(file)
     return _normalised(raw, space), space
+
+
+def skip_of_run(
+    config: TrainConfig, run: RunFolder, latents: Latents, space: LatentSpace, device: torch.device
+) -> AnySkip | None:
+    """The skip that ``run`` is trained with, measured on its ``latents`` at its first start, and kept with it.
+
+    Raises:
+        UserError: it has checkpoints, but its skip is missing or damaged.
+    """
+    if isinstance(config.preconditioning, Scalar):
+        return None
+    if not run.skip_file.exists() and not run.checkpoints():
+        save_skip(run.skip_file, skip_for(config.preconditioning, latents, config.objective.noise, space))
+    return kept_skip(config, run, latents.shape, device)
 
 
 def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_data: bool = False) -> Classes | None:

@@ -1,0 +1,91 @@
+"""What stands around the network: coefficients by noise level, and a skip that may know the covariance of the data.
+
+Axes: b = batch, ... = one sample. x_t = x + t z, f = the consistency function, F = the network inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from robustcm.noise import NoiseRange
+from robustcm.shapes import one_a_sample, over_samples
+
+Network: TypeAlias = Callable[..., Tensor]
+"""``F(c_in x_t [b, ...], c_noise [b], **conditions) -> [b, ...]``."""
+
+Skip: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``skip(x_t [b, ...], t [b]) -> [b, ...]``: what f is while F gives 0; x_t to the bit at sigma_min."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioning:
+    """The coefficients around the network, each a function of ``t [b]``, so that f(x, sigma_min) = x bit-exactly.
+
+    Source: Song et al. 2023, arXiv 2303.01469, appendix C, on Karras et al. 2022, Table 1; checked in the sLCT code.
+    """
+
+    sigma_data: float = 0.5
+    noise: NoiseRange = NoiseRange()
+
+    def c_skip(self, t: Tensor) -> Tensor:
+        # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, which need not give 1 at sigma_min.
+        return 1 / (((t - self.noise.sigma_min) / self.sigma_data) ** 2 + 1)
+
+    def c_out(self, t: Tensor) -> Tensor:
+        return (t - self.noise.sigma_min) * self.sigma_data / torch.sqrt(t**2 + self.sigma_data**2)
+
+    def c_in(self, t: Tensor) -> Tensor:
+        return 1 / torch.sqrt(t**2 + self.sigma_data**2)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return 1000 * 0.25 * torch.log(t)
+
+
+@dataclass(frozen=True)
+class ScalarSkip:
+    """The usual ``Skip``, ``c_skip(t) x_t``, by name."""
+
+    noise: NoiseRange = NoiseRange()
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return over_samples(Preconditioning(noise=self.noise).c_skip(t), x_t) * x_t
+
+    def to(self, device: torch.device | str) -> ScalarSkip:
+        """Itself: it holds no tensor."""
+        return self
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """``f(x_t, t) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, c_noise(t))``; the same object trains and samples.
+
+    Args:
+        network: F. Its output may be of lower precision (autocast); the sum is at least float32.
+        preconditioning: the coefficients.
+        skip: in the place of ``c_skip(t) x_t``, such as ``LinearSkip``; None: that.
+    """
+
+    network: Network
+    preconditioning: Preconditioning = Preconditioning()
+    skip: Skip | None = None
+
+    @property
+    def noise(self) -> NoiseRange:
+        """The noise levels f is made for."""
+        return self.preconditioning.noise
+
+    def __call__(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """``x_t [b, ...]``, ``t [b]`` in sigma_min .. sigma_max -> ``[b, ...]``; ``conditions`` go to the network.
+
+        Raises:
+            ValueError: ``t`` is not one level a sample.
+        """
+        p, t = self.preconditioning, one_a_sample("t", t, len(x_t))
+        output = self.network(over_samples(p.c_in(t), x_t) * x_t, p.c_noise(t), **conditions)
+        skipped = over_samples(p.c_skip(t), x_t) * x_t if self.skip is None else self.skip(x_t, t)
+        return skipped + over_samples(p.c_out(t), x_t) * output
