@@ -305,7 +305,10 @@ class Objective(FewStepObjective):
         if self.teacher_input is None:
             return batch
         pairs, progress = batch.pairs, step / total_steps
-        p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
+        if self.coupler is independent and coupled is None:  # whose gate has perhaps seen no data
+            p_hi = p_lo = torch.zeros_like(pairs.t_hi)
+        else:
+            p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
         return batch._replace(x_lo=self.teacher_input(x, batch.z, pairs, p_hi, p_lo))
 
     def function_of(self, network: Network, skip: Skip | None = None) -> Preconditioned:

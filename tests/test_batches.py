@@ -199,7 +199,8 @@ def test_what_a_teacher_is_shown_is_measured_on_the_latents_and_the_noise_they_g
 
 
 def test_latents_without_a_covariance_stop_what_a_teacher_is_shown_before_training():
-    asked = replace(config(1).objective, coupler=independent, teacher_input=KeepCovariance())
+    asked = replace(config(1).objective, coupler=independent, gate=AboveExplained(), teacher_input=KeepCovariance())
+    assert Batches(replace(config(1), objective=asked), LATENTS)(0).x_lo is not None  # its gate is not asked
     with pytest.raises(UserError, match="the same: nothing varies"):
         Batches(replace(config(1), objective=asked), torch.ones_like(LATENTS))
 
