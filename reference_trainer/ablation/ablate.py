@@ -25,6 +25,7 @@ from tqdm import tqdm
 from reference_trainer.ablation.budget import steps_within
 from reference_trainer.ablation.comparison import ONE, Result, by_seed, draw_comparison, judged_by
 from reference_trainer.ablation.further import as_tables
+from reference_trainer.ablation.joined import joined
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words
 from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
@@ -278,6 +279,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     if options.list:
         print("arms:", *(f"  {arm.name}" for arm in ARMS), "suites:", *(f"  {s.name}" for s in SUITES), sep="\n")
         return 0
+    if options.join:
+        print(as_tables(joined(options.join), BASELINE))
+        return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("ablate starts a process for each GPU or core itself (--workers): leave torchrun out")
     if not options.stop_above > 1:
@@ -296,6 +300,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
     chosen += [arm_from_words(words, options.data) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
+    if options.seconds and (sized := [suite.name for suite in suites if suite.sized]):
+        raise UserError(f"--seconds measures one size of latents, suite {sized[0]} has another: give --steps")
     base, changes = base_of(options.words, options.data)
     arms = [(arm, with_options(arm.build(base), changes)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}

@@ -16,6 +16,7 @@ examples:
   python -m reference_trainer ablate --arm digits "objective.c=MeasuredC(multiple=2)" --arm digits ema_decay=0.999
   python -m reference_trainer ablate photographs --suites d64 d128 d256 d512 d1024 --arms ours --steps 2000
   python -m reference_trainer ablate --data photos data.resolution=32 --suites d64 d256 --arms ours --steps 2000
+  python -m reference_trainer ablate --join runs/photographs runs/faces
   python -m reference_trainer ablate celebahq --data latents --arms paper ours --steps 20000
   python -m reference_trainer ablate --arms paper ours --suites clean outliers-1% outliers-5% --seconds 300
 """
@@ -71,5 +72,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--features", metavar="FEATURES", help="feature network for the metrics, see evaluate")
     parser.add_argument("--workers", type=whole, help="runs at a time (default: the cores, or the GPUs)")
     parser.add_argument("--out", type=path, default=Path("runs/ablation"), help="default: runs/ablation")
+    parser.add_argument(
+        "--join",
+        type=path,
+        nargs="+",
+        metavar="DIR",
+        help="print the tables of ablations that are there as one, a set of images each, and stop",
+    )
     parser.add_argument("--list", action="store_true", help="print arms and suites and stop")
     return parser

@@ -145,7 +145,7 @@ def about_autoencoder(results: Sequence[Result]) -> list[str]:
 
 def psnr_held_out(run: Result) -> float | None:
     """Of the autoencoder, where it was fitted here; dB."""
-    return (run.autoencoder.get("fit") or run.autoencoder).get("psnr_held_out")
+    return run.autoencoder.get("psnr_held_out")
 
 
 def all_suites(results: Sequence[Result], baseline: str) -> list[str]:

@@ -117,6 +117,8 @@ class Suite:
 
     name: str
     change: Callable[[TrainConfig], TrainConfig]
+    sized: bool = False
+    """Whether the latents are of another size, whatever it was."""
 
 
 def with_outliers(share: float) -> Callable[[TrainConfig], TrainConfig]:
@@ -153,7 +155,7 @@ def of_size(d: int) -> Callable[[TrainConfig], TrainConfig]:
         if not isinstance(fitted, KLAutoencoder) or isinstance(config.data, LatentStore):
             raise UserError(f"suite d{d} fits an autoencoder to images: leave out the store, or autoencoder=")
         halvings = int(math.log2(resolution // side)) - int(math.log2(fitted.patch))
-        if side * fitted.patch * 2**halvings != resolution:
+        if halvings < 0 or side * fitted.patch * 2**halvings != resolution:
             raise UserError(f"suite d{d} is for images of 32, 64, 128 .. px, not {resolution}: data.resolution=32")
         widths = (16, *(32,) * halvings)
         return replace(config, autoencoder=replace(fitted, latent_channels=channels, block_out_channels=widths))
@@ -167,5 +169,5 @@ SUITES: tuple[Suite, ...] = (
     Suite("outliers-1%", with_outliers(0.01)),
     Suite("outliers-5%", with_outliers(0.05)),
     Suite("heavy", heavy_tailed),
-    *(Suite(f"d{d}", of_size(d)) for d in SIZES),
+    *(Suite(f"d{d}", of_size(d), sized=True) for d in SIZES),
 )

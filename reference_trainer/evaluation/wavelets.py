@@ -32,13 +32,13 @@ COLOURS = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 0, -1 / 2], [-1 / 4, 1 / 
 
 @dataclass(frozen=True)
 class Wavelets:
-    """The feature map; see the file. 224 numbers of 32 x 32 in colour."""
+    """The feature map; see the file. 224 numbers of images of 32 x 32 in colour, 288 of 64 x 64."""
 
     name: str = "wavelets"
 
     @property
     def identity(self) -> Identity:
-        """There are no weights: a constant that changes with what is computed."""
+        """There are no weights: a name, to be raised where another file than this computes other numbers."""
         return Identity("scattering-1", "none")
 
     def __call__(self, pixels: Tensor) -> Tensor:
