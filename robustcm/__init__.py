@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from robustcm.averages import Exponential, PowerFunction, Profile, reconstruct
     from robustcm.barron import Barron, BarronOfR2, of_adaptive_weight
-    from robustcm.consistency import Preconditioned, Preconditioning, sample, temporal_difference
+    from robustcm.consistency import sample, temporal_difference
     from robustcm.couplers import Entropic, WithinClasses, coupling_gain, exact, independent
     from robustcm.early import EarlyDiffusion
     from robustcm.fences import ConditionalClip, TukeyClip
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
         explained_below,
         of_data_time,
         of_flow_time,
+    )
+    from robustcm.gaussian import (
+        Blended,
+        Gaussian,
+        LinearSkip,
+        Turned,
+        flow_gain,
+        noise_share,
+        scalar_gain,
+        wiener_gain,
     )
     from robustcm.guidance import Guided, hidden
     from robustcm.losses import (
@@ -60,6 +70,7 @@ if TYPE_CHECKING:
     from robustcm.noise import NoiseRange, TimestepIndex, data_time, flow_time
     from robustcm.norms import NonScalingLayerNorm, convert_norms
     from robustcm.objective import Objective, draw
+    from robustcm.preconditioning import Preconditioned, Preconditioning, ScalarSkip
     from robustcm.robust import RobustLoss, all_ranks, robust_distance
     from robustcm.scales import ConstantC, MeasuredC, PowerLawC
     from robustcm.schedules import DenoiseFirst, DoublingCurriculum, LevelGrid, RatioLevels
@@ -67,13 +78,14 @@ if TYPE_CHECKING:
     from robustcm.tails import TailStream, box_statistics
     from robustcm.teacher_input import KeepCovariance
     from robustcm.trajectories import TrajectoryObjective, UniformEnds, sample_trajectory
+    from robustcm.turning import Turning
 
 _MODULE_OF = {
     name: module
     for module, names in {
         "averages": "Exponential PowerFunction Profile reconstruct",
         "barron": "Barron BarronOfR2 of_adaptive_weight",
-        "consistency": "Preconditioned Preconditioning sample temporal_difference",
+        "consistency": "sample temporal_difference",
         "couplers": "Entropic WithinClasses coupling_gain exact independent",
         "early": "EarlyDiffusion",
         "fences": "ConditionalClip TukeyClip",
@@ -81,12 +93,14 @@ _MODULE_OF = {
         "flow_targets": "ConstantShare Derivative SigmoidShare TwoPoint",
         "gates": "Above AboveExplained AnnealedAbove ShareAbove SoftAbove coupled_noise everywhere explained_below "
         "of_data_time of_flow_time",
+        "gaussian": "Blended Gaussian LinearSkip Turned flow_gain noise_share scalar_gain wiener_gain",
         "guidance": "Guided hidden",
         "losses": "LikeSquares PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
         "geman_mcclure_of_r2 pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
         "noise": "NoiseRange TimestepIndex data_time flow_time",
         "norms": "NonScalingLayerNorm convert_norms",
         "objective": "Objective draw",
+        "preconditioning": "Preconditioned Preconditioning ScalarSkip",
         "robust": "RobustLoss all_ranks robust_distance",
         "scales": "ConstantC MeasuredC PowerLawC",
         "schedules": "DenoiseFirst DoublingCurriculum LevelGrid RatioLevels",
@@ -94,6 +108,7 @@ _MODULE_OF = {
         "tails": "TailStream box_statistics",
         "teacher_input": "KeepCovariance",
         "trajectories": "TrajectoryObjective UniformEnds sample_trajectory",
+        "turning": "Turning",
     }.items()
     for name in names.split()
 }
@@ -104,6 +119,7 @@ __all__ = [
     "AnnealedAbove",
     "Barron",
     "BarronOfR2",
+    "Blended",
     "ConditionalClip",
     "ConstantC",
     "ConstantShare",
@@ -114,10 +130,12 @@ __all__ = [
     "Entropic",
     "Exponential",
     "FlowMapObjective",
+    "Gaussian",
     "Guided",
     "KeepCovariance",
     "LevelGrid",
     "LikeSquares",
+    "LinearSkip",
     "LogitNormalTimes",
     "MeasuredC",
     "NoiseRange",
@@ -132,6 +150,7 @@ __all__ = [
     "Profile",
     "RatioLevels",
     "RobustLoss",
+    "ScalarSkip",
     "Semidiscrete",
     "ShareAbove",
     "SigmoidShare",
@@ -140,6 +159,8 @@ __all__ = [
     "TimestepIndex",
     "TrajectoryObjective",
     "TukeyClip",
+    "Turned",
+    "Turning",
     "TwoPoint",
     "UniformEnds",
     "WithinClasses",
@@ -158,11 +179,13 @@ __all__ = [
     "explained_below",
     "fair",
     "fair_of_r2",
+    "flow_gain",
     "flow_time",
     "geman_mcclure",
     "geman_mcclure_of_r2",
     "hidden",
     "independent",
+    "noise_share",
     "of_adaptive_weight",
     "of_data_time",
     "of_flow_time",
@@ -174,9 +197,11 @@ __all__ = [
     "sample_flow_map",
     "sample_r2",
     "sample_trajectory",
+    "scalar_gain",
     "squared_l2",
     "temporal_difference",
     "token_r2",
+    "wiener_gain",
 ]
 
 

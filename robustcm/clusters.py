@@ -9,10 +9,14 @@ covariances.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ROUNDS = 30
+"""Of expectation and maximisation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,24 +39,25 @@ class Clusters:
         generator: torch.Generator,
         *,
         full: int = 64,
-        rounds: int = 30,
         prior: float | None = None,
+        on_round: Callable[[], object] = lambda: None,
     ) -> Clusters:
         """``count`` clusters of ``y [n, d]``, whose columns are uncorrelated, the largest variance first.
 
         Args:
             generator: CPU; chooses the samples that clusters begin at, as k-means++ does.
             full: r, at most.
-            rounds: of expectation and maximisation.
             prior: samples of which the common covariance is worth in that of a cluster; None: r + 2.
+            on_round: called behind each of ``ROUNDS``.
         Source: Dempster, Laird and Rubin 1977; k-means++: Arthur and Vassilvitskii 2007.
         """
         r = min(full, y.shape[1])
         prior = r + 2.0 if prior is None else prior
         shares = torch.nn.functional.one_hot(_begun(y, count, generator), count).to(y.dtype)
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             found = Clusters._maximised(y, shares, r, prior)
             shares = found._log_densities(y, torch.zeros(len(y), dtype=y.dtype)).softmax(1)
+            on_round()
         return found
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from robustcm.consistency import Preconditioned, Preconditioning, sample
 from robustcm.gaussian import (
@@ -147,6 +148,14 @@ def test_angles_are_met_at_their_levels_and_shared_out_between():
     between = (levels[3] * levels[4]).sqrt()[None]
     middle = torch.acos(Turned(ANGLES)(between, ones, noise) / flow_gain(between, ones, noise))
     torch.testing.assert_close(middle[0, 1:], (ANGLES[3] + ANGLES[4])[1:] / 2, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("d", "k"), [(64, 64), (64, 5)])
+def test_a_skip_costs_four_operations_an_element_and_component(d: int, k: int):
+    gaussian = Gaussian(torch.zeros(d), torch.eye(d)[:, :k].contiguous(), torch.ones(k + 1))
+    with FlopCounterMode(display=False) as counted:
+        LinearSkip(gaussian)(torch.randn(3, d), torch.ones(3))
+    assert counted.get_total_flops() == 3 * 4 * d * k
 
 
 # --- In training ---------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_gaussian_skip import CPU, Silent, Twice, gaussian_latents
+from test_report import a_run, evaluation
 from torch import Tensor
 
 from reference_trainer.config import TrainConfig
@@ -16,7 +18,10 @@ from reference_trainer.errors import UserError
 from reference_trainer.evaluation.learned import LEVELS, KernelDistance, compared, reading, what_was_learned
 from reference_trainer.evaluation.metrics import kernel_distance
 from reference_trainer.evaluation.pictures import draw_learned
+from reference_trainer.evaluation.report import write_page
+from reference_trainer.evaluation.table import as_table
 from reference_trainer.model import TrainedModel
+from reference_trainer.plotting import save_figure
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gaussian import Gaussian, LinearSkip
 from robustcm.noise import NoiseRange
@@ -123,3 +128,16 @@ def test_it_is_asked_of_consistency_functions():
 def test_the_picture_has_both_lines_and_what_they_are_held_against():
     figure = draw_learned(learned(GAUSSIAN.flow))
     assert [len(ax.lines) for ax in figure.axes] == [3, 3]
+
+
+def test_table_and_report_say_it(tmp_path: Path):
+    found = learned(lambda x_t, t: x_t)
+    run = a_run(tmp_path / "run")
+    picture = save_figure(draw_learned(found), run.root / "learned.png")
+    page = write_page(run, evaluation() | {"learned": found}, [picture]).read_text()
+    shown = {name: value for name, value in evaluation().items() if name != "manifest"}
+    for sentence in reading(found):
+        assert sentence in as_table(shown | {"learned": found})
+        assert sentence not in as_table(shown)
+        assert sentence in page
+    assert "small noise is not learned" in page

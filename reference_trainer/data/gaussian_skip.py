@@ -61,7 +61,9 @@ class GaussianSkip:
         gaussian = Gaussian.of(mean, covariance, None if self.rank is None else min(self.rank, len(mean)))
         if not isinstance(self.gain, Turning):
             return LinearSkip(gaussian, self.gain, noise)
-        return LinearSkip(gaussian, self.gain.on(some, gaussian, step_generator(0, 2), noise), noise)
+        desc = "measuring where latents are Gaussian"
+        with tqdm(total=self.gain.steps, desc=desc, unit="step", leave=False, delay=2) as bar:
+            return LinearSkip(gaussian, self.gain.on(some, gaussian, step_generator(0, 2), noise, bar.update), noise)
 
 
 def skip_for(
@@ -80,8 +82,8 @@ def skip_for(
         if len(latents) <= (components := min(asked.rank or d, d)):
             raise ValueError(f"{len(latents)} latents are too few for {components} components")
         mean, covariance = _kept(latents, space) or _passed(latents)
-        if d > 1024:
-            tqdm.write(f"principal components of {d} elements; about a minute for 4096")
+        if d > 1000:
+            tqdm.write(f"measuring principal components of {d} elements")
         return asked.measured(mean, covariance, some_of(latents), noise)
     except ValueError as error:
         tqdm.write(f"preconditioning=GaussianSkip cannot be had ({error}): the run takes the scalar skip")
