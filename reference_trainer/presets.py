@@ -133,9 +133,12 @@ def on_folder(config: TrainConfig, path: str) -> TrainConfig:
 def on_images(config: TrainConfig, data: ImageFolder | Photographs) -> TrainConfig:
     """``config`` on images in colour: more latent channels, and squared error for photographs.
 
-    Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept.
+    Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept. A larger c, too:
+    latents of photographs are a mixture of flat patches and rich ones, whose residuals a small c takes for outliers.
     """
     config = replace(config, data=data, batch_size=64, coupling_pool=4)
+    if config.objective.c == DIGITS.objective.c:
+        config = replace(config, objective=replace(config.objective, c=replace(DIGITS.objective.c, multiple=2.0)))
     if config.clip is not None:  # of extreme values only: whether a decoder needs the others is not known
         config = replace(config, clip=TukeyClip(k=3.0))
     if isinstance(config.autoencoder, KLAutoencoder):
