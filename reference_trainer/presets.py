@@ -135,10 +135,13 @@ def on_images(config: TrainConfig, data: ImageFolder | Photographs) -> TrainConf
 
     Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept. A larger c, too:
     latents of photographs are a mixture of flat patches and rich ones, whose residuals a small c takes for outliers.
+    Gradients of this distance are small then, so that Adam's eps has to be.
     """
-    config = replace(config, data=data, batch_size=64, coupling_pool=4)
+    optimizer = replace(config.optimizer, eps=1e-8)
+    config = replace(config, data=data, batch_size=64, coupling_pool=4, optimizer=optimizer)
     if config.objective.c == DIGITS.objective.c:
-        config = replace(config, objective=replace(config.objective, c=replace(DIGITS.objective.c, multiple=2.0)))
+        c = MeasuredC(multiple=2.0, bins=8, at_least_pooled=True)
+        config = replace(config, objective=replace(config.objective, c=c))
     if config.clip is not None:  # of extreme values only: whether a decoder needs the others is not known
         config = replace(config, clip=TukeyClip(k=3.0))
     if isinstance(config.autoencoder, KLAutoencoder):
