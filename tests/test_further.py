@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 
 from reference_trainer.__main__ import main
 from reference_trainer.ablation.comparison import ONE, TWO, Result
-from reference_trainer.ablation.further import all_suites, as_tables, excess, floor_of, in_latents, to_reconstructions
+from reference_trainer.ablation.further import (
+    KERNEL,
+    all_suites,
+    as_tables,
+    excess,
+    floor_of,
+    in_latents,
+    ratio_of,
+    to_reconstructions,
+)
 from reference_trainer.ablation.joined import joined
 from reference_trainer.ablation.ladder import BASELINE, SIZES, SUITES, of_size
 from reference_trainer.config import TrainConfig
@@ -21,6 +31,7 @@ from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation.features import PooledLatents
 from reference_trainer.evaluation.metrics import frechet_distance
 from reference_trainer.evaluation.sets import CEILING, FITTED, GAUSSIAN, HALVES
 from reference_trainer.presets import digits, on_folder, photographs
@@ -84,13 +95,27 @@ def test_what_is_above_the_floor_is_compared_seed_by_seed():
     table = to_reconstructions(runs(), BASELINE)
     assert table[0].startswith("To the reconstructions; floor 2.00 for 1000 samples")
     (ours,) = (line for line in table if line.startswith("| ours"))
-    assert ours.startswith("| ours | 10.0 (10.0, 10.0) | 0.35 (")  # sqrt(10/20 10/40)
-    assert "| 15.0 (15.0, 15.0) | 0.50 (0.50 .. 0.50) |" in ours
-    assert "| bound: Gaussian latents decoded | 48.0 |  | 40.0 |" in "\n".join(table)
+    assert ours.startswith("| ours | 10.00 (10.00, 10.00) | 0.35 (")  # sqrt(10/20 10/40)
+    assert "| 15.00 (15.00, 15.00) | 0.50 (0.50 .. 0.50) |" in ours
+    assert "| bound: Gaussian latents decoded | 48.00 |  | 40.00 |" in "\n".join(table)
     assert "No better" not in "\n".join(table)
-    assert excess(
-        [replace(runs()[0], rows=runs()[0].rows | {ONE: {"n": 1000, "frechet_rec": 1.0}})], BASELINE, ONE
-    ) == {0: 0.0}
+
+
+def test_what_lies_below_chance_counts_as_chance_and_no_seed_is_dropped():
+    """By a seed below 0 alone a ratio would be that of the others."""
+    found = [*runs(), result("lucky", 0, 1.0, -0.7), result("lucky", 1, 12, 15)]
+    assert excess(found, "lucky", ONE) == {0: -1.0, 1: 10.0}
+    by_excess, by_kernel = (ratio_of(found, "lucky", BASELINE, ONE, metric) for metric in ("frechet_rec", KERNEL))
+    assert by_excess.pairs == by_kernel.pairs == 2
+    assert by_excess.mean == pytest.approx(math.sqrt(0.2 / 20 * 10 / 40))
+    assert by_kernel.mean == pytest.approx(math.sqrt(0.1 / 30 * 15 / 30))
+
+
+def test_features_in_which_a_gaussian_is_without_a_flaw_are_said():
+    manifest = {"features": {"name": PooledLatents.name}}
+    found = [replace(run, manifest=manifest) for run in runs()]
+    assert "--features wavelets" in "\n".join(to_reconstructions(found, BASELINE))
+    assert "--features" not in "\n".join(to_reconstructions(runs(), BASELINE))
 
 
 def test_an_arm_no_better_than_the_gaussian_is_named():
@@ -110,7 +135,7 @@ def test_all_suites_have_a_line_each_with_what_bounds_them():
     assert all_suites(runs(), BASELINE) == []
     table = all_suites([*runs(), *runs("d256")], BASELINE)
     (line,) = (line for line in table if line.startswith("| d256"))
-    assert line.startswith("| d256 | 64 | 24.6 | 2.0 | 48.0 | 30.0 | 30.0 | 0.35 (")
+    assert line.startswith("| d256 | 64 | 24.6 | 2.00 | 48.00 | 30.00 | 30.00 | 0.35 (")
 
 
 @pytest.mark.parametrize("found", [runs(), runs()[1:], [replace(run, latents={}) for run in runs()]])
