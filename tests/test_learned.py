@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_table_and_report_say_it(tmp_path: Path):
     found = learned(lambda x_t, t: x_t)
     run = a_run(tmp_path / "run")
     picture = save_figure(draw_learned(found), run.root / "learned.png")
-    page = write_page(run, evaluation() | {"learned": found}, [picture]).read_text()
+    page = html.unescape(write_page(run, evaluation() | {"learned": found}, [picture]).read_text())
     shown = {name: value for name, value in evaluation().items() if name != "manifest"}
     for sentence in reading(found):
         assert sentence in as_table(shown | {"learned": found})
