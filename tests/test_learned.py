@@ -77,7 +77,7 @@ def test_small_noise_that_was_not_learned_is_said():
 
 def test_where_quality_is_lost_is_the_level_it_is_lost_at():
     said = reading(learned(lambda x_t, t: torch.where(t[:, None, None, None] > 5, 0.3, 1.0) * GAUSSIAN.flow(x_t, t)))
-    at = float(said[-1].split("half of that is there from noise ")[1].split()[0])
+    at = float(said[-1].split("half of that is lost from noise ")[1].split()[0])
     assert 5 <= at < 15
 
 
@@ -128,7 +128,7 @@ def test_it_is_asked_of_consistency_functions():
 
 def test_the_picture_has_both_lines_and_what_they_are_held_against():
     figure = draw_learned(learned(GAUSSIAN.flow))
-    assert [len(ax.lines) for ax in figure.axes] == [3, 3]
+    assert [len(ax.lines) for ax in figure.axes] == [3, 3, 3]
 
 
 def test_table_and_report_say_it(tmp_path: Path):
