@@ -57,6 +57,13 @@ def test_at_the_smallest_noise_f_is_the_identity_bit_exactly(gain, rank, x, sigm
     assert torch.equal(f(x, torch.tensor([sigma_min])), x)
 
 
+@pytest.mark.parametrize("gain", [flow_gain, wiener_gain, scalar_gain, Blended()])
+@pytest.mark.parametrize("sigma_min", [0.002, 0.001, 0.0123, 0.05])
+def test_gains_are_one_at_the_smallest_noise_whatever_the_variance(gain, sigma_min):
+    found = gain(torch.tensor([sigma_min]), torch.logspace(-8, 3, 2000), NoiseRange(sigma_min=sigma_min))
+    assert torch.equal(found, torch.ones(1, 2000))
+
+
 def test_the_flow_solves_its_differential_equation():
     """dx/dt = (x - posterior mean) / t, integrated by Runge and Kutta from t down to sigma_min."""
     gaussian, noise = double(Gaussian.fit(data(dtype=torch.float64))), NoiseRange(sigma_min=0.01)

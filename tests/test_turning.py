@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustcm.clusters import Clusters
-from robustcm.gaussian import Gaussian, flow_gain
+from robustcm.consistency import sample
+from robustcm.gaussian import Gaussian, LinearSkip, flow_gain
+from robustcm.losses import geman_mcclure
 from robustcm.noise import NoiseRange
+from robustcm.objective import Objective, draw
+from robustcm.preconditioning import Preconditioned, Skip
+from robustcm.scales import MeasuredC
+from robustcm.schedules import DoublingCurriculum, LevelGrid
 from robustcm.turning import Turning, turning
 
 WITHIN = 0.1
@@ -129,3 +135,50 @@ def test_sorted_samples_are_measured_as_shuffled_ones():
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be a whole number in 2 .. 1000"):
         Turning(**options)
+
+
+# --- In training -----------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """An MLP that gives nothing before its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.last = nn.Linear(5, 48), nn.Linear(48, 3)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        told = c_noise[:, None] / 1000
+        return self.last(nn.functional.silu(self.inside(torch.cat([x, told, told.square()], 1))))
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    between, own, others = (torch.cdist(a, b).mean() for a, b in ((x, y), (x, x), (y, y)))
+    return float(2 * between - own - others)
+
+
+def trained(skip: Skip | None, steps: int = 250) -> float:
+    """The distance of samples to data of two clusters, behind so many steps with ``skip``."""
+    torch.manual_seed(0)
+    x, network = two_clusters(2000), Small()
+    f = Preconditioned(network, skip=skip)
+    grid = LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40))
+    objective = Objective(distance=geman_mcclure, c=MeasuredC(multiple=0.7), levels=grid)
+    optimizer, state = torch.optim.Adam(network.parameters(), lr=3e-3, eps=1e-8), objective.init()
+    for step in range(steps):
+        batch = x[torch.arange(step * 64, step * 64 + 64) % len(x)]
+        terms = objective(f, objective.prepare(batch, draw(0, step, batch.shape), step, steps), state)
+        state = terms.state
+        optimizer.zero_grad()
+        terms.loss.backward()
+        optimizer.step()
+    return energy_distance(sample(f, torch.randn(1000, 3)), two_clusters(1000, 9))
+
+
+def test_on_two_clusters_it_is_better_than_the_scalar_skip_at_equal_steps():
+    x = two_clusters(2000)
+    gaussian = Gaussian.fit(x)
+    turned = Turning(clusters=4).on(x, gaussian, torch.Generator().manual_seed(0))
+    assert trained(LinearSkip(gaussian, turned)) < 0.7 * trained(None)

@@ -23,6 +23,7 @@ from torch import Tensor
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode, not_finite
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation.metrics import precision_recall
 from reference_trainer.model import TrainedModel
 from robustcm.gaussian import Gaussian, LinearSkip
 from robustcm.noise import NoiseRange
@@ -106,13 +107,19 @@ def compared(
     Returns:
         ``levels``, rows with ``sigma``; ``explained``, the share of the variance of x that the linear denoiser
         explains; ``error`` and ``error_gaussian``, the mean square errors of f and of the Gaussian's function over that
-        denoiser's; ``kernel_x1000`` and ``kernel_gaussian_x1000``, distances of what they give to ``data``. ``floor``:
-        the distance of x itself, ``noise`` the standard deviation of such a distance.
+        denoiser's; ``kernel_x1000`` and ``kernel_gaussian_x1000``, distances of what they give to ``data``;
+        ``precision`` and ``precision_gaussian``, the shares of it that lie among ``data``: a kernel distance of latents
+        does not see that a Gaussian does not. ``floor`` and ``floor_precision``: of x itself; ``noise``: the standard
+        deviation of such a distance.
     Raises:
         UserError: what f gives is not finite.
     """
     z, rows = torch.randn(x.shape, generator=generator), list[dict[str, float]]()
     distance = KernelDistance.to(data)
+
+    def precision(samples: Tensor) -> float:
+        return precision_recall(data.flatten(1), samples.flatten(1))[0]
+
     variance = _error(x, gaussian.mean.reshape(x[:1].shape))
     for sigma in torch.linspace(math.log(10 * noise.sigma_min), math.log(noise.sigma_max), LEVELS).exp().tolist():
         x_t, t = x + sigma * z, torch.full((len(x),), sigma)
@@ -129,9 +136,12 @@ def compared(
                 "error_gaussian": _error(flowed, x) / linear,
                 "kernel_x1000": distance(ours),
                 "kernel_gaussian_x1000": distance(flowed),
+                "precision": precision(ours),
+                "precision_gaussian": precision(flowed),
             }
         )
-    return {"n": len(x), "floor": distance(x), "noise": distance.noise(len(x)), "levels": rows}
+    floors = {"floor": distance(x), "noise": distance.noise(len(x)), "floor_precision": precision(x)}
+    return {"n": len(x), **floors, "levels": rows}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +189,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def reading(learned: Mapping[str, Any]) -> list[str]:
     """What ``compared`` says, as sentences."""
-    rows, floor, lines = learned["levels"], learned["floor"], list[str]()
+    rows, floor, lines = learned["levels"], learned["floor_precision"], list[str]()
     small = [row for row in rows if row["explained"] >= 0.5]  # above, the right f is no better than a sample can be
     behind = [row["sigma"] for row in small if row["error"] > 1.02 * max(1.0, row["error_gaussian"])]
     ahead = [row["sigma"] for row in rows if row["error"] < 0.98 * min(1.0, row["error_gaussian"])]
@@ -190,12 +200,12 @@ def reading(learned: Mapping[str, Any]) -> list[str]:
         )
     if ahead:
         lines.append(f"at noise {_between(ahead)} it is below both: what no linear function has was learned there")
-    lost = rows[-1]["kernel_x1000"] - floor
-    half = next((row["sigma"] for row in rows if row["kernel_x1000"] - floor > lost / 2), None)
-    if lost > 3 * learned["noise"] and half is not None:
+    lost = floor - rows[-1]["precision"]
+    half = next((row["sigma"] for row in rows if floor - row["precision"] > lost / 2), None)
+    if lost > 3 * math.sqrt(0.5 / learned["n"]) and half is not None:  # of a difference of shares, at most
         lines.append(
-            f"outputs from noise {rows[-1]['sigma']:.3g} lie {lost:.2g} farther from the data (kernel x1000) than the "
-            f"latents they are made of; half of that is there from noise {half:.2g} on"
+            f"of the latents {floor:.0%} lie among the data (precision), of outputs from noise {rows[-1]['sigma']:.3g} "
+            f"{rows[-1]['precision']:.0%}; half of that is lost from noise {half:.2g} on"
         )
     return lines
 

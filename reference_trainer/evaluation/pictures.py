@@ -81,22 +81,25 @@ def draw_tails(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def draw_learned(learned: Mapping[str, Any]) -> Figure:
     """From ``compared``: error by noise level over the linear denoiser's, and where outputs leave the data."""
-    figure, axes = new_figure(2, width=11, height=4.2)
+    figure, axes = new_figure(3, width=15, height=4.2)
     rows, start = learned["levels"], "held-out latents" if learned["held_out"] else "training latents"
     sigmas = [row["sigma"] for row in rows]
     for ax, ours, gaussian in (
         (axes[0, 0], "error", "error_gaussian"),
-        (axes[0, 1], "kernel_x1000", "kernel_gaussian_x1000"),
+        (axes[0, 1], "precision", "precision_gaussian"),
+        (axes[0, 2], "kernel_x1000", "kernel_gaussian_x1000"),
     ):
         ax.plot(sigmas, [row[ours] for row in rows], color="C0", marker="o", markersize=3, label="f")
         ax.plot(sigmas, [row[gaussian] for row in rows], color="C1", label="a Gaussian's consistency function")
         ax.set(xscale="log", xlabel="noise level t")
     axes[0, 0].axhline(1, color="black", linestyle=":", linewidth=1.2, label="best linear denoiser")
     axes[0, 0].set(title=f"error of f(x + t z, t), x: {start}", ylabel="mean square, over the linear denoiser's")
-    axes[0, 1].axhline(learned["floor"], color="black", linestyle=":", linewidth=1.2, label="x themselves")
+    axes[0, 1].axhline(learned["floor_precision"], color="black", linestyle=":", linewidth=1.2, label="x themselves")
+    axes[0, 1].set(title="do outputs lie among the data?", ylabel="precision, latents")
     floor, wide = learned["floor"], 2 * learned["noise"]
-    axes[0, 1].axhspan(floor - wide, floor + wide, color="0.9", label="and the noise of such a distance")
-    axes[0, 1].set(title="distance of f(x + t z, t) to the data", ylabel="kernel distance x1000, latents")
+    axes[0, 2].axhline(floor, color="black", linestyle=":", linewidth=1.2, label="x themselves")
+    axes[0, 2].axhspan(floor - wide, floor + wide, color="0.9", zorder=0, label="noise of such a distance")
+    axes[0, 2].set(title="distance of outputs to the data", ylabel="kernel distance x1000, latents")
     for ax in axes[0]:
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         ax.legend(fontsize=8, frameon=False)

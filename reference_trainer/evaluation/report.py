@@ -56,9 +56,10 @@ ABOUT = {
     "classes": "Of each class a row.",
     "learned": "By noise level t, what f makes of data with noise. Left: its error, over that of the best linear "
     "denoiser. Where it lies above the line of the Gaussian, small noise is not learned: more steps, or a larger "
-    "network. A sample is no mean, so at large noise the right f goes up to 2. Right: how far its outputs lie from the "
-    "data; flat at the dotted line is right. Where it leaves that line, quality is lost: at small noise for want of "
-    "training, where it only does from some level up by the recipe (levels, coupling, gate).",
+    "network. A sample is no mean, so at large noise the right f goes up to 2. Then, which share of its outputs lies "
+    "among the data, and how far as a set they are from it; flat at the dotted lines is right. Where precision falls, "
+    "quality is lost: at small noise for want of training, where it only does from some level up by the recipe "
+    "(levels, coupling, gate). A kernel distance of latents sees their first three moments, and no more.",
     "losses": "Over training, by noise level: the loss, and the residual norm with the scale c (dashed).",
     "tails": "Over training, by noise level: spread and outliers of the temporal difference.",
 }
