@@ -26,7 +26,7 @@ FLOORS = (
     {"averages"},
     {"model"},
     {"training", "evaluation"},
-    {"ablation"},
+    {"ablation", "export"},
     {"commands"},
     {"__main__"},
 )
