@@ -1,1 +1,1 @@
-"""A run as a folder of diffusers: its network in stock layers, and what is shipped with it, files that need no robustcm."""
+"""A run as a folder of diffusers: its network in stock layers, and what goes with it, files that need no robustcm."""

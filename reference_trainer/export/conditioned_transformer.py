@@ -1,4 +1,4 @@
-"""A PixArtTransformer2DModel told a class, a second time or both. This file goes with a model: it needs diffusers alone.
+"""A PixArtTransformer2DModel told a class, a second time or both. This file goes with a model; it needs diffusers.
 
 Axes: b = batch; the embeddings of class and second time are added to that of the first time.
 """
@@ -6,9 +6,10 @@ Axes: b = batch; the embeddings of class and second time are added to that of th
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, PixArtTransformer2DModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import PixArtTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class TimeAndMore(AdaLayerNormSingle):
         return self.linear(self.silu(embedded)), embedded
 
 
-class ConditionedTransformer(ModelMixin, ConfigMixin):
+class ConditionedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """``F(x [b, ch, h, w], timestep [b], r_timestep [b], class_labels [b]) -> [b, ch, h, w]``.
 
     Args:
@@ -38,10 +39,10 @@ class ConditionedTransformer(ModelMixin, ConfigMixin):
         second_time: whether it is told ``r_timestep``.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, pixart: dict, num_classes: int = 0, second_time: bool = False) -> None:
         super().__init__()
-        self.transformer = PixArtTransformer2DModel(**pixart)
+        self.transformer: Any = PixArtTransformer2DModel(**pixart)
         width = self.transformer.inner_dim
         self.transformer.adaln_single = TimeAndMore(width)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None

@@ -1,4 +1,4 @@
-"""Images in one or a few evaluations of a network. This file goes with a model: it needs diffusers alone.
+"""Images in one or a few evaluations of a network. This file goes with a model; it needs diffusers.
 
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe(batch_size=16, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
@@ -7,13 +7,15 @@ Axes: b = batch; latents [b, ch, h, w], in the model's units until the end: mean
 """
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class FewStepPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->transformer->vae"
     _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012 (as diffusers has it)
 
-    def __init__(
+    def __init__(  # type: ignore[no-untyped-def]  # diffusers compares what is annotated
         self,
         scheduler,
         unet=None,
@@ -106,7 +108,7 @@ class FewStepPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=network.dtype)
         latents = latents.to(self._execution_device, network.dtype)
         told = self._labels(class_labels, len(latents), generator)
-        weight = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        weight = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         latents = self._sampled(latents, told, weight, num_inference_steps, timesteps, generator)
         images = self._shown(self._undone(latents), output_type)
         self.maybe_free_model_hooks()
@@ -115,7 +117,7 @@ class FewStepPipeline(DiffusionPipeline):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(ch, h, w)."""
-        config, p = self._network.config.get("pixart", self._network.config), self.config.patch
+        config, p = self._network.config.get("pixart", self._network.config), self.config["patch"]
         size = config["sample_size"]
         h, w = (size, size) if isinstance(size, int) else size
         return config["in_channels"] // p**2, h * p, w * p
@@ -124,14 +126,22 @@ class FewStepPipeline(DiffusionPipeline):
     def _network(self) -> Any:
         return self.transformer if self.unet is None else self.unet
 
-    def _sampled(self, noise, labels, weight, steps, timesteps, generator) -> Tensor:
+    def _sampled(
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        weight: float,
+        steps: int,
+        timesteps: list[int] | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         raise NotImplementedError
 
     def _guided(self, x: Tensor, labels: Tensor | None, weight: float, *times: Tensor) -> Tensor:
         """What the network gives, drawn away from what it gives without a class."""
         if labels is None or weight == 1:
             return self._told(x, labels, *times)
-        nothing = self._told(x, torch.full_like(labels, self.config.num_classes), *times)
+        nothing = self._told(x, torch.full_like(labels, self.config["num_classes"]), *times)
         return nothing if weight == 0 else nothing + weight * (self._told(x, labels, *times) - nothing)
 
     def _told(self, x: Tensor, labels: Tensor | None, *times: Tensor) -> Tensor:
@@ -139,15 +149,15 @@ class FewStepPipeline(DiffusionPipeline):
         times = tuple(time.to(x.device, torch.float32).expand(len(x)) for time in times)
         if self.unet is not None:
             beside = labels if len(times) == 1 else times[1]
-            x = F.pixel_unshuffle(x, self.config.patch)
-            return F.pixel_shuffle(self.unet(x, times[0], class_labels=beside).sample, self.config.patch)
-        times = tuple(self.config.time_scale * time for time in times)
+            x = F.pixel_unshuffle(x, self.config["patch"])
+            return F.pixel_shuffle(self.unet(x, times[0], class_labels=beside).sample, self.config["patch"])
+        times = tuple(self.config["time_scale"] * time for time in times)
         if hasattr(self.transformer, "labels"):
             return self.transformer(x, *(times if len(times) == 2 else (times[0], None)), labels)
         return self.transformer(x, timestep=times[0]).sample
 
-    def _labels(self, asked, count: int, generator) -> Tensor | None:
-        classes = self.config.num_classes
+    def _labels(self, asked: Any, count: int, generator: torch.Generator | None) -> Tensor | None:
+        classes = self.config["num_classes"]
         if not classes:
             if asked is not None:
                 raise ValueError("the model was trained without classes: leave class_labels out")
@@ -163,33 +173,33 @@ class FewStepPipeline(DiffusionPipeline):
     def _undone(self, latents: Tensor) -> Tensor:
         """From the model's units to those of the vae."""
         mean, std = (latents.new_tensor(self.config[name]).reshape(1, -1, 1, 1) for name in _STATISTICS)
-        return latents * (std / self.config.sigma_data) + mean
+        return latents * (std / self.config["sigma_data"]) + mean
 
     def _shown(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        if self.vae is None and not self.config.pixels:
+        if self.vae is None and not self.config["pixels"]:
             raise ValueError("the model has no vae here: ask for output_type='latent' and decode them by your own")
         images = latents
         if self.vae is not None:
-            images = F.pixel_shuffle(self.vae.decode(latents.to(self.vae.dtype)).sample, self.config.vae_patch)
-        if self.config.vae_tanh:
-            images = torch.tanh(self.config.vae_tanh * images)
+            images = F.pixel_shuffle(self.vae.decode(latents.to(self.vae.dtype)).sample, self.config["vae_patch"])
+        if self.config["vae_tanh"]:
+            images = torch.tanh(self.config["vae_tanh"] * images)
         images = (images.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)
 
-    def save_config(self, save_directory, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """model_index.json, and the code that is not diffusers' own: this file, and that of the transformer."""
-        super().save_config(save_directory, **kwargs)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder, own = Path(save_directory), Path(__file__).with_name(f"{Path(__file__).stem}.py")
         index = json.loads((folder / self.config_name).read_text())
         shutil.copyfile(own, folder / "few_step_pipeline.py")
         index["_class_name"] = ["few_step_pipeline", type(self).__name__]
         if hasattr(self.transformer, "labels"):
-            source = Path(__import__("sys").modules[type(self.transformer).__module__].__file__)
+            source = str(sys.modules[type(self.transformer).__module__].__file__)
             shutil.copyfile(source, folder / "transformer" / "conditioned_transformer.py")
             index["transformer"] = ["conditioned_transformer", type(self.transformer).__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -198,9 +208,17 @@ class FewStepPipeline(DiffusionPipeline):
 class ConsistencyPipeline(FewStepPipeline):
     """With CMStochasticIterativeScheduler, whose coefficients stand around the network: multistep sampling."""
 
-    def _sampled(self, noise, labels, weight, steps, timesteps, generator) -> Tensor:
+    def _sampled(
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        weight: float,
+        steps: int,
+        timesteps: list[int] | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         if timesteps is None:
-            known = self.config.timesteps
+            known = self.config["timesteps"]
             if not 1 <= steps <= len(known):
                 raise ValueError(f"num_inference_steps must be 1 .. {len(known)}, got {steps}; or give timesteps")
             timesteps = list(known[steps - 1])
@@ -213,9 +231,17 @@ class ConsistencyPipeline(FewStepPipeline):
 
 
 class FlowMapPipeline(FewStepPipeline):
-    """With FlowMapEulerDiscreteScheduler; the coefficients around the network, those of ``robustcm.flow_maps``, here."""
+    """With FlowMapEulerDiscreteScheduler; the coefficients around the network, as in ``robustcm.flow_maps``, here."""
 
-    def _sampled(self, noise, labels, weight, steps, timesteps, generator) -> Tensor:
+    def _sampled(
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        weight: float,
+        steps: int,
+        timesteps: list[int] | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         self.scheduler.set_timesteps(num_inference_steps=steps, timesteps=timesteps, device=noise.device)
         x, sigmas = noise, self.scheduler.sigmas
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -225,7 +251,7 @@ class FlowMapPipeline(FewStepPipeline):
 
     def _velocity(self, x: Tensor, labels: Tensor | None, weight: float, t: Tensor, r: Tensor) -> Tensor:
         """u from flow time ``t`` to ``r``: ``c_skip x + c_out F(c_in x, 250 t, 250 (t - r))``."""
-        sd = self.config.sigma_data
+        sd = self.config["sigma_data"]
         at_t, at_r = (((1 - time) * sd) ** 2 + time**2 for time in (t, r))
         c_skip = ((1 + sd**2) * (t + r) - 2 * sd**2) / (at_t + (at_t * at_r).sqrt())
         scale = at_t.rsqrt()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reference_trainer.data.autoencoders import LOGIT_SCALE, KLAutoencoder
 from reference_trainer.data.codecs import Codec, Foreign, Pixels
+from reference_trainer.data.images import to_pixels
 from reference_trainer.data.latents import SIGMA_DATA
 from reference_trainer.errors import UserError, printable
 from reference_trainer.export.few_step_pipeline import ConsistencyPipeline, FewStepPipeline, FlowMapPipeline
@@ -129,7 +130,7 @@ def _scheduler_of(model: TrainedModel) -> tuple[type[FewStepPipeline], Any, Any,
         counts = range(1, MOST_EVALUATIONS + 1)
         return FlowMapPipeline, made(), None, tuple(model.sigmas(count) for count in counts)
     if not isinstance(objective, Objective):
-        raise UserError("diffusers has no scheduler for consistency trajectories: export a consistency model or flow map")
+        raise UserError("diffusers has no scheduler for consistency trajectories: export a consistency model")
     noise, levels = objective.noise, objective.levels
     count = FINE
     if isinstance(levels, LevelGrid):
@@ -171,9 +172,26 @@ def _vae_of(codec: Codec) -> tuple[Any, dict[str, Any], str]:
     return fitted.network, {"vae_patch": config.patch, "vae_tanh": tanh}, ""
 
 
+def drawn(exported: Exported, n: int = 16) -> Tensor | None:
+    """Images uint8 ``[2 n, ch, h, w]``, ``n`` of one evaluation, then as many of two; None where no vae draws them."""
+    if exported.left_out:
+        return None
+    parts = []
+    for steps in (1, min(2, len(exported.sigmas))):
+        generator = torch.Generator().manual_seed(0)
+        asked: dict[str, Any] = {
+            "batch_size": n,
+            "num_inference_steps": steps,
+            "generator": generator,
+            "output_type": "pt",
+        }
+        parts.append(to_pixels(2 * exported.pipeline(**asked).images - 1))
+    return torch.cat(parts)
+
+
 def reopened(pipeline: FewStepPipeline, folder: Path) -> FewStepPipeline:
     """``pipeline`` with its parts as they are read from ``folder``, each by its own class."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, part in pipeline.components.items():
         parts[name] = None if part is None else type(part).from_pretrained(folder / name)
     config = {name: value for name, value in pipeline.config.items() if name not in parts and not name.startswith("_")}

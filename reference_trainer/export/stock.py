@@ -77,9 +77,9 @@ def _attention_of_one_token(weights: dict[str, Tensor], width: int) -> dict[str,
         if name.endswith("attn1.to_out.0.weight"):
             attention = name.removesuffix("to_out.0.weight")
             if f"{attention}to_v.weight" not in weights:
-                for part in ("to_q", "to_k", "to_v"):
-                    added[f"{attention}{part}.weight"] = torch.eye(width) if part == "to_v" else torch.zeros(width, width)
-                    added[f"{attention}{part}.bias"] = torch.zeros(width)
+                for part, matrix in (("q", torch.zeros), ("k", torch.zeros), ("v", torch.eye)):
+                    added[f"{attention}to_{part}.weight"] = matrix(width, width)
+                    added[f"{attention}to_{part}.bias"] = torch.zeros(width)
     return added
 
 
