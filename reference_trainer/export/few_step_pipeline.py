@@ -38,7 +38,7 @@ class FewStepPipeline(DiffusionPipeline):
         timesteps: indices into the scheduler's noise levels, for one evaluation, two, ...; as the run would take them.
     """
 
-    model_cpu_offload_seq = "unet->transformer->vae"
+    model_cpu_offload_seq = "unet->transformer->vae"  # type: ignore[assignment]
     _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012 (as diffusers has it)
 
     def __init__(  # type: ignore[no-untyped-def]  # diffusers compares what is annotated
