@@ -42,9 +42,10 @@ class ConditionedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, pixart: dict, num_classes: int = 0, second_time: bool = False) -> None:
         super().__init__()
-        self.transformer: Any = PixArtTransformer2DModel(**pixart)
-        width = self.transformer.inner_dim
-        self.transformer.adaln_single = TimeAndMore(width)
+        transformer: Any = PixArtTransformer2DModel(**pixart)
+        width = transformer.inner_dim
+        transformer.adaln_single = TimeAndMore(width)
+        self.transformer = transformer
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.second = TimestepEmbedding(in_channels=256, time_embed_dim=width) if second_time else None
 

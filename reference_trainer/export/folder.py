@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def export(model: TrainedModel, folder: Path) -> Exported:
     try:
         shutil.rmtree(part, ignore_errors=True)
         pipeline.save_pretrained(part, safe_serialization=True)
+        _forget_where_it_came_from(part)
         again = reopened(pipeline, part)
         difference = max(differences(model, again, levels) for levels in sigmas[:2])
         if not difference <= 1e-4:
@@ -181,6 +183,14 @@ def _vae_of(codec: Codec) -> tuple[Any, dict[str, Any], str]:
     config: KLAutoencoder = fitted.config
     tanh = LOGIT_SCALE / 2 if config.likelihood == "bernoulli" else 0.0
     return fitted.network, {"vae_patch": config.patch, "vae_tanh": tanh}, ""
+
+
+def _forget_where_it_came_from(folder: Path) -> None:
+    """Take out what diffusers notes of the folder that a part, such as a pretrained autoencoder, was loaded from."""
+    for file in folder.glob("*/*.json"):
+        found = json.loads(file.read_text())
+        if found.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def drawn(exported: Exported, n: int = 16) -> Tensor | None:
