@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import logging
 import re
 import warnings
@@ -38,6 +37,8 @@ class Kind:
     """What its class must have."""
     such_as: str
     """Classes to name, in words."""
+    only: tuple[str, ...] = ()
+    """Names of the only classes that will do; none: any."""
 
     @property
     def of_a_folder(self) -> str:
@@ -138,6 +139,7 @@ class Place:
         name = str(config.get("_class_name"))
         cls = getattr(diffusers, name, None) if name.isidentifier() else None
         able = isinstance(cls, type) and issubclass(cls, nn.Module)
+        able = able and (not self.kind.only or name in self.kind.only)
         if not able or not all(callable(getattr(cls, method, None)) for method in self.kind.methods):
             raise UserError(
                 f"{where}: its {CONFIG} names the class {printable(name)}, which is no {self.kind.noun} of "

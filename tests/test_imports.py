@@ -17,7 +17,7 @@ ABOVE_THE_TRAINER = {"analysis", "benchmarks", "tests", "conftest"}
 FLOORS = (
     {"errors"},
     {"command", "files", "machine", "manual", "plotting", "networks", "ranks", "loading"},
-    {"data", "computing", "sharding"},
+    {"data", "computing", "sharding", "pretrained"},
     {"config"},
     {"published"},
     {"choices"},

@@ -294,7 +294,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     chosen += [arm_from_words(words, options.data) for words in options.arm]
     suites = [suite for suite in SUITES if suite.name in picked(options.suites, SUITES)]
     base, changes = base_of(options.words, options.data)
-    arms = [(arm, with_options(arm.build(base), changes)) for arm in chosen]
+    arms = [(arm, with_options(arm.build(base), changes).found()) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         images = arms[0][1].load_images(device)

@@ -133,6 +133,7 @@ def run_train(options: argparse.Namespace) -> int:
     if options.show:
         print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
+    config = config.found()
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)

@@ -20,6 +20,7 @@ from reference_trainer.export.few_step_pipeline import ConsistencyPipeline, FewS
 from reference_trainer.export.stock import stock_network
 from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.networks import DiT
+from reference_trainer.pretrained import Denoising
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.guidance import Guided
 from robustcm.objective import Objective
@@ -93,6 +94,11 @@ def pipeline_of(model: TrainedModel) -> tuple[FewStepPipeline, tuple[tuple[float
         UserError: diffusers has no layers or scheduler for it.
     """
     config, space = model.config, model.space
+    if isinstance(model.network, Denoising):
+        raise UserError(
+            "the network is a diffusion model turned into a consistency model, which diffusers has no pipeline for: "
+            "only networks that are F themselves are exported"
+        )
     kind, scheduler, timesteps, sigmas = _scheduler_of(model)
     vae, about_vae, left_out = _vae_of(space.codec)
     classes = number_of(model.classes)
