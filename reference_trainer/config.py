@@ -286,8 +286,20 @@ class TrainConfig:
         return tuple(average for average in self.averages if isinstance(average, PowerFunction))
 
     def found(self) -> TrainConfig:
-        """The same with what a pretrained network is noted, see ``FromDiffusers.found``; before a run is begun."""
-        return replace(self, network=self.network.found()) if isinstance(self.network, FromDiffusers) else self
+        """The same with what a pretrained network is noted, see ``FromDiffusers.found``; before a run is begun.
+
+        Raises:
+            UserError: it cannot be had; a diffusion model without ``statistics``.
+        """
+        if not isinstance(self.network, FromDiffusers):
+            return self
+        network = self.network.found()
+        if network.diffusion is not None and self.statistics is None:
+            raise UserError(
+                "a diffusion model knows its data in one scale for all channels: give statistics=GivenStatistics for "
+                "pixels, for latents statistics=GivenStatistics(...) and network.scale, see docs/export.md"
+            )
+        return replace(self, network=network)
 
     def load_images(self, device: torch.device) -> ImageSet:
         """The images, or of a store some that ``device`` decodes.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.errors import UserError, type_and_message
-from reference_trainer.loading import PIPELINE, Kind, Place, quiet, weights_sha256
+from reference_trainer.loading import Kind, Place, quiet, weights_sha256
 from reference_trainer.networks import NO_CLASSES, Beside, Patched
 from robustcm.checks import LARGEST, SMALLEST, need_real, need_whole
 from robustcm.consistency import Preconditioning
@@ -30,6 +30,8 @@ KIND = Kind(
     noun="network", option="FromDiffusers", subfolder="unet", methods=(), such_as="a UNet2DModel", only=("UNet2DModel",)
 )
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+NO_FILE = "does not appear to have a file named"
+"""In what diffusers says of a repository without that file."""
 SCHEDULERS = ("CMStochasticIterativeScheduler", "FlowMapEulerDiscreteScheduler")
 """Of networks that are F as they stand."""
 
@@ -48,14 +50,14 @@ class FromDiffusers:
     name: str
     """As on the hub, ``openai/diffusers-cd_cat256_l2``, or a folder."""
     subfolder: str | None = None
-    """Below it; None: ``unet`` of a pipeline."""
+    """Below it; None: ``unet``, if there is one."""
     revision: str | None = None
     """On the hub: a branch, tag or commit. None: the newest."""
     patch: int = 1
     """Side of the squares of latents that it has in its channels."""
     scale: float = 1.0
-    """The data of a diffusion model are so many times those of the run, whose std is 0.5 a channel: 2 for latents of
-    std 1. Needs ``statistics``, so that they are in the same proportion everywhere."""
+    """The data of a diffusion model are so many times those of the run, as ``statistics`` make them: 2 where it was
+    trained on latents of std 1, which are here of std 0.5."""
     sha256: str = ""
     """Of its weights; filled in where a run begins."""
     model: str = ""
@@ -75,19 +77,33 @@ class FromDiffusers:
         Raises:
             UserError: it cannot be had, see ``Place.load``; or it is no network that training can start from.
         """
-        network: Any = self._place.load()
-        config = {name: value for name, value in dict(network.config).items() if not name.startswith("_")}
-        scheduler = _scheduler_beside(self._place, self.name)
         folder = Path(self.name).expanduser()
+        known = replace(self, subfolder=self._subfolder(), name=str(folder.resolve()) if folder.is_dir() else self.name)
+        network: Any = known._place.load()
+        config = {name: value for name, value in dict(network.config).items() if not name.startswith("_")}
+        scheduler = _scheduler_beside(known._place)
         known = replace(
-            self,
-            name=str(folder.resolve()) if folder.is_dir() else self.name,
+            known,
             sha256=weights_sha256(network),
             model=json.dumps(config, sort_keys=True),
             scheduler=json.dumps(scheduler, sort_keys=True) if scheduler else "",
         )
-        known.require_usable()
+        known._require_usable()
         return known
+
+    @property
+    def in_words(self) -> str:
+        """What a run begins with."""
+        what = f"as it is, F of a consistency model ({self._scheduler.get('_class_name', 'no scheduler is beside it')})"
+        if (schedule := self.diffusion) is not None:
+            what = f"a diffusion model ({schedule.prediction}, {len(schedule.sigmas)} timesteps) turned into F"
+        return f"the network begins with {self._place.shown}, {what}"
+
+    @property
+    def diffusion(self) -> Schedule | None:
+        """What it was trained at, if it is a diffusion model; once it is found."""
+        scheduler = self._scheduler
+        return None if not scheduler or scheduler.get("_class_name") in SCHEDULERS else Schedule.of(scheduler)
 
     def build(
         self, shape: tuple[int, int, int], seed: int, times: int = 1, classes: int = 0, sigma_min: float = 0.002
@@ -110,7 +126,7 @@ class FromDiffusers:
             torch.manual_seed(seed)
             network: Any = UNet2DModel.from_config(config)
         patched = Patched(network, self.patch, Beside(network, classes) if classes else None)
-        schedule = self._diffusion()
+        schedule = self.diffusion
         return patched if schedule is None else Denoising(patched, schedule, self.scale, sigma_min)
 
     def start(self, network: nn.Module) -> None:
@@ -140,7 +156,7 @@ class FromDiffusers:
             with torch.no_grad():  # one told of classes alone says no class by their mean
                 rows.copy_(table if len(table) == len(rows) else torch.cat([table, table.mean(0, keepdim=True)]))
 
-    def require_usable(self) -> None:
+    def _require_usable(self) -> None:
         """Refuse what is neither F nor a diffusion model known here.
 
         Raises:
@@ -162,21 +178,19 @@ class FromDiffusers:
 
     @property
     def _place(self) -> Place:
-        subfolder = self.subfolder
-        if subfolder is None:
-            folder = Path(self.name).expanduser()
-            subfolder = "" if folder.is_dir() and not (folder / PIPELINE).is_file() else KIND.subfolder
-        return Place(KIND, self.name, subfolder, self.revision)
+        return Place(KIND, self.name, KIND.subfolder if self.subfolder is None else self.subfolder, self.revision)
+
+    def _subfolder(self) -> str:
+        """The one asked for, else where it is: of some pipelines at their root."""
+        if self.subfolder is not None:
+            return self.subfolder
+        folder = Path(self.name).expanduser()
+        there = (folder / KIND.subfolder).is_dir() if folder.is_dir() else _on_hub(self._place)
+        return KIND.subfolder if there else ""
 
     @property
     def _scheduler(self) -> dict[str, Any]:
         return json.loads(self.scheduler) if self.scheduler else {}
-
-    def _diffusion(self) -> Schedule | None:
-        scheduler = self._scheduler
-        if not scheduler or scheduler.get("_class_name") in SCHEDULERS:
-            return None
-        return Schedule.of(scheduler)
 
     def _require_fit(self, config: Mapping[str, Any], shape: tuple[int, int, int], times: int, classes: int) -> None:
         """
@@ -185,7 +199,7 @@ class FromDiffusers:
         """
         ch, h, w = shape
         wanted, where = ch * self.patch**2, self._place.shown
-        doubled = 2 if self._diffusion() is not None else 1  # the second half, a variance, is left out
+        doubled = 2 if self.diffusion is not None else 1  # the second half, a variance, is left out
         if config["in_channels"] != wanted or config["out_channels"] not in (wanted, doubled * wanted):
             raise ValueError(
                 f"{where} takes {config['in_channels']} channels and gives {config['out_channels']}, the latents have "
@@ -195,7 +209,7 @@ class FromDiffusers:
         if h % divisor or w % divisor:
             raise ValueError(f"{where} wants latents whose sides are multiples of {divisor}, these are {h}x{w}")
         kind, table = config.get("class_embed_type"), config.get("num_class_embeds")
-        if times == 2 and (kind != "timestep" or self._diffusion() is not None):
+        if times == 2 and (kind != "timestep" or self.diffusion is not None):
             raise ValueError(
                 f"{where} is told one time, flow maps and trajectories need two: take a consistency objective"
             )
@@ -288,29 +302,58 @@ class Denoising(nn.Module):
         return above - 1 + ((log - low) / (high - low)).clamp(0, 1)
 
 
-def _scheduler_beside(place: Place, name: str) -> dict[str, Any]:
-    """The configuration of the scheduler in the pipeline of ``place``; empty if it is of none.
+def _scheduler_beside(place: Place) -> dict[str, Any]:
+    """The configuration of the scheduler in the pipeline that ``place`` is of; empty if it is of none.
 
     Raises:
         UserError: it cannot be read.
     """
     from diffusers import DDPMScheduler
 
-    folder, options = Path(name).expanduser(), {"subfolder": "scheduler", "revision": place.revision}
-    if not place.subfolder or (folder.is_dir() and not (folder / "scheduler").is_dir()):
-        return {}
+    folder, below = Path(place.name).expanduser(), "scheduler" if place.subfolder else ""
+    beside = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == KIND.subfolder else [])]
+    if folder.is_dir():
+        there = [str(path) for path in beside if (path / DDPMScheduler.config_name).is_file()]
+        if not there:
+            return {}
+        source, options = there[0], dict[str, Any]()
+    else:
+        source, options = place.name, {"subfolder": below or None, "revision": place.revision}
     try:
         with quiet():
-            found = DDPMScheduler.load_config(name if not folder.is_dir() else str(folder), **options)
+            found = DDPMScheduler.load_config(source, **options)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if "does not appear to have a file named" in str(error):
+        if _has_no_such_file(error):
             return {}
         raise UserError(
             f"network {place.shown}: the configuration of its scheduler cannot be read: {type_and_message(error)}"
         ) from error
     return {key: value for key, value in dict(found).items() if _is_json(value)}
+
+
+def _on_hub(place: Place) -> bool:
+    """Whether a repository has such a folder; yes, where it cannot be asked: the loader will say why not."""
+    from diffusers import UNet2DModel
+
+    try:
+        with quiet():
+            UNet2DModel.load_config(place.name, subfolder=place.subfolder, revision=place.revision)
+    except OSError as error:
+        return not _has_no_such_file(error)
+    return True
+
+
+def _has_no_such_file(error: BaseException | None) -> bool:
+    """Whether ``error`` of diffusers says that a repository lacks a file, and not that it could not be asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if error is None or NO_FILE not in str(error):
+        return False
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is None
 
 
 def _is_json(value: Any) -> bool:

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoModel,
     CMStochasticIterativeScheduler,
+    ConfigMixin,
     ConsistencyModelPipeline,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from of_diffusers import FILE, SHAPE, change, saved, started, unet
+from torch import Tensor
 
 from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
@@ -30,58 +32,12 @@ from reference_trainer.errors import UserError
 from reference_trainer.model import build_network
 from reference_trainer.options import as_options, from_json, override, to_json
 from reference_trainer.presets import digits, flow_map
-from reference_trainer.pretrained import Denoising, FromDiffusers, Schedule
+from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.run import RunFolder
 from reference_trainer.training.state import TrainState
 from robustcm.consistency import Preconditioned, sample
 
 CPU = torch.device("cpu")
-FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
-SHAPE = (3, 8, 8)
-
-
-def unet(**options: Any) -> Any:
-    """A stand-in for OpenAI's: their configuration for ImageNet 64, narrower; see diffusers' conversion script."""
-    whole = {
-        "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "attention_head_dim": 8,
-        "norm_num_groups": 4,
-        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-        "attn_norm_num_groups": 4,
-    }
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return UNet2DModel(**whole | options).eval().requires_grad_(False)
-
-
-def saved(root: Path, scheduler: Any = None, **options: Any) -> Path:
-    """A pipeline's folder."""
-    unet(**options).save_pretrained(root / "unet")
-    (root / "model_index.json").write_text("{}")
-    if scheduler is not None:
-        scheduler.save_pretrained(root / "scheduler")
-    return root
-
-
-def started(name: Path, classes: int = 0, base: TrainConfig | None = None, **options: Any) -> nn.Module:
-    """The network that a run begins with."""
-    network = FromDiffusers(name=str(name), **options)
-    config = replace(base or TrainConfig(), network=network).found()
-    return build_network(config, SHAPE, classes, begin=True).eval().requires_grad_(False)
-
-
-def change(root: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(root / FILE)
-    edit(tensors)
-    save_file(tensors, root / FILE, {"format": "pt"})
 
 
 @pytest.fixture
@@ -149,81 +105,12 @@ def test_the_average_begins_there_too_and_a_checkpoint_needs_no_folder(tmp_path:
     assert other.network.state_dict().keys() == state.network.state_dict().keys()
 
 
-# Diffusion models: consistency tuning
-
-
-@pytest.mark.parametrize(
-    ("prediction", "schedule", "scale"),
-    [
-        ("epsilon", "linear", 1.0),
-        ("epsilon", "scaled_linear", 2.0),
-        ("v_prediction", "scaled_linear", 1.0),
-        ("v_prediction", "squaredcos_cap_v2", 2.0),
-        ("sample", "linear", 2.0),
-    ],
-)
-def test_f_begins_as_the_denoiser(prediction: str, schedule: str, scale: float, tmp_path: Path, x: Tensor):
-    """At every timestep: f + sigma_min epsilon is what diffusers' own scheduler predicts for the clean sample."""
-    scheduler = DDPMScheduler(beta_schedule=schedule, prediction_type=prediction, clip_sample=False)
-    network = started(saved(tmp_path, scheduler), scale=scale)
-    assert isinstance(network, Denoising)
-    f, m = Preconditioned(network), 0.002
-    for timestep in (1, 30, 400, 900):
-        alpha = scheduler.alphas_cumprod[timestep].double()
-        t = ((1 - alpha) / alpha).sqrt() / scale
-        x_t, at = (t * x.double()).float(), t.float().expand(len(x))
-        assert m < t < 80
-        preserved = (scale * x_t.double() * alpha.sqrt()).float()
-        output = unet()(preserved, timestep).sample
-        expected = scheduler.step(output, timestep, preserved).pred_original_sample / scale
-        epsilon = (x_t - expected) / t
-        torch.testing.assert_close(f(x_t, at), x_t - (t - m) * epsilon, rtol=1e-5, atol=1e-5 * max(1.0, float(t)))
-
-
-def test_at_sigma_min_f_is_the_identity_and_its_network_finite(tmp_path: Path, x: Tensor):
-    network = started(saved(tmp_path, DDPMScheduler()))
-    low = torch.full((len(x),), 0.002)
-    assert torch.equal(Preconditioned(network)(x, low), x)
-    assert network(x, 250 * low.log()).isfinite().all()
-
-
-def test_timesteps_are_found_by_their_noise_and_go_no_further_than_the_last(x: Tensor):
-    schedule = Schedule.of(dict(DDPMScheduler().config))
-    network = Denoising(nn.Identity(), schedule, 1.0, 0.002)  # type: ignore[arg-type]
-    sigmas = torch.tensor(schedule.sigmas)
-    assert len(sigmas) == 1000
-    torch.testing.assert_close(network.timestep(sigmas), torch.arange(1000.0), rtol=0, atol=2e-3)
-    between = (sigmas[100] * sigmas[101]).sqrt()
-    torch.testing.assert_close(network.timestep(between[None]), torch.tensor([100.5]), rtol=0, atol=2e-3)
-    assert network.timestep(torch.tensor([1e-6, 1e6])).tolist() == [0, 999]
-
-
-def test_a_schedule_without_signal_at_its_end_ends_before_it():
-    schedule = Schedule.of(dict(DDPMScheduler(rescale_betas_zero_snr=True).config))
-    assert len(schedule.sigmas) in (999, 1000)
-    assert all(sigma < 1e6 for sigma in schedule.sigmas[:999])
-
-
-def test_of_a_learned_variance_only_the_mean_is_taken(tmp_path: Path, x: Tensor):
-    saved(tmp_path, DDPMScheduler(variance_type="learned_range"), out_channels=6)
-    network, t = started(tmp_path), torch.ones(len(x))
-    output = unet(out_channels=6)((x * 0.5).contiguous(), network.timestep(t.fill_(3**0.5))).sample
-    torch.testing.assert_close(network.epsilon(x, t), output[:, :3])
-
-
-def test_gradients_reach_every_weight(tmp_path: Path, x: Tensor):
-    config = replace(TrainConfig(), network=FromDiffusers(name=str(saved(tmp_path, DDPMScheduler()))))
-    network = build_network(config.found(), SHAPE, begin=True)
-    Preconditioned(network)(x, torch.full((len(x),), 2.0)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
 # What is noted
 
 
 def test_it_is_noted_where_from_and_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(saved(tmp_path / "it", DDPMScheduler()).parent)
-    config = override(digits(), "network=FromDiffusers(name='it')").found()
+    config = override(override(digits(), "network=FromDiffusers(name='it')"), "statistics=GivenStatistics").found()
     noted = config.network
     assert isinstance(noted, FromDiffusers)
     assert noted.name == str(tmp_path / "it")
@@ -246,6 +133,49 @@ def test_other_weights_are_another_configuration_and_no_beginning(tmp_path: Path
         run.claim(asked.found())
     with pytest.raises(UserError, match=r"has other weights than when the run was begun \(sha256 "):
         build_network(config, SHAPE, begin=True)
+
+
+@pytest.mark.parametrize("place", ["scheduler", "root", "beside unet"])
+def test_wherever_a_pipeline_keeps_its_scheduler_it_is_found(place: str, tmp_path: Path):
+    saved(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path if place == "root" else tmp_path / "scheduler")
+    if place == "root":  # as google/ddpm-cifar10-32 has it, network and all
+        for file in (tmp_path / "unet").iterdir():
+            file.rename(tmp_path / file.name)
+        (tmp_path / "unet").rmdir()
+    found = FromDiffusers(name=str(tmp_path / "unet" if place == "beside unet" else tmp_path)).found()
+    assert found.subfolder == ("unet" if place == "scheduler" else "")
+    assert "a diffusion model (epsilon, 1000 timesteps) turned into F" in found.in_words
+
+
+@pytest.mark.parametrize("at_root", [False, True])
+def test_on_the_hub_the_network_is_looked_for_in_unet_and_at_the_root(
+    at_root: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The hub is played by a folder."""
+    saved(tmp_path, None if at_root else DDPMScheduler())
+    if at_root:
+        DDPMScheduler().save_pretrained(tmp_path)
+        for file in (tmp_path / "unet").iterdir():
+            file.rename(tmp_path / file.name)
+    load_config, from_pretrained = ConfigMixin.load_config.__func__, UNet2DModel.from_pretrained.__func__
+
+    def of_folder(load: Any) -> Any:
+        def loads(cls: Any, name: Any, **options: Any) -> Any:
+            folder = tmp_path / (options.pop("subfolder", None) or "") if name == "some/network" else Path(name)
+            if not (folder / cls.config_name).exists() and not (folder / "config.json").exists():
+                raise OSError(f"some/network does not appear to have a file named {cls.config_name}.")
+            options.pop("revision", None)
+            return load(cls, folder, **options)
+
+        return classmethod(loads)
+
+    monkeypatch.setattr(ConfigMixin, "load_config", of_folder(load_config))
+    monkeypatch.setattr(AutoModel, "load_config", of_folder(load_config))
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", of_folder(from_pretrained))
+    found = FromDiffusers(name="some/network").found()
+    assert (found.name, found.subfolder) == ("some/network", "" if at_root else "unet")
+    assert found.diffusion is not None
 
 
 # What is refused
@@ -307,7 +237,7 @@ def test_what_training_cannot_start_from_is_refused_in_a_line(
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"network nobody/no-such-network/unet: .*hub it cannot be had") as caught:
+    with pytest.raises(UserError, match=r"network nobody/no-such-network.*: .*hub it cannot be had") as caught:
         FromDiffusers(name="nobody/no-such-network").found()
     assert "\n" not in str(caught.value)
 
