@@ -1,4 +1,4 @@
-"""Models of diffusers, by name on the Hugging Face hub or from a folder: loaded whole or not at all, never a pickle."""
+"""Models of diffusers, by name on the Hugging Face hub or from a folder: whole or not at all, safetensors only."""
 
 from __future__ import annotations
 

@@ -30,6 +30,11 @@ KIND = Kind(
     noun="network", option="FromDiffusers", subfolder="unet", methods=(), such_as="a UNet2DModel", only=("UNet2DModel",)
 )
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+OF_THE_BETAS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
+"""What of a scheduler's configuration says how a diffusion model was trained."""
 NO_FILE = "does not appear to have a file named"
 """In what diffusers says of a repository without that file."""
 SCHEDULERS = ("CMStochasticIterativeScheduler", "FlowMapEulerDiscreteScheduler")
@@ -103,7 +108,17 @@ class FromDiffusers:
     def diffusion(self) -> Schedule | None:
         """What it was trained at, if it is a diffusion model; once it is found."""
         scheduler = self._scheduler
-        return None if not scheduler or scheduler.get("_class_name") in SCHEDULERS else Schedule.of(scheduler)
+        return (
+            None if not scheduler or scheduler.get("_class_name") in SCHEDULERS else Schedule.of(self.noise_schedule())
+        )
+
+    def noise_schedule(self) -> Any:
+        """Of a diffusion model a DDPMScheduler with the betas that it was trained with."""
+        from diffusers import DDPMScheduler
+
+        with quiet():
+            known = {name: value for name, value in self._scheduler.items() if name in OF_THE_BETAS}
+            return DDPMScheduler(**known)
 
     def build(
         self, shape: tuple[int, int, int], seed: int, times: int = 1, classes: int = 0, sigma_min: float = 0.002
@@ -232,16 +247,11 @@ class Schedule:
     """Of ``PREDICTIONS``."""
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> Schedule:
-        """Of the scheduler with this configuration; its betas are made by diffusers."""
-        from diffusers import DDPMScheduler
-
-        with quiet():
-            alphas = DDPMScheduler.from_config(
-                {name: value for name, value in config.items() if name != "variance_type"}
-            ).alphas_cumprod.double()
+    def of(scheduler: Any) -> Schedule:
+        """Of a scheduler of diffusers with ``alphas_cumprod``."""
+        alphas = scheduler.alphas_cumprod.double()
         sigmas = ((1 - alphas) / alphas).sqrt()
-        return Schedule(tuple(sigmas[sigmas.isfinite()].tolist()), config.get("prediction_type", "epsilon"))
+        return Schedule(tuple(sigmas[sigmas.isfinite()].tolist()), scheduler.config.prediction_type)
 
 
 class Denoising(nn.Module):

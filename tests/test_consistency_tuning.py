@@ -14,9 +14,13 @@ from of_diffusers import SHAPE, saved, started, unet
 from torch import Tensor, nn
 
 from reference_trainer.config import TrainConfig
-from reference_trainer.data.latents import GivenStatistics
+from reference_trainer.data.classes import ByClass, Classes
+from reference_trainer.data.codecs import Pixels
+from reference_trainer.data.latents import GivenStatistics, LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.model import build_network
+from reference_trainer.export.few_step_pipeline import TunedPipeline
+from reference_trainer.export.folder import export
+from reference_trainer.model import TrainedModel, build_network
 from reference_trainer.pretrained import Denoising, FromDiffusers, Schedule
 from robustcm.consistency import Preconditioned
 
@@ -68,7 +72,7 @@ def test_at_sigma_min_f_is_the_identity_and_its_network_finite(tmp_path: Path, x
 
 
 def test_timesteps_are_found_by_their_noise_and_go_no_further_than_the_last(x: Tensor):
-    schedule = Schedule.of(dict(DDPMScheduler().config))
+    schedule = Schedule.of(DDPMScheduler())
     network = Denoising(nn.Identity(), schedule, 1.0, 0.002)  # type: ignore[arg-type]
     sigmas = torch.tensor(schedule.sigmas)
     assert len(sigmas) == 1000
@@ -79,7 +83,7 @@ def test_timesteps_are_found_by_their_noise_and_go_no_further_than_the_last(x: T
 
 
 def test_a_schedule_without_signal_at_its_end_ends_before_it():
-    schedule = Schedule.of(dict(DDPMScheduler(rescale_betas_zero_snr=True).config))
+    schedule = Schedule.of(DDPMScheduler(rescale_betas_zero_snr=True))
     assert len(schedule.sigmas) in (999, 1000)
     assert all(sigma < 1e6 for sigma in schedule.sigmas[:999])
 
@@ -97,3 +101,20 @@ def test_gradients_reach_every_weight(tmp_path: Path, x: Tensor):
     network = build_network(config.found(), SHAPE, begin=True)
     Preconditioned(network)(x, torch.full((len(x),), 2.0)).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+@pytest.mark.parametrize(("prediction", "outputs"), [("epsilon", 6), ("v_prediction", 3), ("sample", 3)])
+def test_a_tuned_model_is_exported(prediction: str, outputs: int, classes: int, tmp_path: Path, x: Tensor):
+    saved(tmp_path / "it", DDPMScheduler(prediction_type=prediction), out_channels=outputs)
+    network = FromDiffusers(name=str(tmp_path / "it"), scale=2.0)
+    by_class = ByClass(guidance=1.5) if classes else None
+    config = replace(TrainConfig(), network=network, statistics=GivenStatistics(), classes=by_class).found()
+    made = build_network(config, SHAPE, classes, begin=True).eval().requires_grad_(False)
+    space = replace(LatentSpace.of(Pixels(), x, GivenStatistics()), recognised_at=0.22)
+    named = Classes(("a", "b"), (1, 1), "") if classes else None
+    model = TrainedModel(config, made, space, SHAPE, 4000, torch.device("cpu"), classes=named)
+    done = export(model, tmp_path / "out")
+    assert done.difference < 1e-5
+    assert isinstance(done.pipeline, TunedPipeline)
+    assert done.pipeline.noise_schedule.config.prediction_type == prediction

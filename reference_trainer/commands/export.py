@@ -52,7 +52,7 @@ def run_export(options: argparse.Namespace) -> int:
     text = card(model, done, run, name, average, drawn=pixels is not None)
     write_atomically(options.out / RECIPE, recipe(model.config))
     write_atomically(options.out / CARD, text.encode())
-    print(f"{options.out}: its samples differ from the run's by at most {done.difference:.1e} standard deviations")
+    print(f"{options.out}: its samples differ from the run's by at most {done.difference:.1e} of their size")
     if done.left_out:
         print(done.left_out)
     print(f"how to open it, and what it is: {options.out / CARD}")

@@ -25,11 +25,13 @@ class FewStepPipeline(DiffusionPipeline):
 
     Args:
         scheduler, unet, transformer, vae: of diffusers; one network, and no ``vae`` where ``pixels``.
+        noise_schedule: scheduler of the diffusion model that the network is, of a ``TunedPipeline``.
         latents_mean, latents_std: one a channel, of the latents that the ``vae`` takes.
         sigma_data: std of a channel in the model's units.
         pixels: the latents are the images, -1 .. 1.
         patch: side of the squares that are laid into channels before a ``unet`` sees them.
         time_scale: what a ``transformer`` is told is multiplied by it.
+        data_scale: of a ``TunedPipeline``, the diffusion model's data are so many times those here.
         vae_patch: side of the squares of pixels that the ``vae`` has in its channels.
         vae_tanh: what the ``vae`` gives is logits: images are tanh of so many times them; 0: it gives images.
         guidance_scale: weight w of guidance unless another is asked for; 1: none.
@@ -39,7 +41,7 @@ class FewStepPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"  # type: ignore[assignment]
-    _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012 (as diffusers has it)
+    _optional_components = ["unet", "transformer", "vae", "noise_schedule"]  # noqa: RUF012 (as diffusers has it)
 
     def __init__(  # type: ignore[no-untyped-def]  # diffusers compares what is annotated
         self,
@@ -47,12 +49,14 @@ class FewStepPipeline(DiffusionPipeline):
         unet=None,
         transformer=None,
         vae=None,
+        noise_schedule=None,
         latents_mean=(0.0,),
         latents_std=(0.5,),
         sigma_data=0.5,
         pixels=False,
         patch=1,
         time_scale=1.0,
+        data_scale=1.0,
         vae_patch=1,
         vae_tanh=0.0,
         guidance_scale=1.0,
@@ -61,7 +65,8 @@ class FewStepPipeline(DiffusionPipeline):
         timesteps=None,
     ):
         super().__init__()
-        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
+        parts = {"unet": unet, "transformer": transformer, "vae": vae, "noise_schedule": noise_schedule}
+        self.register_modules(scheduler=scheduler, **parts)
         self.register_to_config(
             latents_mean=list(latents_mean),
             latents_std=list(latents_std),
@@ -69,6 +74,7 @@ class FewStepPipeline(DiffusionPipeline):
             pixels=pixels,
             patch=patch,
             time_scale=time_scale,
+            data_scale=data_scale,
             vae_patch=vae_patch,
             vae_tanh=vae_tanh,
             guidance_scale=guidance_scale,
@@ -228,6 +234,34 @@ class ConsistencyPipeline(FewStepPipeline):
             output = self._guided(self.scheduler.scale_model_input(x, t), labels, weight, t)
             x = self.scheduler.step(output, t, x, generator=generator).prev_sample
         return x
+
+
+class TunedPipeline(ConsistencyPipeline):
+    """Of a diffusion model tuned to be a consistency model: F is made of its output, as in training."""
+
+    def _told(self, x: Tensor, labels: Tensor | None, *times: Tensor) -> Tensor:
+        """F of ``x`` = c_in x_t at c_noise: ``(1 - c_skip) / c_out x_t - (t - sigma_min) / c_out epsilon``."""
+        sd, low, k = self.config["sigma_data"], self.scheduler.config["sigma_min"], self.config["data_scale"]
+        t = (times[0].double() / 250).exp()
+        gone, scale, sigma = t - low, (t**2 + sd**2).sqrt(), k * t
+        x_t = scale * x
+        preserved = k / (1 + sigma**2).sqrt() * x_t
+        output = super()._told(preserved.to(x.dtype), labels, self._timestep(sigma))[:, : x.shape[1]]
+        prediction = self.noise_schedule.config["prediction_type"]
+        if prediction == "v_prediction":
+            output = (output + sigma * preserved) / (1 + sigma**2).sqrt()
+        elif prediction == "sample":
+            output = (k * x_t - output) / sigma
+        return gone * scale / (sd * (gone**2 + sd**2)) * x_t - scale / sd * output
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep with this noise over signal, between two of them by interpolation in its logarithm."""
+        alphas = self.noise_schedule.alphas_cumprod.double()
+        logs = ((1 - alphas) / alphas).sqrt().log()
+        logs = logs[logs.isfinite()].to(sigma.device)
+        above = torch.searchsorted(logs, sigma.log()).clamp(1, len(logs) - 1)
+        low, high = logs[above - 1], logs[above]
+        return above - 1 + ((sigma.log() - low) / (high - low)).clamp(0, 1)
 
 
 class FlowMapPipeline(FewStepPipeline):

@@ -16,11 +16,16 @@ from reference_trainer.data.codecs import Codec, Foreign, Pixels
 from reference_trainer.data.images import to_pixels
 from reference_trainer.data.latents import SIGMA_DATA
 from reference_trainer.errors import UserError, printable
-from reference_trainer.export.few_step_pipeline import ConsistencyPipeline, FewStepPipeline, FlowMapPipeline
+from reference_trainer.export.few_step_pipeline import (
+    ConsistencyPipeline,
+    FewStepPipeline,
+    FlowMapPipeline,
+    TunedPipeline,
+)
 from reference_trainer.export.stock import stock_network
 from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.networks import DiT
-from reference_trainer.pretrained import Denoising
+from reference_trainer.pretrained import FromDiffusers
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.guidance import Guided
 from robustcm.objective import Objective
@@ -94,15 +99,19 @@ def pipeline_of(model: TrainedModel) -> tuple[FewStepPipeline, tuple[tuple[float
         UserError: diffusers has no layers or scheduler for it.
     """
     config, space = model.config, model.space
-    if isinstance(model.network, Denoising):
-        raise UserError(
-            "the network is a diffusion model turned into a consistency model, which diffusers has no pipeline for: "
-            "only networks that are F themselves are exported"
-        )
     kind, scheduler, timesteps, sigmas = _scheduler_of(model)
     vae, about_vae, left_out = _vae_of(space.codec)
     classes = number_of(model.classes)
     network = stock_network(model)
+    tuned: dict[str, Any] = {}
+    if isinstance(config.network, FromDiffusers) and config.network.diffusion is not None:
+        kind, tuned = (
+            TunedPipeline,
+            {
+                "noise_schedule": config.network.noise_schedule(),
+                "data_scale": config.network.scale,
+            },
+        )
     is_transformer = isinstance(config.network, DiT)
     pipeline = kind(
         scheduler,
@@ -118,6 +127,7 @@ def pipeline_of(model: TrainedModel) -> tuple[FewStepPipeline, tuple[tuple[float
         id2label=None if model.classes is None else {str(i): name for i, name in enumerate(model.classes.names)},
         timesteps=timesteps,
         **about_vae,
+        **tuned,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, sigmas, left_out
@@ -223,7 +233,7 @@ def reopened(pipeline: FewStepPipeline, folder: Path) -> FewStepPipeline:
 
 
 def differences(model: TrainedModel, pipeline: FewStepPipeline, levels: tuple[float, ...], n: int = 2) -> float:
-    """The largest difference of ``n`` samples of ``pipeline`` from those of ``model``, in std of a latent."""
+    """The largest difference of ``n`` samples of ``pipeline`` from those of ``model``, over their root mean square."""
     objective = model.config.objective
     z, ours, theirs = _noise(model, n)
     labels, f = None, model.config.preconditioned(model.network)
@@ -235,7 +245,7 @@ def differences(model: TrainedModel, pipeline: FewStepPipeline, levels: tuple[fl
     given = pipeline(
         latents=z, class_labels=labels, num_inference_steps=len(levels), generator=theirs, output_type="latent"
     ).images
-    return float((model.space.normalise(given) - sampled).abs().max()) / SIGMA_DATA
+    return float((model.space.normalise(given) - sampled).abs().max() / sampled.square().mean().sqrt())
 
 
 def _noise(model: TrainedModel, n: int) -> tuple[Tensor, torch.Generator, torch.Generator]:

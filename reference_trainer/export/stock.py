@@ -12,6 +12,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.export.conditioned_transformer import ConditionedTransformer
 from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.networks import DiT
+from reference_trainer.pretrained import Denoising
 
 OF_THE_TIMES = "adaln_single.timed."
 """Where the time modulation of a network told of classes is kept."""
@@ -20,13 +21,15 @@ OF_THE_TIMES = "adaln_single.timed."
 def stock_network(model: TrainedModel) -> Any:
     """``model.network`` as a UNet2DModel, a PixArtTransformer2DModel or a ConditionedTransformer, on the CPU.
 
-    What stands around it stays to be done: the UNet's patches laid into channels, the transformer's times scaled.
+    What stands around it stays to be done: the UNet's patches laid into channels, the transformer's times scaled, a
+    diffusion model's output made F.
 
     Raises:
         UserError: there is no such network in stock layers.
     """
-    inner: Any = model.network.network
-    state = {name: tensor.detach().cpu() for name, tensor in model.network.state_dict().items()}
+    outer: Any = model.network.network if isinstance(model.network, Denoising) else model.network
+    inner = outer.network
+    state = {name: tensor.detach().cpu() for name, tensor in outer.state_dict().items()}
     times, classes = model.config.objective.num_times, number_of(model.classes)
     make = _transformer if isinstance(model.config.network, DiT) else _unet
     with torch.random.fork_rng([]):
