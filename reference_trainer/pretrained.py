@@ -108,9 +108,9 @@ class FromDiffusers:
     def diffusion(self) -> Schedule | None:
         """What it was trained at, if it is a diffusion model; once it is found."""
         scheduler = self._scheduler
-        return (
-            None if not scheduler or scheduler.get("_class_name") in SCHEDULERS else Schedule.of(self.noise_schedule())
-        )
+        if not scheduler or scheduler.get("_class_name") in SCHEDULERS:
+            return None
+        return Schedule.of(self.noise_schedule())
 
     def noise_schedule(self) -> Any:
         """Of a diffusion model a DDPMScheduler with the betas that it was trained with."""

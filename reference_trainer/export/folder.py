@@ -46,7 +46,8 @@ class Exported:
     sigmas: tuple[tuple[float, ...], ...]
     """Noise levels, of a flow map flow times, of one evaluation, two, ..., as the scheduler has them."""
     difference: float
-    """The largest between latents of the folder and of the run from the same noise, one and two evaluations."""
+    """The largest between latents of the folder and of the run from the same noise, one and two evaluations, over their
+    root mean square."""
     left_out: str
     """What is not in the folder, in a line; empty: nothing."""
 
@@ -105,13 +106,8 @@ def pipeline_of(model: TrainedModel) -> tuple[FewStepPipeline, tuple[tuple[float
     network = stock_network(model)
     tuned: dict[str, Any] = {}
     if isinstance(config.network, FromDiffusers) and config.network.diffusion is not None:
-        kind, tuned = (
-            TunedPipeline,
-            {
-                "noise_schedule": config.network.noise_schedule(),
-                "data_scale": config.network.scale,
-            },
-        )
+        kind = TunedPipeline
+        tuned = {"noise_schedule": config.network.noise_schedule(), "data_scale": config.network.scale}
     is_transformer = isinstance(config.network, DiT)
     pipeline = kind(
         scheduler,
