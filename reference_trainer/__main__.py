@@ -12,7 +12,7 @@ from functools import partial
 
 from reference_trainer.ablation.command import add_parser as add_ablate
 from reference_trainer.command import COMMANDS, Parser, program
-from reference_trainer.commands import encode, evaluate, sample, train
+from reference_trainer.commands import encode, evaluate, export, sample, train
 from reference_trainer.errors import UserError, exit_status
 from robustcm import __version__
 
@@ -75,7 +75,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"robustcm {__version__}")
     commands = top.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
-    each = [part.add_parser(commands) for part in (train, sample, evaluate, encode)]
+    each = [part.add_parser(commands) for part in (train, sample, evaluate, encode, export)]
     ablating = add_ablate(commands)
     ablating.set_defaults(run_command=run_ablate)
     for command in (*each, ablating):

@@ -12,10 +12,11 @@ from reference_trainer.data.classes import ByClass
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.gaussian_skip import GaussianSkip, Scalar
 from reference_trainer.data.images import Digits, ImageFolder
-from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.latents import GivenStatistics, ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.published import NETWORKS
 from robustcm import (
     averages,
@@ -49,7 +50,8 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "autoencoder"): (KLAutoencoder, DiffusersAutoencoder, PretrainedAutoencoder, PixelSpace),
     (TrainConfig, "outliers"): (None, ImpulsiveOutliers),
     (TrainConfig, "clip"): (None, fences.ConditionalClip, fences.TukeyClip),
-    (TrainConfig, "network"): (DiT, UNet),
+    (TrainConfig, "statistics"): (None, GivenStatistics),
+    (TrainConfig, "network"): (DiT, UNet, FromDiffusers),
     (TrainConfig, "objective"): (
         *(objective.Objective, flow_maps.FlowMapObjective),
         trajectories.TrajectoryObjective,

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from reference_trainer.errors import UserError, one_line, printable
 
-COMMANDS = ("train", "sample", "evaluate", "encode", "ablate")
+COMMANDS = ("train", "sample", "evaluate", "encode", "export", "ablate")
 MODULE, INSTALLED = "python -m reference_trainer", "robustcm"
 """The trainer's two names, for one that is installed and one that lies in a folder; help is written with the first."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -15,11 +15,12 @@ from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.gaussian_skip import GaussianSkip, Scalar
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet
-from reference_trainer.data.latents import ImpulsiveOutliers
+from reference_trainer.data.latents import GivenStatistics, ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.pretrained import FromDiffusers
 from robustcm.averages import Average, PowerFunction
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
 from robustcm.fences import ConditionalClip, TukeyClip
@@ -168,8 +169,12 @@ class TrainConfig:
     """Put into the latents to study what they do; the samples are still compared with the clean images."""
     clip: ConditionalClip | TukeyClip | None = ConditionalClip()
     """Take impulsive outliers out of the latents before they are normalised."""
-    network: DiT | UNet = DiT()
-    """The backbone; ``ADM``, ``DIT_S2``, ``DIT_B2`` and ``DIT_L2`` are published ones."""
+    statistics: GivenStatistics | None = None
+    """By what latents are normalised; None: by mean and std of each channel, measured. For a pretrained network that is
+    used to others."""
+    network: DiT | UNet | FromDiffusers = DiT()
+    """The backbone; ``ADM``, ``DIT_S2``, ``DIT_B2`` and ``DIT_L2`` are published ones, ``FromDiffusers`` a pretrained
+    one to start from."""
     non_scaling_norm: bool = False
     """Convert every norm of the backbone to NonScalingLayerNorm (technique 5)."""
     objective: Objective | FlowMapObjective | TrajectoryObjective = Objective(
@@ -261,7 +266,7 @@ class TrainConfig:
                 "or Entropic, or classes.coupled_within=False",
             )
         _require(
-            isinstance(self.network, UNet) or not self.computing.channels_last,
+            isinstance(self.network, (UNet, FromDiffusers)) or not self.computing.channels_last,
             "computing.channels_last is of convolutions: leave it out, or take network=UNet",
         )
         _require(
@@ -290,6 +295,22 @@ class TrainConfig:
     def power_functions(self) -> tuple[PowerFunction, ...]:
         """Those among ``averages``."""
         return tuple(average for average in self.averages if isinstance(average, PowerFunction))
+
+    def found(self) -> TrainConfig:
+        """The same with what a pretrained network is noted, see ``FromDiffusers.found``; before a run is begun.
+
+        Raises:
+            UserError: it cannot be had; a diffusion model without ``statistics``.
+        """
+        if not isinstance(self.network, FromDiffusers):
+            return self
+        network = self.network.found()
+        if network.diffusion is not None and self.statistics is None:
+            raise UserError(
+                "a diffusion model knows its data in one scale for all channels: give statistics=GivenStatistics for "
+                "pixels, for latents statistics=GivenStatistics(...) and network.scale, see docs/export.md"
+            )
+        return replace(self, network=network)
 
     def load_images(self, device: torch.device) -> ImageSet:
         """The images, or of a store some that ``device`` decodes.

@@ -19,6 +19,7 @@ from reference_trainer.data.latents import LatentSpace, encode
 from reference_trainer.data.origin import reopen
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
+from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.run import RunFolder
 from robustcm.averages import Average
 from robustcm.guidance import Guided
@@ -212,12 +213,22 @@ def number_of(classes: Classes | None) -> int:
     return 0 if classes is None else len(classes.names)
 
 
-def build_network(config: TrainConfig, shape: tuple[int, int, int], classes: int = 0) -> nn.Module:
-    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), told of ``classes``, norms converted if asked."""
+def build_network(config: TrainConfig, shape: tuple[int, int, int], classes: int = 0, begin: bool = False) -> nn.Module:
+    """The backbone of ``config`` for latents of ``shape`` (ch, h, w), told of ``classes``, norms converted if asked.
+
+    Args:
+        begin: with the weights that a run begins with: of a pretrained one they are read from its folder.
+    """
+    asked, times = config.network, config.objective.num_times
     try:
-        network = config.network.build(shape, config.seed, config.objective.num_times, classes)
+        if isinstance(asked, FromDiffusers):
+            network = asked.build(shape, config.seed, times, classes, config.objective.noise.sigma_min)
+        else:
+            network = asked.build(shape, config.seed, times, classes)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
+    if begin and isinstance(asked, FromDiffusers):
+        asked.start(network)
     if config.non_scaling_norm:
         convert_norms(network)
     return network

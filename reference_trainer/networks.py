@@ -122,7 +122,7 @@ class UNet:
                 add_attention=any(self.attention),
                 class_embed_type="timestep" if times == 2 else None,
             )
-        return _Patched(network, self.patch, _Beside(network, classes) if classes else None)
+        return Patched(network, self.patch, Beside(network, classes) if classes else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +299,7 @@ class _ByLabel(nn.Module):
         return self.linear(self.silu(embedded)), embedded
 
 
-class _Beside(nn.Module):
+class Beside(nn.Module):
     """What a UNet2DModel with classes is told beside its first time, embedded: the label, and the second time."""
 
     def __init__(self, network: Any, classes: int) -> None:
@@ -366,8 +366,10 @@ class _Timed(nn.Module):
         return output
 
 
-class _Patched(nn.Module):
-    def __init__(self, network: nn.Module, patch: int, beside: _Beside | None) -> None:
+class Patched(nn.Module):
+    """A UNet2DModel on latents laid into channels, square by square; ``beside`` it what else it is told."""
+
+    def __init__(self, network: nn.Module, patch: int, beside: Beside | None) -> None:
         super().__init__()
         self.network = network
         self.patch = patch

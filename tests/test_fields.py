@@ -32,6 +32,7 @@ from reference_trainer.data.latents import LatentSpace
 from reference_trainer.data.photographs import Photographs
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.pretrained import FromDiffusers
 from robustcm.averages import Exponential, PowerFunction
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gates import AboveExplained, AnnealedAbove
@@ -43,6 +44,7 @@ from robustcm.teacher_input import KeepCovariance
 
 PARTS = tuple(dict.fromkeys(p for parts in CHOICES.values() for p in parts if isinstance(p, type)))
 NEEDED: dict[type, dict[str, Any]] = {
+    FromDiffusers: {"name": "a/network"},
     AnnealedAbove: {"start": 8.0, "end": 0.5},
     ImageFolder: {"path": "photos"},
     PretrainedAutoencoder: {"load": "my_vae:load"},

@@ -16,8 +16,8 @@ MAY_BE_IMPORTED_BY_THE_CORE = {"robustcm", "torch", "numpy", "einops", "ot", "sc
 ABOVE_THE_TRAINER = {"analysis", "benchmarks", "tests", "conftest"}
 FLOORS = (
     {"errors"},
-    {"command", "files", "machine", "manual", "plotting", "networks", "ranks"},
-    {"data", "computing", "sharding"},
+    {"command", "files", "machine", "manual", "plotting", "networks", "ranks", "loading"},
+    {"data", "computing", "sharding", "pretrained"},
     {"config"},
     {"published"},
     {"choices"},
@@ -26,7 +26,7 @@ FLOORS = (
     {"averages"},
     {"model"},
     {"training", "evaluation"},
-    {"ablation"},
+    {"ablation", "export"},
     {"commands"},
     {"__main__"},
 )

@@ -303,7 +303,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     if options.seconds and (sized := [suite.name for suite in suites if suite.sized]):
         raise UserError(f"--seconds measures one size of latents, suite {sized[0]} has another: give --steps")
     base, changes = base_of(options.words, options.data)
-    arms = [(arm, with_options(arm.build(base), changes)) for arm in chosen]
+    arms = [(arm, with_options(arm.build(base), changes).found()) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         images = arms[0][1].load_images(device)

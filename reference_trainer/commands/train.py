@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -116,6 +117,7 @@ def run_train(options: argparse.Namespace) -> int:
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
     from reference_trainer.options import as_options
+    from reference_trainer.pretrained import FromDiffusers
     from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
     from reference_trainer.training.batches import check_labels
@@ -133,6 +135,9 @@ def run_train(options: argparse.Namespace) -> int:
     if options.show:
         print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
+    config = config.found()
+    if isinstance(config.network, FromDiffusers) and os.environ.get("RANK", "0") == "0":
+        print(config.network.in_words)
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)

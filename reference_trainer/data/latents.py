@@ -143,6 +143,38 @@ class ImpulsiveOutliers:
         return torch.where(hit, mean + self.factor * (raw_latents - mean), raw_latents)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenStatistics:
+    """Mean and std by which latents are normalised, in the place of their own: one for all channels, or one each.
+
+    As it stands data stay as they are, as OpenAI's consistency models see pixels. For the latents of Stable Diffusion's
+    VAE as its diffusion models see them, std 1 or so, ``GivenStatistics(std=(5.49,))``, 1 / scaling_factor.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    """Subtracted."""
+    std: tuple[float, ...] = (SIGMA_DATA,)
+    """Becomes 0.5; above 0."""
+
+    def __post_init__(self) -> None:
+        if not self.mean or not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean must be one finite number or one a channel, got {self.mean}")
+        if not self.std or not all(SMALLEST <= value <= LARGEST for value in self.std):
+            raise ValueError(f"std must be one number above 0 or one a channel, got {self.std}")
+
+    def of(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Mean and std ``[ch]``, float64.
+
+        Raises:
+            UserError: they are of another number of channels.
+        """
+        for name in ("mean", "std"):
+            if (count := len(getattr(self, name))) not in (1, channels):
+                raise UserError(f"statistics.{name} has {count} numbers for {channels} channels: give 1 or {channels}")
+        mean, std = (torch.tensor(values, dtype=torch.float64).expand(channels) for values in (self.mean, self.std))
+        return mean, std
+
+
 @dataclass(frozen=True)
 class LatentSpace:
     """An autoencoder and the statistics that normalise its latents; the only way in and out of the model's space."""
@@ -157,12 +189,14 @@ class LatentSpace:
     the second evaluation's, unless the user gives one."""
 
     @staticmethod
-    def of(codec: Codec, raw_latents: Tensor) -> LatentSpace:
-        """Statistics of ``raw_latents [n, ch, h, w]``.
+    def of(codec: Codec, raw_latents: Tensor, given: GivenStatistics | None = None) -> LatentSpace:
+        """Statistics of ``raw_latents [n, ch, h, w]``, or those ``given``.
 
         Raises:
-            UserError: a channel that never changes.
+            UserError: a channel that never changes; those given are of another number of channels.
         """
+        if given is not None:
+            return LatentSpace.measured(codec, *given.of(raw_latents.shape[1]), raw_latents)
         std, mean = torch.std_mean(raw_latents.double(), dim=(0, 2, 3))
         return LatentSpace.measured(codec, mean, std, raw_latents)
 

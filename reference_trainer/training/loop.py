@@ -85,7 +85,8 @@ def train(
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
     sharding = Sharding.over(ranks, device) if sharded else None
-    state = TrainState.create(config, (ch, h, w), device, number_of(classes), sharding)
+    begin = not run.checkpoints()
+    state = TrainState.create(config, (ch, h, w), device, number_of(classes), sharding, begin)
     passes = config.computing.on(device)
     if found := run.latest_checkpoint():
         state.restore(*found)

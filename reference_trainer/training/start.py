@@ -186,7 +186,7 @@ def _measured(
     codec = config.autoencoder.fit(images, device, cache)
     probe = Probe.of(codec, images.train, device)  # before all images are encoded, which may take an hour
     raw = _prepared(config, codec, images, cache, device)
-    return raw, LatentSpace.of(codec, raw), probe
+    return raw, LatentSpace.of(codec, raw, config.statistics), probe
 
 
 def _prepared(config: TrainConfig, codec: Codec, images: ImageSet, cache: Path, device: torch.device) -> Tensor:
@@ -226,7 +226,9 @@ def _sample_of(raw: Latents) -> Tensor:
 
 
 def _space_of(config: TrainConfig, raw: Latents, images: StoredImages) -> LatentSpace:
-    """The space of a store's latents ``raw``: statistics from its index or, of changed ones, by a pass over all."""
+    """The space of a store's latents ``raw``: statistics as given, from its index or, of changed ones, by a pass."""
+    if config.statistics is not None:
+        return LatentSpace.measured(images.codec, *config.statistics.of(raw.shape[0]), raw)
     moments = images.moments
     if not isinstance(raw, StoredLatents):
         bar = tqdm(list(in_pieces(len(raw))), desc="statistics of changed latents", unit="batch", leave=False, delay=2)

@@ -60,9 +60,14 @@ class TrainState:
         device: torch.device,
         classes: int = 0,
         sharding: Sharding | None = None,
+        begin: bool = True,
     ) -> TrainState:
-        """The state before the first step, for latents of ``shape`` (ch, h, w) and a network told of ``classes``."""
-        network = build_network(config, shape, classes)
+        """The state before the first step, for latents of ``shape`` (ch, h, w) and a network told of ``classes``.
+
+        Args:
+            begin: False where a checkpoint is put into it anyway.
+        """
+        network = build_network(config, shape, classes, begin)
         ema = copy.deepcopy(network).eval().requires_grad_(False)
         if sharding is None:
             network, ema = network.to(device), ema.to(device)

@@ -1,0 +1,254 @@
+"""A run as a folder of diffusers: stock classes alone draw the run's images, what has no stock form is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    FlowMapEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    UNet2DModel,
+)
+from exports import ADM, NETWORKS, SHAPE, TOKEN, TOKENS, UNET, generator, opened, trained
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.codecs import Foreign
+from reference_trainer.errors import UserError
+from reference_trainer.export import folder, stock
+from reference_trainer.export.folder import export, pipeline_of, without_nan
+from reference_trainer.model import TrainedModel
+from reference_trainer.networks import DiT, UNet
+from reference_trainer.presets import flow_map, trajectory
+from robustcm.consistency import Preconditioning
+from robustcm.noise import NoiseRange
+from robustcm.schedules import RatioLevels
+
+ROOT = Path(__file__).parents[1]
+
+
+def our_images(model: TrainedModel, z: Tensor, levels: tuple[float, ...], rng: torch.Generator) -> Tensor:
+    """-1 .. 1, by the run's own sampler."""
+    f = model.config.preconditioned(model.network)
+    return model.space.codec.decode(model.space.undo(model.config.objective.sample(f, z, levels, rng)))
+
+
+def stock_images(root: Path, z: Tensor, evaluations: int, rng: torch.Generator) -> Tensor:
+    """The same by classes of diffusers alone, nothing of ours imported from the folder."""
+    index = json.loads((root / "model_index.json").read_text())
+    p, is_unet = index["patch"], index["unet"][0] is not None
+    kind, name = (UNet2DModel, "unet") if is_unet else (PixArtTransformer2DModel, "transformer")
+    network = kind.from_pretrained(root / name)
+    scheduler = CMStochasticIterativeScheduler.from_pretrained(root / "scheduler")
+    vae = AutoencoderKL.from_pretrained(root / "vae")
+    scheduler.set_timesteps(timesteps=index["timesteps"][evaluations - 1])
+    mean, std = (torch.tensor(index[part]).reshape(1, -1, 1, 1) for part in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        x = z * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scaled, told = scheduler.scale_model_input(x, t), t.float().expand(len(x))
+            if is_unet:
+                output = F.pixel_shuffle(network(F.pixel_unshuffle(scaled, p), told).sample, p)
+            else:
+                output = network(scaled, timestep=index["time_scale"] * told).sample
+            x = scheduler.step(output, t, x, generator=rng).prev_sample
+        decoded = vae.decode(x * (std / index["sigma_data"]) + mean).sample
+    return torch.tanh(index["vae_tanh"] * F.pixel_shuffle(decoded, index["vae_patch"]))
+
+
+# The same images
+
+
+@pytest.mark.parametrize("non_scaling_norm", [False, True])
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_stock_classes_alone_draw_the_run_s_images(
+    network: DiT | UNet, non_scaling_norm: bool, tmp_path: Path, rng: torch.Generator
+):
+    model = trained(network, non_scaling_norm=non_scaling_norm)
+    done = export(model, tmp_path / "out")
+    z = torch.randn(3, *SHAPE, generator=rng)
+    for evaluations in (1, 2):
+        ours = our_images(model, z, model.sigmas(evaluations), generator())
+        theirs = stock_images(tmp_path / "out", z, evaluations, generator())
+        assert float((ours - theirs).abs().max()) < 1e-5
+        assert done.sigmas[evaluations - 1] == pytest.approx(model.sigmas(evaluations), rel=1e-9)
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".py", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("network", "base", "classes"),
+    [
+        (TOKEN, None, 3),
+        (TOKENS, None, 3),
+        (UNET, None, 3),
+        (TOKENS, flow_map(), 0),
+        (TOKENS, flow_map(), 3),
+        (UNET, flow_map(), 0),
+    ],
+    ids=["token by class", "tokens by class", "unet by class", "flow map", "flow map by class", "unet flow map"],
+)
+def test_the_pipeline_draws_the_run_s_latents(
+    network: DiT | UNet, base: TrainConfig | None, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = trained(network, base, classes)
+    done = export(model, tmp_path / "out")
+    pipe = opened(tmp_path / "out", monkeypatch)
+    assert "reference_trainer" not in type(pipe).__module__
+    for evaluations in (1, 2):
+        levels = done.sigmas[evaluations - 1]
+        assert folder.differences(model, pipe, levels) < 1e-5
+        if classes:
+            assert folder.differences(model.guided(1.0), pipe, levels) > 1e-3
+
+
+def test_saved_again_it_opens_again_and_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export(trained(TOKENS, classes=3), tmp_path / "out")
+    pipe = opened(tmp_path / "out", monkeypatch)
+    pipe.save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again", monkeypatch)
+    asked = {"batch_size": 2, "num_inference_steps": 2, "output_type": "pt"}
+    one, two = (made(**asked, generator=generator()).images for made in (pipe, again))
+    assert torch.equal(one, two)
+    index, index_again = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("out", "again"))
+    assert index_again.pop("_name_or_path") == str(tmp_path / "out")
+    assert index_again == index
+
+
+def test_pixels_are_images_without_a_vae(tmp_path: Path, rng: torch.Generator):
+    model = trained(UNET, codec=PixelSpace().build(1, {}), autoencoder=PixelSpace())
+    done, z = export(model, tmp_path / "out"), torch.randn(2, *SHAPE, generator=rng)
+    theirs = done.pipeline(latents=z, output_type="pt").images
+    ours = our_images(model, z, (80.0,), generator())
+    torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_where_training_has_no_grid_the_second_level_is_the_nearest_of_a_fine_one(tmp_path: Path):
+    base = TrainConfig()
+    base = replace(base, objective=replace(base.objective, levels=RatioLevels()))
+    model = trained(TOKEN, base)
+    done = export(model, tmp_path / "out")
+    assert done.sigmas[1] == pytest.approx(model.sigmas(2), rel=1e-3)
+
+
+# The scheduler
+
+
+@given(st.floats(1e-4, 0.1), st.floats(5, 200), st.integers(3, 200), st.data())
+def test_the_scheduler_has_our_coefficients_and_levels(low: float, high: float, count: int, data: st.DataObject):
+    noise = NoiseRange(sigma_min=low, sigma_max=high)
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=count, sigma_min=without_nan(low), sigma_max=high, clip_denoised=False
+    )
+    index = data.draw(st.integers(1, count - 2))
+    scheduler.set_timesteps(timesteps=[index, 0])
+    p, t = Preconditioning(noise=noise), noise.levels(count)[[0, index]].float()
+    torch.testing.assert_close(scheduler.sigmas[:2], t)
+    torch.testing.assert_close(scheduler.timesteps.float(), p.c_noise(t), rtol=0, atol=3e-4)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    for i, at in enumerate(scheduler.timesteps):
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition(scheduler.sigmas[i])
+        torch.testing.assert_close(c_skip, p.c_skip(t)[i], **close)
+        torch.testing.assert_close(c_out, p.c_out(t)[i], **close)
+        x = torch.ones(1, 1)
+        torch.testing.assert_close(scheduler.scale_model_input(x, at)[0, 0], p.c_in(t)[i], **close)
+        following = scheduler.step(torch.zeros(1, 1), at, 0 * x, generator=generator()).prev_sample
+        expected = torch.randn(1, 1, generator=generator()) * (0.0 if i else (t[1] ** 2 - low**2).sqrt())
+        torch.testing.assert_close(following, expected, rtol=1e-4, atol=1e-5)  # NaN unless sigma_min is made for it
+
+
+def test_sigma_min_stays_where_it_does_no_harm():
+    assert without_nan(0.002) == 0.002
+
+
+# What goes into the folder
+
+
+def test_non_scaling_norms_are_group_norms_of_one_group_and_weight_one():
+    network = stock.stock_network(trained(ADM, non_scaling_norm=True))
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) > 5
+    assert all(norm.num_groups == 1 and bool((norm.weight == 1).all()) for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["few_step_pipeline", "conditioned_transformer"])
+def test_what_goes_with_a_model_needs_diffusers_alone(name: str):
+    tree = ast.parse((ROOT / "reference_trainer" / "export" / f"{name}.py").read_text())
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    tops = {str(module).partition(".")[0] for module in found}
+    assert {"torch", "diffusers"} <= tops <= {"torch", "diffusers", *sys.stdlib_module_names}
+
+
+def test_labels_that_are_none_are_refused():
+    pipe, _, _ = pipeline_of(trained(TOKEN, classes=3))
+    with pytest.raises(ValueError, match=r"must be 1 or 2 of 0 .. 2 \(3: none\)"):
+        pipe(batch_size=2, class_labels=[0, 4])
+    with pytest.raises(ValueError, match="without classes"):
+        pipeline_of(trained(TOKEN))[0](class_labels=1)
+
+
+# What is refused
+
+
+def test_trajectories_are_refused_in_a_line(tmp_path: Path):
+    with pytest.raises(UserError, match="no scheduler for consistency trajectories"):
+        export(trained(TOKEN, trajectory()), tmp_path / "out")
+
+
+def test_a_unet_told_two_times_and_a_class_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="takes a class or a second time, not both"):
+        export(trained(UNET, flow_map(), 3), tmp_path / "out")
+
+
+def test_without_the_scheduler_of_flow_maps_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(vars(diffusers), "FlowMapEulerDiscreteScheduler", None)
+    with pytest.raises(UserError, match=r"has no FlowMapEulerDiscreteScheduler.*install -U"):
+        export(trained(TOKEN, flow_map()), tmp_path / "out")
+    assert FlowMapEulerDiscreteScheduler is not None
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export(trained(TOKEN), tmp_path / "out")
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_weights_that_give_other_samples_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fill = stock._fill
+
+    def spoilt(network: nn.Module, weights: dict[str, Tensor]) -> None:
+        fill(network, weights)
+        next(network.parameters()).data.mul_(1.01)
+
+    monkeypatch.setattr(stock, "_fill", spoilt)
+    with pytest.raises(UserError, match="differ from the run's by"):
+        export(trained(TOKENS), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_autoencoder_of_the_user_s_stays_outside(tmp_path: Path, rng: torch.Generator):
+    class Mine:
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents
+
+    model = trained(TOKEN, codec=Foreign("mine:load", Mine()))
+    done = export(model, tmp_path / "out")
+    assert "mine:load is none of diffusers and stays outside" in done.left_out
+    assert folder.drawn(done) is None
+    with pytest.raises(ValueError, match="ask for output_type='latent'"):
+        done.pipeline()
