@@ -284,8 +284,8 @@ def _part_from_json(data: Any) -> Any:
     part = _part_named(name)
     if part is None:
         raise UserError(
-            f"the configuration names {_shown(name)}, which is no part of this version: use the run from Python if the "
-            "part is yours, else with the version that made it"
+            f"the configuration names {_shown(name)}, which is no part of this version: if the part is yours, call "
+            "reference_trainer.choices.offer(part, ...) first, as your trainer did; else use the version that made it"
         )
     given = {key: _part_from_json(item) for key, item in data.items() if key != "part"}
     return _build(part, given) if _is_part(part) else part

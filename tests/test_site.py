@@ -6,19 +6,33 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+
+import robustcm
+from reference_trainer import choices
+from reference_trainer.model import build_network
+from reference_trainer.options import from_json, to_json
+from reference_trainer.presets import digits, trajectory
+from reference_trainer.words import with_options
+from robustcm import Above, draw
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
+PACKAGES = ("robustcm", "reference_trainer", "analysis")
+CODE = r"^```python\n(.*?)^```$"
 BLOCKS = [
     pytest.param(block, id=f"{name}: {n}")
     for name, text in PAGES.items()
-    for n, block in enumerate(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    for n, block in enumerate(re.findall(CODE, text, re.DOTALL | re.MULTILINE))
 ]
 
 
@@ -103,7 +117,74 @@ def test_nothing_is_fetched_from_elsewhere(pages: dict[Path, Page], site: Path):
     assert re.findall(r"url\(['\"]?(?:https?:)?//[^)]*\)|@import[^;]*", styles) == []
 
 
+@pytest.fixture
+def parts_as_before() -> Iterator[None]:
+    """What a page offers to the trainer is forgotten."""
+    before = dict(choices.CHOICES), dict(choices.VOCABULARY)
+    yield
+    for table, was in zip((choices.CHOICES, choices.VOCABULARY), before, strict=True):
+        table.clear()
+        table.update(was)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "docs", "exec"), {"__name__": "page"})
+@pytest.mark.usefixtures("parts_as_before")
+def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch):
+    page = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # dataclasses look their module up
+    exec(compile(block, "docs", "exec"), page.__dict__)
+
+
+@pytest.mark.usefixtures("parts_as_before")
+def test_the_parts_of_the_page_train_and_are_read_back(monkeypatch: pytest.MonkeyPatch):
+    page = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)
+    (block,) = re.findall(CODE, PAGES["how-to/network.md"], re.DOTALL | re.MULTILINE)
+    exec(compile(block, "docs", "exec"), page.__dict__)
+    config = with_options(digits(), ["objective.distance=welsch", "network=MLP", "network.width=4"])
+    assert from_json(to_json(config)) == config
+    for recipe in (config, with_options(trajectory(config), ["objective.distance=welsch"])):
+        network, objective = build_network(recipe, (2, 4, 4)), replace(recipe.objective, gate=Above(1.0))
+        x = 0.5 * torch.randn(8, 2, 4, 4)
+        terms = objective(
+            objective.function_of(network), objective.prepare(x, draw(0, 0, x.shape), 0, 10), objective.init()
+        )
+        terms.loss.backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+KEY = re.compile(r"bibliography\.md#([a-z]+\d{4})\)")
+
+
+def test_every_key_of_the_bibliography_is_cited_by_a_page_or_a_docstring():
+    bibliography = PAGES["bibliography.md"]
+    keys = set(re.findall(r"^### (\w+\d{4})$", bibliography, re.MULTILINE))
+    assert len(keys) > 30
+    cited = {key for text in PAGES.values() for key in KEY.findall(text)}
+    assert cited <= {key.lower() for key in keys}
+    sources = "".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    numbers = set(re.findall(r"\b\d{4}\.\d{5}\b", sources + (ROOT / "README.md").read_text()))
+    entries = bibliography.split("\n### ")[1:]
+    uncited = [
+        entry.partition("\n")[0]
+        for entry in entries
+        if entry.partition("\n")[0].lower() not in cited
+        and not numbers & set(re.findall(r"\d{4}\.\d{5}", entry))
+        and not re.search(re.findall(r"[A-Z][a-z]+", entry)[0], sources)
+    ]
+    assert uncited == []
+    assert numbers - set(re.findall(r"\d{4}\.\d{5}", bibliography)) == set()
+
+
+def test_every_technique_links_paper_file_test_and_api():
+    for name, text in PAGES.items():
+        if name.startswith("techniques/"):
+            rows = dict(re.findall(r"^\| (paper|file|test|API) \| (.+) \|$", text, re.MULTILINE))
+            assert set(rows) == {"paper", "file", "test", "API"}, name
+            assert "evidence.md" in text or "log.md" in text
+
+
+def test_the_api_has_a_page_for_every_public_name():
+    shown = set(re.findall(r"^::: (robustcm[\w.]+)", "\n".join(PAGES.values()), re.MULTILINE))
+    modules = {f"robustcm.{module}" for module in set(robustcm._MODULE_OF.values())}
+    assert modules - shown == set()
