@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from reference_trainer import choices
 from reference_trainer.model import build_network
 from reference_trainer.options import from_json, to_json
 from reference_trainer.presets import digits, trajectory
+from reference_trainer.training import loop
 from reference_trainer.words import with_options
 from robustcm import Above, draw
 
@@ -129,7 +131,10 @@ def parts_as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.usefixtures("parts_as_before")
-def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch):
+def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    train = inspect.signature(loop.train)  # minutes of work: asked whether it takes what it is given
+    monkeypatch.setattr(loop, "train", train.bind)
     page = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)  # dataclasses look their module up
     exec(compile(block, "docs", "exec"), page.__dict__)
@@ -139,7 +144,7 @@ def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch):
 def test_the_parts_of_the_page_train_and_are_read_back(monkeypatch: pytest.MonkeyPatch):
     page = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)
-    (block,) = re.findall(CODE, PAGES["how-to/network.md"], re.DOTALL | re.MULTILINE)
+    block, _ = re.findall(CODE, PAGES["how-to/network.md"], re.DOTALL | re.MULTILINE)
     exec(compile(block, "docs", "exec"), page.__dict__)
     config = with_options(digits(), ["objective.distance=welsch", "network=MLP", "network.width=4"])
     assert from_json(to_json(config)) == config
