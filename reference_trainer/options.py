@@ -99,7 +99,8 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         if node.id not in VOCABULARY:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
-            raise UserError(f"unknown name {node.id}" + (f", did you mean {near[0]}?" if near else ""))
+            hint = f", did you mean {near[0]}?" if near else "; a part of your own: see docs/how-to/network.md"
+            raise UserError(f"unknown name {node.id}{hint}")
         return VOCABULARY[node.id]
     if isinstance(node, ast.Call):
         part = _evaluate(node.func)
