@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test bench gallery package matrix install clean
+.PHONY: run test bench docs gallery package matrix install clean
 
 run: install
 	$(PY) -m reference_trainer
@@ -13,6 +13,11 @@ test: install
 # Ratios of speed, one after the other, some ten minutes; for a machine that does nothing else.
 bench: install
 	for name in step_floor step_time coupling_time losses default_run; do $(PY) benchmarks/$$name.py || exit; done
+
+# The documentation as a site, in build/site: open build/site/index.html.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "look at build/site/index.html"
 
 # Every figure of README and docs again, in runs/gallery.
 gallery: install

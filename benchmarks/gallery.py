@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.concepts import CONCEPTS
 from reference_trainer.ablation.comparison import Result, draw_comparison
 from reference_trainer.ablation.ladder import BASELINE
 from reference_trainer.plotting import save_figure
@@ -65,6 +66,7 @@ class OfRuns:
 
 FIGURES = (
     OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
+    *(Drawn(f"concepts/{name}.png", ("analysis/concepts.py", "--only", name), f"{name}.png") for name in CONCEPTS),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
     Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),

@@ -116,3 +116,26 @@ What a field of a class takes, its subclasses' take, where they say nothing else
 VOCABULARY: dict[str, Any] = {part.__name__: part for parts in CHOICES.values() for part in parts if part is not None}
 VOCABULARY |= {"inf": math.inf, "-inf": -math.inf}  # JSON has no literals for them
 VOCABULARY |= NETWORKS
+
+
+def offer(part: Any, owner: type, field: str) -> None:
+    """Let the command line and config.json know ``part`` of yours, by its name, as a value of ``owner.field``.
+
+    ::
+
+        offer(welsch, FewStepObjective, "distance")    # then: objective.distance=welsch
+
+    A function, or a frozen dataclass whose fields are options. Call it before ``main``, wherever runs of the part are
+    trained, sampled or evaluated.
+
+    Raises:
+        ValueError: no such exchangeable field, or the name is another part's.
+    """
+    if (owner, field) not in CHOICES:
+        there = ", ".join(f"{place.__name__}.{name}" for place, name in CHOICES)
+        raise ValueError(f"{owner.__name__}.{field} takes no part of yours; these do: {there}")
+    if VOCABULARY.get(part.__name__, part) is not part:
+        raise ValueError(f"{part.__name__} is the name of another part: give yours another name")
+    VOCABULARY[part.__name__] = part
+    if part not in CHOICES[owner, field]:
+        CHOICES[owner, field] += (part,)

@@ -99,7 +99,8 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         if node.id not in VOCABULARY:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
-            raise UserError(f"unknown name {node.id}" + (f", did you mean {near[0]}?" if near else ""))
+            hint = f", did you mean {near[0]}?" if near else "; a part of your own: see docs/how-to/network.md"
+            raise UserError(f"unknown name {node.id}{hint}")
         return VOCABULARY[node.id]
     if isinstance(node, ast.Call):
         part = _evaluate(node.func)
@@ -283,8 +284,8 @@ def _part_from_json(data: Any) -> Any:
     part = _part_named(name)
     if part is None:
         raise UserError(
-            f"the configuration names {_shown(name)}, which is no part of this version: use the run from Python if the "
-            "part is yours, else with the version that made it"
+            f"the configuration names {_shown(name)}, which is no part of this version: if the part is yours, call "
+            "reference_trainer.choices.offer(part, ...) first, as your trainer did; else use the version that made it"
         )
     given = {key: _part_from_json(item) for key, item in data.items() if key != "part"}
     return _build(part, given) if _is_part(part) else part

@@ -31,9 +31,10 @@ from reference_trainer.errors import UserError
 from reference_trainer.words import with_options
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
-TODAY = ("README.md", "docs/guide.md", "docs/evidence.md", "docs/export.md")  # the log's are those of their commits
+LONG = ("README.md", "docs/guide.md", "docs/evidence.md", "docs/log.md")
+TODAY = [name for name in DOCUMENTS if name != "docs/log.md"]  # the log's commands are those of their commits
 EVIDENCE = DOCUMENTS["docs/evidence.md"]
 
 
@@ -70,7 +71,7 @@ def test_anchors_are_those_of_github():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_to_files_and_headings(name: str):
     found = links(DOCUMENTS[name])
-    assert found
+    assert len(found) > (10 if name in LONG else 0)
     dead = []
     for link in found:
         path, _, anchor = link.partition("#")
@@ -83,7 +84,7 @@ def test_links_lead_to_files_and_headings(name: str):
 def test_every_file_in_docs_is_linked_by_a_document():
     targets = [(ROOT / name).parent / link for name, text in DOCUMENTS.items() for link in links(text)]
     linked = {Path(str(target).partition("#")[0]).resolve() for target in targets}
-    there = [path for path in ROOT.glob("docs/**/*") if path.is_file()]
+    there = [path for path in ROOT.glob("docs/**/*") if path.is_file() and path.parent != ROOT / "docs" / "site"]
     assert len(there) > 40
     assert [path.name for path in there if path.resolve() not in linked] == []
 
@@ -91,7 +92,7 @@ def test_every_file_in_docs_is_linked_by_a_document():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_scripts_that_are_named_exist(name: str):
     scripts = re.findall(r"python\s+((?:analysis|benchmarks)/[\w/]+\.py)", DOCUMENTS[name])
-    assert scripts or name == "docs/export.md"
+    assert scripts or name not in LONG
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 

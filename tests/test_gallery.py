@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from analysis import td_outliers
+from analysis import concepts, td_outliers
 from reference_trainer.__main__ import parser as trainer_parser
 from reference_trainer.commands.train import configuration
 
@@ -47,13 +47,15 @@ def test_no_two_are_of_one_name(gallery: Any):
 
 def test_each_command_parses(gallery: Any):
     commands = [figure.command(Path("work")) for figure in gallery.FIGURES if isinstance(figure, gallery.Drawn)]
-    assert len(commands) == 3
+    assert len(commands) == 3 + len(concepts.CONCEPTS)
     for command in commands:
         if command[:2] == ["-m", "reference_trainer"]:
             configuration(trainer_parser().parse_args(["train", *command[2:]]))
-        else:
-            assert command[0] == "analysis/td_outliers.py"
+        elif command[0] == "analysis/td_outliers.py":
             td_outliers.check_options(td_outliers.parser().parse_args(command[1:]))
+        else:
+            assert command[0] == "analysis/concepts.py"
+            concepts.parser().parse_args(command[1:])
 
 
 def test_the_heavy_latents_are_those_of_the_suite(gallery: Any):
