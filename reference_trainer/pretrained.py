@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.errors import UserError, one_line, type_and_message
 from reference_trainer.loading import Kind, Place, quiet, weights_sha256
 from reference_trainer.networks import NO_CLASSES, Beside, Patched
 from robustcm.checks import LARGEST, SMALLEST, need_real, need_whole
@@ -135,13 +135,15 @@ class FromDiffusers:
 
         if not self.model:
             return self.found().build(shape, seed, times, classes, sigma_min)
-        config = json.loads(self.model)
-        self._require_fit(config, shape, times, classes)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            network: Any = UNet2DModel.from_config(config)
+        try:
+            config, schedule = json.loads(self.model), self.diffusion
+            self._require_fit(config, shape, times, classes)
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed)
+                network: Any = UNet2DModel.from_config(config)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"what is noted of {self._place.shown} is no UNet2DModel: {one_line(error)}") from error
         patched = Patched(network, self.patch, Beside(network, classes) if classes else None)
-        schedule = self.diffusion
         return patched if schedule is None else Denoising(patched, schedule, self.scale, sigma_min)
 
     def start(self, network: nn.Module) -> None:

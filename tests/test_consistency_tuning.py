@@ -115,6 +115,10 @@ def test_a_tuned_model_is_exported(prediction: str, outputs: int, classes: int, 
     named = Classes(("a", "b"), (1, 1), "") if classes else None
     model = TrainedModel(config, made, space, SHAPE, 4000, torch.device("cpu"), classes=named)
     done = export(model, tmp_path / "out")
-    assert done.difference < 1e-5
+    c_noise, labels = torch.tensor(1000.0, dtype=torch.float64), torch.tensor([0, 1, 2, 0]) if classes else None
+    done.pipeline.unet.double()
+    ours = made.double()(x.double(), c_noise.expand(len(x)), labels=labels)
+    theirs = done.pipeline._told(x.double(), labels, c_noise)
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6 * float(ours.abs().max()))
     assert isinstance(done.pipeline, TunedPipeline)
     assert done.pipeline.noise_schedule.config.prediction_type == prediction

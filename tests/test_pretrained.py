@@ -124,6 +124,16 @@ def test_it_is_noted_where_from_and_what_it_was(tmp_path: Path, monkeypatch: pyt
     assert again == config == config.found()
 
 
+@pytest.mark.parametrize(
+    "noted", ["[]", "{", '{"in_channels": 3}', '{"in_channels": 3, "out_channels": 3, "block_out_channels": 8}']
+)
+def test_what_is_noted_and_makes_no_sense_is_one_line(noted: str):
+    config = replace(digits(), network=FromDiffusers(name="a/b", model=noted))
+    with pytest.raises(UserError, match=r"^network: ") as caught:
+        build_network(config, SHAPE)
+    assert "\n" not in str(caught.value)
+
+
 def test_other_weights_are_another_configuration_and_no_beginning(tmp_path: Path):
     asked = replace(digits(), network=FromDiffusers(name=str(saved(tmp_path / "it"))))
     config, run = asked.found(), RunFolder(tmp_path / "run")
