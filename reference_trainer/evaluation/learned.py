@@ -200,12 +200,20 @@ def reading(learned: Mapping[str, Any]) -> list[str]:
         )
     if ahead:
         lines.append(f"at noise {_between(ahead)} it is below both: what no linear function has was learned there")
+    last = f"outputs from noise {rows[-1]['sigma']:.3g}"
     lost = floor - rows[-1]["precision"]
-    half = next((row["sigma"] for row in rows if floor - row["precision"] > lost / 2), None)
-    if lost > 3 * math.sqrt(0.5 / learned["n"]) and half is not None:  # of a difference of shares, at most
+    if lost > 3 * math.sqrt(0.5 / learned["n"]):  # of a difference of shares, at most
+        half = next(row["sigma"] for row in rows if floor - row["precision"] > lost / 2)
         lines.append(
-            f"of the latents {floor:.0%} lie among the data (precision), of outputs from noise {rows[-1]['sigma']:.3g} "
-            f"{rows[-1]['precision']:.0%}; half of that is lost from noise {half:.2g} on"
+            f"of the latents {floor:.0%} lie among the data (precision), of {last} {rows[-1]['precision']:.0%}; half "
+            f"of that is lost from noise {half:.2g} on"
+        )
+    away = rows[-1]["kernel_x1000"] - learned["floor"]
+    if away > 3 * learned["noise"]:
+        half = next(row["sigma"] for row in rows if row["kernel_x1000"] - learned["floor"] > away / 2)
+        lines.append(
+            f"{last} lie {away:.2g} farther from the data (kernel x1000) than the latents they are made of; half of "
+            f"that is there from noise {half:.2g} on"
         )
     return lines
 
