@@ -200,13 +200,13 @@ def test_the_command_of_every_json_stands_in_the_evidence():
 
 
 def figures(runs: list[Result], arm: str, suite: str, row: str) -> dict[str, set[str]]:
-    """What a table may say of an arm: distance (up to two decimals) with each seed's, ratio to the baseline."""
+    """What a table may say of an arm: distance (up to three decimals) with each seed's, ratio to the baseline."""
     found: dict[str, set[str]] = {"distance": set(), "ratio": set()}
     for metric in ("frechet", "kernel_x1000", "frechet_rec", "kernel_rec_x1000"):
         values = by_seed(runs, suite, arm, row, metric)
         if not values:  # of an earlier version, which did not measure it
             continue
-        for decimals in (0, 1, 2):
+        for decimals in (0, 1, 2, 3):
             each = ", ".join(f"{values[seed]:.{decimals}f}" for seed in sorted(values))
             found["distance"].add(f"{statistics.fmean(values.values()):.{decimals}f} ({each})")
         if metric.startswith("frechet"):

@@ -147,10 +147,12 @@ _SHARES = ("sure_digits", "precision", "recall")
 
 
 def spread_of(values: dict[int, float], digits: int, each: bool = True) -> str:
-    """Mean and, behind it, each seed's value."""
+    """Mean and, behind it, each seed's value; with three digits behind the point where they are below 1."""
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values.values()):.{digits}f}"
+    mean_value = statistics.fmean(values.values())
+    digits = max(digits, 3) if abs(mean_value) < 1 else digits
+    mean = f"{mean_value:.{digits}f}"
     shown = ", ".join(f"{values[seed]:.{digits}f}" for seed in sorted(values))
     return f"{mean} ({shown})" if each and len(values) > 1 else mean
 
