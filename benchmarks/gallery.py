@@ -28,6 +28,12 @@ WORK = ROOT / "runs" / "gallery" / "work"
 HEAVY = (
     "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
 )
+BRIEF = ("steps=2000", "network.width=96")
+BRIEF_RUNS = (
+    ("ilct", *BRIEF, "ilct"),
+    (*BRIEF, "objective.teacher_input=None", "not-kept"),
+    (*BRIEF, "kept"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,24 @@ class Drawn:
     words: tuple[str, ...]
     """Behind ``python``."""
     picture: str
+    runs: tuple[tuple[str, ...], ...] = ()
+    """What is trained first, each as behind ``python -m reference_trainer``, its name last; the folders follow the
+    words."""
 
-    def command(self, folder: Path) -> list[str]:
-        return [*self.words, "--out", str(folder)]
+    def commands(self, folder: Path) -> list[list[str]]:
+        """The trainings, and the one that draws."""
+        roots = [str(folder.parent / name) for *_, name in self.runs]
+        trainings = [
+            ["-m", "reference_trainer", *words, "--brief", "--out", root]
+            for (*words, _), root in zip(self.runs, roots, strict=True)
+        ]
+        return [*trainings, [*self.words, *roots, "--out", str(folder)]]
 
     def draw(self, to: Path) -> None:
         folder = WORK / Path(self.file).stem
-        print(f"python {shlex.join(self.command(folder))}", flush=True)
-        subprocess.run([sys.executable, *self.command(folder)], cwd=ROOT, check=True)
+        for command in self.commands(folder):
+            print(f"python {shlex.join(command)}", flush=True)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / self.picture, to)
 
@@ -68,6 +84,7 @@ FIGURES = (
     OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
     *(Drawn(f"concepts/{name}.png", ("analysis/concepts.py", "--only", name), f"{name}.png") for name in CONCEPTS),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
+    Drawn("evidence/variance.png", ("analysis/variance.py",), "variance.png", BRIEF_RUNS),
     Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
     Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),
 )
