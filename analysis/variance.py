@@ -73,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
 def look(options: argparse.Namespace) -> int:
     """Measure, foretell, draw, say."""
     check_common(options)
-    measured = {str(root): measured_of(RunFolder(root)) for root in options.runs}
+    names = [root.name for root in options.runs]
+    measured = {
+        name if names.count(name) == 1 else str(root): measured_of(RunFolder(root))
+        for name, root in zip(names, options.runs, strict=True)
+    }
     device = device_of(options.device)
     config = configuration(options.data, options.resolution, options.autoencoder, device)
     covariance, gate = covariance_of(config, options.images, device)

@@ -51,7 +51,7 @@ def test_the_script_tells_it_of_the_digits_and_of_a_run(tmp_path: Path, capsys: 
     found = json.loads((out / "variance.json").read_text())
     alone, gated = (found["foretold"][name]["41"] for name in ("no coupling", "above the gate"))
     assert all(alone[name] < min(1, gated[name]) for name in alone)
-    assert found["measured"][str(run.root)]["levels"] == 41
+    assert found["measured"]["run"]["levels"] == 41
     assert (out / "variance.png").stat().st_size > 10_000
 
 
