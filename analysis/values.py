@@ -21,7 +21,7 @@ from reference_trainer.data.latents import SIGMA_DATA, LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.model import TrainedModel, build_network, kept_classes, load_model, number_of
 from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import batch_indices, with_measured_gate
+from reference_trainer.training.batches import batch_indices, with_measured_gate, with_measured_parts
 from robustcm.consistency import temporal_difference
 from robustcm.couplers import exact
 from robustcm.gates import Above, AboveExplained
@@ -189,7 +189,8 @@ class Trained:
         Raises:
             UserError: a single sample, or all the same, and a gate that asks the data; or none is finite.
         """
-        objective = replace(with_measured_gate(self.config.objective, self.data), coupler=self.config.coupler)
+        objective = replace(self.config.objective, coupler=self.config.coupler)
+        objective = with_measured_parts(objective, self.data, self.labels)
         f = self.config.preconditioned(self.network, self.skip)
         grid = objective.levels if isinstance(objective.levels, LevelGrid) else LevelGrid()
         grid = replace(grid, curriculum=FixedCurriculum(num_levels=num_levels))
@@ -206,7 +207,9 @@ class Trained:
             batch = objective.prepare(data[chosen], draws, 0, 1, labels=labels, conditions=told).to(self.device)
             x, z, pairs, conditions = batch[:4]
             with torch.no_grad():
-                student, teacher = temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, conditions=conditions)
+                student, teacher = temporal_difference(
+                    f, x, z, pairs.t_hi, pairs.t_lo, x_lo=batch.x_lo, conditions=conditions
+                )
             tds.append((student - teacher).cpu())
             levels.append((batch.pairs.depth * num_levels).round().long().cpu())
             weights.append(objective.weight(batch.pairs.t_hi, batch.pairs.t_lo).cpu())

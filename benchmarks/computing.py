@@ -108,7 +108,7 @@ def main() -> None:
     device, about = device_of(options.device), describe_machine()
     network, shape = NETWORKS[options.network]
     config = digits()
-    objective = replace(config.objective, gate=Above(1.0))
+    objective = replace(config.objective, gate=Above(1.0), teacher_input=None)
     config = replace(config, network=network, objective=objective, batch_size=options.batch)
     ways = {name: way for name, way in WAYS.items() if fits(way, network, device, options.compile)}
     steps = {name: stepper(replace(config, computing=way), shape, device) for name, way in ways.items()}

@@ -99,7 +99,8 @@ def floor_step(config: TrainConfig, case: Case) -> tuple[Callable[[], None], Tra
     state = TrainState.create(config, case.shape, CPU)
     f = config.preconditioned(state.network.train())
     x = 0.5 * torch.randn(case.batch_size, *case.shape, generator=torch.Generator().manual_seed(0))
-    x, z, pairs = config.objective.prepare(x, draw(0, 0, x.shape), 0, config.steps)[:3]
+    plain = replace(config.objective, teacher_input=None)
+    x, z, pairs = plain.prepare(x, draw(0, 0, x.shape), 0, config.steps)[:3]
     for group in state.optimizer.param_groups:
         group["lr"] = 1e-4
 

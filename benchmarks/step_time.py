@@ -24,7 +24,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.machine import describe_machine, keep_freed_memory
 from reference_trainer.presets import PRESETS
 from reference_trainer.training.bad_steps import not_finite
-from reference_trainer.training.batches import with_measured_gate
+from reference_trainer.training.batches import with_measured_parts
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
 from robustcm.averages import Exponential, PowerFunction
@@ -46,7 +46,7 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
     averaging = TrainState.create(replace(config, averages=FURTHER), shape, CPU)
     f, step = config.preconditioned(state.network), config.steps - 1
     x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
-    objective = with_measured_gate(config.objective, x)
+    objective = with_measured_parts(config.objective, x)
     draws = draw(0, step, x.shape)
     batch: Batch = objective.prepare(x, draws, step, config.steps)
     terms = objective(f, batch, state.c)

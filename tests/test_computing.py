@@ -30,7 +30,7 @@ CONVOLUTIONS = UNet(block_out_channels=(8, 16), attention=(False, True), norm_nu
 
 def configured(network: DiT | UNet, **computing: Any) -> TrainConfig:
     config = digits()
-    objective = replace(config.objective, gate=Above(1.0))
+    objective = replace(config.objective, gate=Above(1.0), teacher_input=None)
     return replace(config, network=network, objective=objective, computing=Computing(**computing), batch_size=8)
 
 

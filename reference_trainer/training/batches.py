@@ -153,19 +153,12 @@ class Batches:
 
         The same on every rank: measured on parts 0, whichever it trains on.
         """
-        if not (isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)):
-            return objective
-        asked = objective.teacher_input
+        if not asks_what_the_teacher_sees(objective) or objective.coupler is independent:
+            return with_measured_teacher(objective, self.latents, None)
         pools = math.ceil(PAIRS_MEASURED / (self.rows * self.config.coupling_pool))
         bar = tqdm(range(pools), desc="how noise goes with the data", unit="pool", leave=False, delay=2)
-        paired = None
-        if objective.coupler is not independent:
-            data, noise = zip(*(self._pairs_of(pool) for pool in bar), strict=True)
-            paired = torch.cat(data), torch.cat(noise)
-        try:
-            return replace(objective, teacher_input=asked.on(some_of(self.latents), paired))
-        except ValueError as error:
-            raise UserError(f"objective.teacher_input={asked}: {error}") from error
+        data, noise = zip(*(self._pairs_of(pool) for pool in bar), strict=True)
+        return with_measured_teacher(objective, self.latents, (torch.cat(data), torch.cat(noise)))
 
     def _pairs_of(self, pool: int) -> tuple[Tensor, Tensor]:
         """Samples of a pool, part 0, and their noise."""
@@ -257,6 +250,50 @@ def with_measured_gate(objective: AnyObjective, latents: Tensor | Latents) -> An
         return replace(objective, gate=objective.gate.on(some_of(latents)))
     except ValueError as error:
         raise UserError(f"objective.gate={objective.gate}: {error}") from error
+
+
+def asks_what_the_teacher_sees(objective: FewStepObjective) -> bool:
+    """Whether what its teacher is shown has to be measured first."""
+    return isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)
+
+
+def with_measured_teacher(
+    objective: AnyObjective, latents: Tensor | Latents, paired: tuple[Tensor, Tensor] | None
+) -> AnyObjective:
+    """``objective`` with what its teacher is shown measured on ``latents [n, ch, h, w]``, if it asks for that.
+
+    Args:
+        paired: samples and their noise, as they are trained on; None: no coupling.
+    Raises:
+        UserError: a single latent, all the same, or not finite.
+    """
+    if not (isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)):
+        return objective
+    try:
+        return replace(objective, teacher_input=objective.teacher_input.on(some_of(latents), paired))
+    except ValueError as error:
+        raise UserError(f"objective.teacher_input={objective.teacher_input}: {error}") from error
+
+
+def with_measured_parts(objective: AnyObjective, x: Tensor, labels: Tensor | None = None) -> AnyObjective:
+    """``objective`` with all that asks the data measured on ``x [n, ch, h, w]`` in memory, for a loop without
+    ``Batches``: the gate, and what the teacher is shown, by noise paired 256 at a time.
+
+    Raises:
+        UserError: a single sample, or all the same.
+    """
+    objective = with_measured_gate(objective, x)
+    if not asks_what_the_teacher_sees(objective) or objective.coupler is independent:
+        return with_measured_teacher(objective, x, None)
+    x = x[:PAIRS_MEASURED]
+    generator = step_generator(0, 0, Stream.COUPLING)
+    noise = []
+    for start in range(0, len(x), 256):
+        part = x[start : start + 256]
+        z = torch.randn(part.shape, generator=generator)
+        told = None if labels is None else labels[start : start + 256]
+        noise.append(z[objective.coupler(part, z, labels=told, generator=generator)])
+    return with_measured_teacher(objective, x, (x, torch.cat(noise)))
 
 
 def batch_indices(seed: int, step: int, num_samples: int, batch_size: int) -> Tensor:
