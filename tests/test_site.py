@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ from reference_trainer.presets import digits, trajectory
 from reference_trainer.training import loop
 from reference_trainer.training.batches import with_measured_parts
 from reference_trainer.words import with_options
-from robustcm import Above, draw
+from robustcm import draw
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
