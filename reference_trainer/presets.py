@@ -46,7 +46,7 @@ def digits_by_class() -> TrainConfig:
 
 
 def photographs() -> TrainConfig:
-    """Patches of six photographs that two packages ship, 32x32, in colour: natural images without a download."""
+    """Patches of six photographs that two packages ship, 32x32, in colour: nothing to download."""
     return on_images(DIGITS, Photographs())
 
 
