@@ -37,7 +37,7 @@ CASES: dict[str, list[str]] = {
     "pixels": ["pixels"],
     "folder": ["digits", BRIEF_FIT, "batch_size=32", "--data={images}"],
 }
-NOT_COMPARED = {"seconds"}
+NOT_COMPARED = {"seconds", "code"}
 
 
 def main() -> int:
