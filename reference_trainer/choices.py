@@ -95,6 +95,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     ),
     (objective.Objective, "extra"): (None, early.EarlyDiffusion),
     (objective.Objective, "teacher_input"): (None, teacher_input.KeepCovariance),
+    (trajectories.TrajectoryObjective, "teacher_input"): (None, teacher_input.KeepCovariance),
     (couplers.WithinClasses, "coupler"): (couplers.exact, couplers.Entropic),
     (scales.PowerLawC, "constant"): (scales.ConstantC,),
     (scales.MeasuredC, "histogram"): (sketch.LogHistogram,),

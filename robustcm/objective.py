@@ -261,6 +261,17 @@ class FewStepObjective:
     def _coupled_at(self, t: Tensor, progress: float) -> Tensor:
         return self.gate(t, progress)
 
+    def _shown(self, batch: Batch, teacher_input: TeacherInput | None, progress: float, paired: bool) -> Batch:
+        """``batch`` with what its teacher is shown; ``paired``: its noise was, whatever the coupler."""
+        if teacher_input is None:
+            return batch
+        x, z, pairs = batch[:3]
+        if self.coupler is independent and not paired:  # whose gate has perhaps seen no data
+            p_hi = p_lo = torch.zeros_like(pairs.t_hi)
+        else:
+            p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
+        return batch._replace(x_lo=teacher_input(x, z, pairs, p_hi, p_lo))
+
     def _added(self, student: Tensor, batch: Batch, r: Tensor) -> Tensor:
         return torch.zeros_like(r)
 
@@ -302,14 +313,7 @@ class Objective(FewStepObjective):
     ) -> Batch:
         """See ``FewStepObjective``; beside levels and noise it gives the teacher its input."""
         batch = super().prepare(x, draws, step, total_steps, labels=labels, coupled=coupled, conditions=conditions)
-        if self.teacher_input is None:
-            return batch
-        pairs, progress = batch.pairs, step / total_steps
-        if self.coupler is independent and coupled is None:  # whose gate has perhaps seen no data
-            p_hi = p_lo = torch.zeros_like(pairs.t_hi)
-        else:
-            p_hi, p_lo = (self._coupled_at(t, progress) for t in (pairs.t_hi, pairs.t_lo))
-        return batch._replace(x_lo=self.teacher_input(x, batch.z, pairs, p_hi, p_lo))
+        return self._shown(batch, self.teacher_input, step / total_steps, coupled is not None)
 
     def function_of(self, network: Network, skip: Skip | None = None) -> Preconditioned:
         """The consistency function of ``network``, for the noise levels it is trained at; ``skip``: see there."""

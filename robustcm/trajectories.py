@@ -25,6 +25,7 @@ from robustcm.objective import Batch, Draws, FewStepObjective
 from robustcm.randomness import two_of
 from robustcm.schedules import LevelGrid, PairLaw, PairWeight, inverse_gap
 from robustcm.shapes import one_a_sample, over_samples
+from robustcm.teacher_input import TeacherInput
 
 Trajectory: TypeAlias = Callable[..., Tensor]
 """``G(x_t [b, ...], t [b], s [b], **conditions) -> [b, ...]``: the point at s of the path through x_t."""
@@ -109,6 +110,8 @@ class TrajectoryObjective(FewStepObjective):
     """Which level s each sample's trajectory ends at."""
     reach: float = 0.0
     """How far down towards s the teacher's level lies, 0 (one level below t) to 1 (s itself)."""
+    teacher_input: TeacherInput | None = None
+    """What the teacher is shown; None: ``x + u z``. Whatever s is, what keeps the variance is the same."""
 
     num_times: ClassVar[int] = 2
 
@@ -134,7 +137,8 @@ class TrajectoryObjective(FewStepObjective):
         if self.reach:
             depth = torch.lerp(self.noise.depth(batch.pairs.t_lo), self.noise.depth(s), self.reach)
             batch = batch._replace(pairs=batch.pairs._replace(t_lo=torch.maximum(self.noise.at(depth), s)))
-        return batch._replace(conditions={**batch.conditions, "s": s})
+        batch = batch._replace(conditions={**batch.conditions, "s": s})
+        return self._shown(batch, self.teacher_input, step / total_steps, coupled is not None)
 
     def function_of(self, network: Network) -> PreconditionedTrajectory:
         """G of ``network``, which is told two times: ``network(x, c_noise(t), c_noise(s))``."""
@@ -162,7 +166,9 @@ class TrajectoryObjective(FewStepObjective):
 
     def _compared(self, f: Trajectory, batch: Batch, teacher: Trajectory | None) -> tuple[Tensor, Tensor]:
         x, z, pairs, conditions = batch[:4]
-        return temporal_difference(f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, conditions=conditions)
+        return temporal_difference(
+            f, x, z, pairs.t_hi, pairs.t_lo, teacher=teacher, x_lo=batch.x_lo, conditions=conditions
+        )
 
 
 @torch.no_grad()

@@ -24,10 +24,13 @@ from robustcm.objective import Batch, FewStepObjective, Objective, draw
 from robustcm.randomness import Stream, counter_generator, normal, step_generator
 from robustcm.semidiscrete import Pairing, Semidiscrete
 from robustcm.teacher_input import KeepCovariance
+from robustcm.trajectories import TrajectoryObjective
 
 AnyObjective = TypeVar("AnyObjective", bound=FewStepObjective)
 
 
+HAVE_A_TEACHER = (Objective, TrajectoryObjective)
+"""Objectives that can show it something else than the data at the lower level; flow maps have none."""
 PAIRS_MEASURED = 4096
 """Samples with their noise, from which ``KeepCovariance`` learns how the two go together: to 1.6 % of a deviation."""
 MOST_PAIRED = 2**26
@@ -254,7 +257,7 @@ def with_measured_gate(objective: AnyObjective, latents: Tensor | Latents) -> An
 
 def asks_what_the_teacher_sees(objective: FewStepObjective) -> bool:
     """Whether what its teacher is shown has to be measured first."""
-    return isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)
+    return isinstance(objective, HAVE_A_TEACHER) and isinstance(objective.teacher_input, KeepCovariance)
 
 
 def with_measured_teacher(
@@ -267,7 +270,7 @@ def with_measured_teacher(
     Raises:
         UserError: a single latent, all the same, or not finite.
     """
-    if not (isinstance(objective, Objective) and isinstance(objective.teacher_input, KeepCovariance)):
+    if not (isinstance(objective, HAVE_A_TEACHER) and isinstance(objective.teacher_input, KeepCovariance)):
         return objective
     try:
         return replace(objective, teacher_input=objective.teacher_input.on(some_of(latents), paired))
