@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from robustcm.objective import Batch, Objective, draw
 from robustcm.randomness import step_generator, two_of
 from robustcm.scales import MeasuredC
 from robustcm.schedules import DoublingCurriculum, FixedCurriculum, LevelGrid, LevelPairs, RatioLevels
+from robustcm.teacher_input import KeepCovariance
 from robustcm.trajectories import PreconditionedTrajectory, TrajectoryObjective, UniformEnds, sample_trajectory
 
 S = 0.3  # standard deviation of the data
@@ -95,6 +97,25 @@ def test_the_exact_trajectories_are_left_in_place_by_the_loss_to_first_order_in_
         off.append(float((true_g(x_u, u, all_at(s)) - true_g(x_t, t, all_at(s))).abs().max()))
     assert off[0] / off[1] == pytest.approx(4, rel=0.1)
     assert off[1] / off[2] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.6])
+@pytest.mark.parametrize("kept", [True, False])
+def test_with_the_covariance_kept_the_exact_trajectories_are_what_a_regression_learns(kept: bool, reach: float):
+    """Whatever s is; without it the regression's slope is too small, and the path ends nearer to the mean."""
+    n = 20_000
+    x = data(b=n)
+    objective = TrajectoryObjective(levels=LevelGrid(curriculum=FixedCurriculum(num_levels=8)), reach=reach)
+    if kept:
+        objective = replace(objective, teacher_input=KeepCovariance().on(x))
+    batch = objective.prepare(x, draw(0, 50, x.shape), 50, 100)
+    (t, u), s = batch.pairs[:2], batch.conditions["s"]
+    shown = add_noise(x, batch.z, u) if batch.x_lo is None else batch.x_lo
+    inside = (t < 10) & (t > 0.05)  # where a step of eight levels loses much
+    target, x_t = true_g(shown, u, s)[inside], add_noise(x, batch.z, t)[inside]
+    exact, weight = true_g(x_t, t[inside], s[inside]), 1 / (S**2 + s[inside] ** 2)
+    slope = float(((target * exact).sum(1) * weight).sum() / (exact.square().sum(1) * weight).sum())
+    assert slope == pytest.approx(1, abs=0.02) if kept else slope < 0.95
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
