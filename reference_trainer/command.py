@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from reference_trainer.errors import UserError, one_line, printable
 COMMANDS = ("train", "sample", "evaluate", "encode", "export", "ablate")
 MODULE, INSTALLED = "python -m reference_trainer", "robustcm"
 """The trainer's two names, for one that is installed and one that lies in a folder; help is written with the first."""
+
+ASSIGNMENT = re.compile(r"[a-z_][\w.]*=")
+"""How a word begins that gives a field a value."""
 
 
 def program() -> str:
@@ -39,7 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Nothing stays unknown: words are collected, options refused."""
-        options, rest = super().parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        options, rest = super().parse_known_args(self._assignments_first(given), namespace)
         rest = [word for word in rest if word != "--"]
         for word in rest:
             if word.startswith("-"):
@@ -53,6 +58,20 @@ class Parser(argparse.ArgumentParser):
             for twice in dict.fromkeys(name for name in paths if paths.count(name) > 1):
                 _say_the_last_counts(twice)
         return options, []
+
+    def _assignments_first(self, given: list[str]) -> list[str]:
+        """``given`` with each NAME=VALUE among the values of an option moved to the front: `--seeds 0 1 steps=9`.
+
+        Not from an option that may be given several times: its values are such words.
+        """
+        appending = argparse._AppendAction
+        several = [action for action in self._actions if action.nargs == "+" and not isinstance(action, appending)]
+        lists = {name for action in several for name in action.option_strings}
+        moved, left, inside = list[str](), list[str](), False
+        for word in given:
+            inside = word in lists if word.startswith("-") else inside
+            (moved if inside and ASSIGNMENT.match(word) else left).append(word)
+        return [*moved, *left]
 
     def error(self, message: str) -> NoReturn:
         """One line, not the usage and a line."""

@@ -16,7 +16,7 @@ from analysis import c_schedules, loss_shapes, td_outliers
 from reference_trainer.__main__ import main, parser
 from reference_trainer.ablation.ablate import jobs_of
 from reference_trainer.ablation.ladder import ARMS, SUITES
-from reference_trainer.command import COMMANDS
+from reference_trainer.command import COMMANDS, Parser
 from reference_trainer.commands.train import configuration
 from reference_trainer.errors import UserError, exit_status
 from reference_trainer.machine import cache_folder
@@ -51,6 +51,17 @@ def test_words_and_options_come_in_any_order(tmp_path: Path):
     assert (name, config.steps, config.data.path) == ("paper", 10, str(tmp_path))
     for order in itertools.permutations(groups):
         assert resolved(*itertools.chain(*order)) == (name, config)
+
+
+def test_a_word_among_the_values_of_an_option_is_a_word_but_not_where_such_words_are_its_values():
+    parser = Parser()
+    parser.add_argument("words", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--arm", nargs="+", action="append")
+    found = parser.parse_args(["digits", "--seeds", "0", "network.width=8", "1", "--arm", "paper", "steps=9", "seed=3"])
+    assert found.words == ["network.width=8", "digits"]
+    assert found.seeds == [0, 1]
+    assert found.arm == [["paper", "steps=9", "seed=3"]]
 
 
 def test_data_changes_the_preset_and_words_change_the_data_wherever_they_stand(tmp_path: Path):
