@@ -171,12 +171,13 @@ class FewStepObjective:
                 then not asked.
             conditions: keyword arguments for f, such as ``{"class_labels": labels}``.
         """
-        pairs, z, progress = self.levels(step, total_steps, draws.uniform), draws.z, step / total_steps
+        pairs, z, progress = self.levels(step, total_steps, self._for_levels(draws)), draws.z, step / total_steps
         if self.coupler is not independent or coupled is not None:
             if coupled is None:
                 coupled = z[self.coupler(x, z, labels=labels, generator=draws.generator)]
             z = gated_noise(z, coupled, self._coupled_at(pairs.t_hi, progress), draws.gate)
-        return Batch(x, z, pairs, conditions or {}, torch.tensor(progress))
+        batch = Batch(x, z, pairs, conditions or {}, torch.tensor(progress))
+        return self._completed(batch, draws, progress, coupled is not None)
 
     def __call__(
         self,
@@ -261,6 +262,14 @@ class FewStepObjective:
     def _coupled_at(self, t: Tensor, progress: float) -> Tensor:
         return self.gate(t, progress)
 
+    def _for_levels(self, draws: Draws) -> Tensor:
+        """The random numbers ``[b]`` that pick the levels."""
+        return draws.uniform
+
+    def _completed(self, batch: Batch, draws: Draws, progress: float, paired: bool) -> Batch:
+        """``batch``, which has its levels and its noise, with what else this objective trains on."""
+        return batch
+
     def _shown(self, batch: Batch, teacher_input: TeacherInput | None, progress: float, paired: bool) -> Batch:
         """``batch`` with what its teacher is shown; ``paired``: its noise was, whatever the coupler."""
         if teacher_input is None:
@@ -300,21 +309,6 @@ class Objective(FewStepObjective):
     teacher_input: TeacherInput | None = None
     """What the teacher is shown; None: ``x + t_lo z``."""
 
-    def prepare(
-        self,
-        x: Tensor,
-        draws: Draws,
-        step: int,
-        total_steps: int,
-        *,
-        labels: Tensor | None = None,
-        coupled: Tensor | None = None,
-        conditions: Mapping[str, Any] | None = None,
-    ) -> Batch:
-        """See ``FewStepObjective``; beside levels and noise it gives the teacher its input."""
-        batch = super().prepare(x, draws, step, total_steps, labels=labels, coupled=coupled, conditions=conditions)
-        return self._shown(batch, self.teacher_input, step / total_steps, coupled is not None)
-
     def function_of(self, network: Network, skip: Skip | None = None) -> Preconditioned:
         """The consistency function of ``network``, for the noise levels it is trained at; ``skip``: see there."""
         return Preconditioned(network, Preconditioning(noise=self.noise), skip)
@@ -338,6 +332,9 @@ class Objective(FewStepObjective):
     ) -> Tensor:
         """See ``robustcm.consistency.sample``."""
         return sample(f, z, sigmas=levels, noise=self.noise, generator=generator, conditions=conditions)
+
+    def _completed(self, batch: Batch, draws: Draws, progress: float, paired: bool) -> Batch:
+        return self._shown(batch, self.teacher_input, progress, paired)
 
     def _compared(
         self, f: ConsistencyFunction, batch: Batch, teacher: ConsistencyFunction | None

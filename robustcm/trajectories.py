@@ -118,28 +118,6 @@ class TrajectoryObjective(FewStepObjective):
     def __post_init__(self) -> None:
         need_real(self, "reach", least=0, most=1)
 
-    def prepare(
-        self,
-        x: Tensor,
-        draws: Draws,
-        step: int,
-        total_steps: int,
-        *,
-        labels: Tensor | None = None,
-        coupled: Tensor | None = None,
-        conditions: Mapping[str, Any] | None = None,
-    ) -> Batch:
-        """See ``FewStepObjective``; beside the levels t and u it gives the samples their s."""
-        for_levels, for_ends = two_of(draws.uniform)
-        draws = draws._replace(uniform=for_levels)
-        batch = super().prepare(x, draws, step, total_steps, labels=labels, coupled=coupled, conditions=conditions)
-        s = self.ends(batch.pairs.t_lo, self.noise, for_ends)
-        if self.reach:
-            depth = torch.lerp(self.noise.depth(batch.pairs.t_lo), self.noise.depth(s), self.reach)
-            batch = batch._replace(pairs=batch.pairs._replace(t_lo=torch.maximum(self.noise.at(depth), s)))
-        batch = batch._replace(conditions={**batch.conditions, "s": s})
-        return self._shown(batch, self.teacher_input, step / total_steps, coupled is not None)
-
     def function_of(self, network: Network) -> PreconditionedTrajectory:
         """G of ``network``, which is told two times: ``network(x, c_noise(t), c_noise(s))``."""
         return PreconditionedTrajectory(network, Preconditioning(noise=self.noise))
@@ -163,6 +141,18 @@ class TrajectoryObjective(FewStepObjective):
     ) -> Tensor:
         """See ``sample_trajectory``; with gamma = 0."""
         return sample_trajectory(f, z, levels=levels, noise=self.noise, conditions=conditions)
+
+    def _for_levels(self, draws: Draws) -> Tensor:
+        return two_of(draws.uniform)[0]
+
+    def _completed(self, batch: Batch, draws: Draws, progress: float, paired: bool) -> Batch:
+        """Beside the levels t and u the samples get their s."""
+        s = self.ends(batch.pairs.t_lo, self.noise, two_of(draws.uniform)[1])
+        if self.reach:
+            depth = torch.lerp(self.noise.depth(batch.pairs.t_lo), self.noise.depth(s), self.reach)
+            batch = batch._replace(pairs=batch.pairs._replace(t_lo=torch.maximum(self.noise.at(depth), s)))
+        batch = batch._replace(conditions={**batch.conditions, "s": s})
+        return self._shown(batch, self.teacher_input, progress, paired)
 
     def _compared(self, f: Trajectory, batch: Batch, teacher: Trajectory | None) -> tuple[Tensor, Tensor]:
         x, z, pairs, conditions = batch[:4]
