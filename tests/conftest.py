@@ -25,6 +25,12 @@ torch.set_num_threads(1)  # the tensors are small: threads only wait for each ot
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 
+@pytest.fixture(autouse=True)
+def ambient_seed() -> None:
+    """What a test draws without a generator, networks' first weights above all, does not depend on the tests before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
     """``assert_close(actual, expected, dtype=actual.dtype, atol=0)``: equal to the rounding of ``dtype``."""
