@@ -55,10 +55,8 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def squares_in(folder: Path) -> Path:
     """40 small colour PNGs: squares at different places."""
-    folder = tmp_path / "images"
     folder.mkdir()
     generator = np.random.default_rng(0)
     for i in range(40):
@@ -67,3 +65,15 @@ def image_folder(tmp_path: Path) -> Path:
         picture[top : top + 8, left : left + 8] = generator.integers(100, 255, 3)
         Image.fromarray(picture).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """40 small colour PNGs, to do with as one likes."""
+    return squares_in(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def kept_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 40, which no test changes: what is trained on them can be shared."""
+    return squares_in(tmp_path_factory.mktemp("kept") / "images")
