@@ -218,9 +218,7 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_evaluating_while_training_changes_no_weight(
-    every: int, config: TrainConfig, whole: RunFolder, tmp_path: Path
-):
+def test_evaluating_while_training_changes_no_weight(every: int, config: TrainConfig, whole: RunFolder, tmp_path: Path):
     evaluated = run(replace(config, evaluate_every=every), tmp_path / "run")
     assert [row["step"] for row in evaluated.evaluations()] == list(range(every, 12, every))
     assert whole.evaluations() == []
