@@ -14,9 +14,8 @@ import torch
 
 from reference_trainer.__main__ import main
 from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
-from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.images import ImageFolder
-from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_features, evaluate
 from reference_trainer.files import load_tensors, save_tensors
@@ -342,46 +341,6 @@ def test_zeroing_bad_gradients_counts_them(config: TrainConfig, tmp_path: Path):
     folder = run(config, tmp_path / "run")
     assert folder.metrics()[-1]["bad_steps"] == 12
     assert all(t.isfinite().all() for name, t in final_tensors(folder).items() if name.startswith("network/"))
-
-
-def test_latents_are_normalised_and_back(rng: torch.Generator):
-    raw = 3 + 2 * torch.randn(50, 2, 4, 4, generator=rng) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1)
-    space = LatentSpace.of(PixelSpace().build(2, {}), raw)
-    latents = space.normalise(raw)
-    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
-    torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
-    torch.testing.assert_close(std, torch.full((2,), 0.5))
-    torch.testing.assert_close(space.undo(latents), raw, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nosuchpreset"], "unknown preset"),
-        (["--data", "/no/such/folder"], "no folder of images"),
-        (["batch_size=0"], "at least 1"),
-        (["evaluate_every=-1"], "0 (at the end) or more"),
-        (["sample", "/no/such/run"], "no run at"),
-        (["evaluate", "/no/such/run"], "no run at"),
-        (["--device", "nonsense"], "--device nonsense"),
-        (["flow_map", "second_sigma=0.3"], "second_sigma is of consistency functions"),
-        (["flow_map", "objective.extra=EarlyDiffusion"], "unknown option objective.extra"),
-        (["trajectory", "objective.levels=LogitNormalTimes"], "takes LevelGrid"),
-        (
-            ["flow_map", "objective.target.share=ConstantShare(share=0)"],
-            "share must be a finite number >= 1e-06 and <= 1",
-        ),
-    ],
-)
-def test_a_mistake_gets_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
