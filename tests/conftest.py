@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,12 @@ settings.load_profile("long" if "FUZZ_EXAMPLES" in os.environ else "ci" if os.en
 torch.set_num_threads(1)  # the tensors are small: threads only wait for each other, above all under pytest-xdist
 
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def ambient_seed() -> None:
+    """What a test draws without a generator, networks' first weights above all, does not depend on the tests before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +57,8 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def squares_in(folder: Path) -> Path:
     """40 small colour PNGs: squares at different places."""
-    folder = tmp_path / "images"
     folder.mkdir()
     generator = np.random.default_rng(0)
     for i in range(40):
@@ -61,3 +67,49 @@ def image_folder(tmp_path: Path) -> Path:
         picture[top : top + 8, left : left + 8] = generator.integers(100, 255, 3)
         Image.fromarray(picture).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """40 small colour PNGs, to do with as one likes."""
+    return squares_in(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def kept_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 40, which no test changes: what is trained on them can be shared."""
+    return squares_in(tmp_path_factory.mktemp("kept") / "images")
+
+
+@pytest.fixture
+def photos(image_folder: Path) -> Path:
+    """The 40 images in three class folders."""
+    for number, file in enumerate(sorted(image_folder.iterdir())):
+        folder = image_folder / ("cats", "dogs", "eels")[number % 3]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    return image_folder
+
+
+@pytest.fixture(scope="session")
+def noise_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures of 8x8 coloured noise."""
+    folder, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(noise_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """A run of 25 steps on the pixels of that noise, its images, its configuration, the folder it is cached in."""
+    from analysis import baselines, inputs  # as what it trains with, for those who ask for it
+    from reference_trainer.data.autoencoders import PixelSpace
+    from reference_trainer.data.images import ImageFolder, to_unit
+
+    cache, data = tmp_path_factory.mktemp("cache"), ImageFolder(path=str(noise_folder), resolution=8)
+    config = baselines.baseline_config(data, PixelSpace(), (3, 8, 8), 5, 25)
+    config = replace(config, network=replace(config.network, width=16, layers=1), log_every=5)
+    images = inputs.load_images(data)
+    run = baselines.baseline_run(config, images, to_unit(images.train), cache, torch.device("cpu"))
+    return run, images, config, cache

@@ -16,11 +16,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps on the pixels of digits."""
+def run(kept_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps on the pixels of a few images."""
     folder = tmp_path_factory.mktemp("run")
-    options = ["pixels", "steps=3", "batch_size=16", "network=DiT(width=8,layers=1,heads=2,patch=32)"]
-    options.append("objective.gate=Above(1)")
+    options = ["pixels", "steps=3", "batch_size=16", "network=DiT(width=8,layers=1,heads=2,patch=16)"]
+    options += [f"--data={kept_images}", "data.resolution=16", "objective.gate=Above(1)"]
     assert main(["train", *options, "--device=cpu", "--brief", "--run", str(folder)]) == 0
     return folder
 
@@ -50,9 +50,9 @@ def test_second_sigma_marks_the_level_the_run_would_take(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     module = benchmark("second_sigma", monkeypatch, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["second_sigma.py", str(run), str(run), "--factor", "1.5", "--n", "100"])
+    monkeypatch.setattr(sys, "argv", ["second_sigma.py", str(run), str(run), "--factor", "1.5", "--n", "36"])
     module.main()
-    (file,) = tmp_path.glob("second_sigma_d1024_*.json")
+    (file,) = tmp_path.glob("second_sigma_d768_*.json")
     one, *others = json.loads(file.read_text())["rows"]
     assert (one["kind"], one["t"]) == ("1 evaluation", None)
     assert [row["kind"] for row in others] == ["trained", *["between", "trained"] * (len(others) // 2)]

@@ -265,3 +265,33 @@ def test_ablation_begins_with_the_first_suite_and_runs_no_seed_twice(tmp_path: P
     assert parser().parse_args(["ablate"]).suites == [SUITES[0].name]
     jobs = jobs_of([(ARMS[0], digits())], SUITES[:1], [3, 1, 3], tmp_path)
     assert [job.seed for job in jobs] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuchpreset"], "unknown preset"),
+        (["--data", "/no/such/folder"], "no folder of images"),
+        (["batch_size=0"], "at least 1"),
+        (["evaluate_every=-1"], "0 (at the end) or more"),
+        (["sample", "/no/such/run"], "no run at"),
+        (["evaluate", "/no/such/run"], "no run at"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["flow_map", "second_sigma=0.3"], "second_sigma is of consistency functions"),
+        (["flow_map", "objective.extra=EarlyDiffusion"], "unknown option objective.extra"),
+        (["trajectory", "objective.levels=LogitNormalTimes"], "takes LevelGrid"),
+        (
+            ["flow_map", "objective.target.share=ConstantShare(share=0)"],
+            "share must be a finite number >= 1e-06 and <= 1",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

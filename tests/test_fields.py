@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -81,6 +81,9 @@ def numeric(part: type) -> dict[str, Any]:
             found[field.name] = st.lists(WHOLE, max_size=3).map(tuple)
     return found
 
+
+FEWER = settings.default.max_examples * 2 // 5
+"""Examples of a part: most of them take two training steps."""
 
 ELSEWHERE = "reference_trainer.config"  # see test_options.py; and a large lr ends a run, which says so
 WITH_NUMBERS = tuple(part for part in PARTS if numeric(part) and part.__module__ != ELSEWHERE)
@@ -175,6 +178,7 @@ def works(part: Any, changed: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("part", WITH_NUMBERS, ids=lambda part: part.__name__)
+@settings(max_examples=FEWER)
 @given(data=st.data())
 def test_any_number_works_or_is_refused_by_its_owner(part: type, data: st.DataObject):
     drawable = numeric(part)

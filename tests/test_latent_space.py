@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation import latent_space
 from reference_trainer.evaluation.latent_space import (
@@ -177,3 +179,13 @@ def test_what_cannot_be_measured_says_why(make, message: str):
 
 def test_the_groups_leave_no_component_out_and_none_twice():
     assert [k for group in latent_space.GROUPS.values() for k in range(20)[group]] == list(range(20))
+
+
+def test_latents_are_normalised_and_back(rng: torch.Generator):
+    raw = 3 + 2 * torch.randn(50, 2, 4, 4, generator=rng) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1)
+    space = LatentSpace.of(PixelSpace().build(2, {}), raw)
+    latents = space.normalise(raw)
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std, torch.full((2,), 0.5))
+    torch.testing.assert_close(space.undo(latents), raw, atol=1e-5, rtol=1e-5)

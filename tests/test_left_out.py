@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_trainer.config import TrainConfig
@@ -64,6 +64,7 @@ def test_a_folder_with_one_held_out_image_is_measured_as_far_as_that_goes(n: int
     assert_json(found)
 
 
+@settings(max_examples=settings.default.max_examples * 2 // 5)  # each is a whole evaluation
 @given(n=st.integers(2, 12), every=st.integers(2, 12), k=st.integers(1, 16))
 def test_of_any_small_set_what_cannot_be_measured_is_left_out_and_the_rest_is_finite(n: int, every: int, k: int):
     images, model = small(n, every)

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -15,9 +14,8 @@ import torch
 
 from reference_trainer.__main__ import main
 from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
-from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace
+from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.images import ImageFolder
-from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_features, evaluate
 from reference_trainer.files import load_tensors, save_tensors
@@ -39,11 +37,11 @@ from robustcm.trajectories import TrajectoryObjective
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def config(image_folder: Path) -> TrainConfig:
+@pytest.fixture(scope="module")
+def config(kept_images: Path) -> TrainConfig:
     """12 steps that exercise all there is: dropout, coupling, a measured c, the early term, converted norms."""
     return TrainConfig(
-        data=ImageFolder(path=str(image_folder), resolution=16),
+        data=ImageFolder(path=str(kept_images), resolution=16),
         autoencoder=KLAutoencoder(
             latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, steps=2, batch_size=4
         ),
@@ -82,6 +80,12 @@ def run(config: TrainConfig, root: Path) -> RunFolder:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """``config`` trained without an interruption, to be looked at only."""
+    return run(config, tmp_path_factory.mktemp("uninterrupted") / "whole")
+
+
 def final_tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
     found = folder.latest_checkpoint()
     assert found is not None
@@ -110,10 +114,16 @@ def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("step", "optimizer"), [(1, Adam()), (3, Adam()), (7, RAdam()), (11, Adam())])
 def test_a_run_that_crashed_continues_bit_exactly(
-    step: int, optimizer: Adam, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    optimizer: Adam,
+    config: TrainConfig,
+    whole: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    config = replace(config, optimizer=optimizer)
-    whole = run(config, tmp_path / "whole")
+    if optimizer != config.optimizer:
+        config = replace(config, optimizer=optimizer)
+        whole = run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         crash_at(step, patch)
         with pytest.raises(CrashError):
@@ -153,22 +163,35 @@ def test_every_method_continues_bit_exactly_and_samples(
         assert torch.equal(latents, model.latents(3, levels, seed=0))
 
 
+KILLED_BEHIND_STEP_7 = """
+import os, signal, sys
+from reference_trainer.__main__ import main
+from reference_trainer.training import loop
+
+class Killing(loop.Batches):
+    def __call__(self, step, part=0):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(step, part)
+
+loop.Batches = Killing
+main(sys.argv[1:])
+"""
+
+
 def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_run(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: TrainConfig,
+    whole: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
-    config = replace(config, steps=150)
-    whole = run(config, tmp_path / "whole")
-    words = [*as_options(config), f"--run={tmp_path / 'killed'}"]
-    command = [sys.executable, "-m", "reference_trainer", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    killed = RunFolder(tmp_path / "killed")
-    while len(killed.checkpoints()) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-    step, _ = killed.latest_checkpoint()
-    assert step < 150
+    words, killed = [*as_options(config), f"--run={tmp_path / 'killed'}"], RunFolder(tmp_path / "killed")
+    command = [sys.executable, "-c", KILLED_BEHIND_STEP_7, *words]
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert killed.latest_checkpoint()[0] == 6
     assert main(words) == 0
     assert_same(final_tensors(whole), final_tensors(killed))
     for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "samples.png", "losses.png"):
@@ -178,10 +201,8 @@ def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_
 
 
 def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = run(config, tmp_path / "whole")
-
     class Pressing(Batches):
         def __call__(self, step: int, part: int = 0) -> Batch:
             if step == 4:
@@ -196,11 +217,11 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_evaluating_while_training_changes_no_weight(every: int, config: TrainConfig, tmp_path: Path):
-    without, evaluated = run(config, tmp_path / "a"), run(replace(config, evaluate_every=every), tmp_path / "b")
+def test_evaluating_while_training_changes_no_weight(every: int, config: TrainConfig, whole: RunFolder, tmp_path: Path):
+    evaluated = run(replace(config, evaluate_every=every), tmp_path / "run")
     assert [row["step"] for row in evaluated.evaluations()] == list(range(every, 12, every))
-    assert without.evaluations() == []
-    assert_same(final_tensors(without), final_tensors(evaluated))
+    assert whole.evaluations() == []
+    assert_same(final_tensors(whole), final_tensors(evaluated))
 
 
 def test_an_evaluation_in_training_is_that_of_the_checkpoint(
@@ -322,46 +343,6 @@ def test_zeroing_bad_gradients_counts_them(config: TrainConfig, tmp_path: Path):
     assert all(t.isfinite().all() for name, t in final_tensors(folder).items() if name.startswith("network/"))
 
 
-def test_latents_are_normalised_and_back(rng: torch.Generator):
-    raw = 3 + 2 * torch.randn(50, 2, 4, 4, generator=rng) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1)
-    space = LatentSpace.of(PixelSpace().build(2, {}), raw)
-    latents = space.normalise(raw)
-    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
-    torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
-    torch.testing.assert_close(std, torch.full((2,), 0.5))
-    torch.testing.assert_close(space.undo(latents), raw, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nosuchpreset"], "unknown preset"),
-        (["--data", "/no/such/folder"], "no folder of images"),
-        (["batch_size=0"], "at least 1"),
-        (["evaluate_every=-1"], "0 (at the end) or more"),
-        (["sample", "/no/such/run"], "no run at"),
-        (["evaluate", "/no/such/run"], "no run at"),
-        (["--device", "nonsense"], "--device nonsense"),
-        (["flow_map", "second_sigma=0.3"], "second_sigma is of consistency functions"),
-        (["flow_map", "objective.extra=EarlyDiffusion"], "unknown option objective.extra"),
-        (["trajectory", "objective.levels=LogitNormalTimes"], "takes LevelGrid"),
-        (
-            ["flow_map", "objective.target.share=ConstantShare(share=0)"],
-            "share must be a finite number >= 1e-06 and <= 1",
-        ),
-    ],
-)
-def test_a_mistake_gets_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = run(config, tmp_path / "run").root
     assert main(["sample", str(root), "--n=5", "--evaluations=3", f"--out={tmp_path / 'x.png'}"]) == 0
@@ -395,10 +376,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(
 
 
 def test_a_run_folder_alone_is_continued_as_it_is_configured(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
-    whole, begun = run(config, tmp_path / "whole"), RunFolder(tmp_path / "begun")
+    begun = RunFolder(tmp_path / "begun")
     begun.root.mkdir()
     begun.claim(config)
     assert main([f"--run={begun.root}", "--device=cpu"]) == 0

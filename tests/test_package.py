@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("robustcm", "reference_trainer", "analysis")
 NO_NETWORK = ("--no-index", "--no-deps", "--disable-pip-version-check", "--quiet")
 TINY = ["pixels", "steps=2", "batch_size=8", "objective.gate=Above(1)", "--device=cpu", "--brief"]
-TINY += ["network=DiT(width=8,layers=1,heads=2,patch=32)"]
+TINY += ["network=DiT(width=8,layers=1,heads=2,patch=16)", "data.resolution=16"]
 
 
 def called(*command: str, cwd: Path, **environment: str) -> str:
@@ -111,7 +111,7 @@ def test_the_metadata_say_what_the_code_is(wheel: Path):
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
 
 
-def test_the_wheel_alone_trains_and_leaves_a_run(installed: Path, tmp_path: Path):
+def test_the_wheel_alone_trains_and_leaves_a_run(installed: Path, kept_images: Path, tmp_path: Path):
     environment = {"PYTHONPATH": str(installed), "ROBUSTCM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     # One process for all: the imports take longest.
     script = """
@@ -123,9 +123,11 @@ for words in sys.argv[1].split("|"):
         runpy.run_module("reference_trainer", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         assert not end.code, (words, end.code)
+from reference_trainer.evaluation.digit_classifier import load_digit_classifier
+load_digit_classifier()
 print(reference_trainer.__file__, robustcm.__file__)
 """
-    words = "|".join(["--version", "--help", " ".join([*TINY, "--out", "run"])])
+    words = "|".join(["--version", "--help", " ".join([*TINY, f"--data={kept_images}", "--out", "run"])])
     printed = called(sys.executable, "-c", script, words, cwd=tmp_path, **environment)
     assert printed.startswith(f"robustcm {__version__}\nusage: python -m reference_trainer ")
     assert "1 evaluation" in printed

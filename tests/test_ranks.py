@@ -19,13 +19,14 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_bad_steps import poison
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import ImageFolder, ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import Evaluator, evaluate
-from reference_trainer.files import load_tensors
+from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
 from reference_trainer.ranks import Ranks
@@ -33,6 +34,7 @@ from reference_trainer.run import RunFolder
 from reference_trainer.sharding import require_shardable
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
+from reference_trainer.training.state import TrainState
 from robustcm.averages import PowerFunction
 from robustcm.couplers import exact
 from robustcm.flow_maps import FlowMapObjective
@@ -100,6 +102,7 @@ def one_of_two(rank: int, root: Path, config: TrainConfig) -> None:
     ranks.wait()
     figures = evaluate(load_model(RunFolder(root / "two"), CPU), many(), Thumbs(), bounds=False, ranks=ranks)
     (root / f"figures of rank {rank}").write_text(json.dumps(figures))
+    one_bad_part(config, root, ranks)
     with pytest.raises(UserError) as refused:
         run(replace(config, micro_batches=1), root / "refused", ranks)
     (root / f"refusal of rank {rank}").write_text(str(refused.value))
@@ -109,6 +112,16 @@ def one_of_two(rank: int, root: Path, config: TrainConfig) -> None:
         ranks.add_up([torch.ones(3)])
     except UserError as error:
         (root / "said").write_text(str(error))
+
+
+def one_bad_part(config: TrainConfig, root: Path, ranks: Ranks) -> None:
+    """A run in whose third step one value of the second rank's part is NaN, and what either rank has at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        poison([3], patch, parts=[1])
+        whole, ends = TrainState.tensors, []
+        patch.setattr(TrainState, "tensors", lambda state: ends.append(whole(state)) or ends[-1])
+        run(replace(config, micro_batches=2, evaluate_every=0), root / "one bad part", ranks)
+    save_tensors(root / f"end of rank {ranks.rank}", ends[-1], {})
 
 
 class Thumbs:
@@ -218,6 +231,16 @@ def test_samples_are_judged_while_several_processes_train(two: Path, name: str):
     (row,) = RunFolder(two / name).evaluations()
     assert row["step"] == 3
     assert row["rows"]["1 evaluation"]["n"] == 36
+
+
+def test_a_part_that_is_not_finite_on_one_rank_is_a_bad_step_of_both(two: Path):
+    one, other = (load_tensors(two / f"end of rank {rank}")[0] for rank in (0, 1))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert all(tensor.isfinite().all() for tensor in one.values())
+    assert int(one["num_bad_steps"]) == 1
+    (row,) = RunFolder(two / "one bad part").rows("bad_steps.jsonl")
+    assert (row["step"], row["samples"]) == (3, 1)
 
 
 def test_what_all_ranks_are_refused_the_leading_one_says(two: Path):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DRAWING = ("test_options", "test_cli", "test_fields", "test_codecs", "test_store", "test_norms", "test_noise")
+DRAWING = ("test_options", "test_cli", "test_fields", "test_codecs", "test_store", "test_norms_networks", "test_noise")
 
 
 def main() -> int:
