@@ -26,6 +26,7 @@ from torch import Tensor
 
 from robustcm.checks import need_whole
 from robustcm.consistency import add_noise
+from robustcm.principal import principal
 from robustcm.schedules import LevelPairs
 from robustcm.shapes import same_shape
 
@@ -152,10 +153,9 @@ def _principal(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
     n, d = centred.shape
     k = min(most, d)
     if d <= n:
-        values, axes = torch.linalg.eigh(centred.T @ centred / n)
-        return axes.flip(1)[:, :k], values.flip(0)[:k].clamp(min=0)
-    values, rows = torch.linalg.eigh(centred @ centred.T / n)  # n x n has the same ones
-    values, rows = values.flip(0)[:k], rows.flip(1)[:, :k]
+        axes, values, _ = principal(centred.T @ centred / n, k)
+        return axes, values.clamp(min=0)
+    rows, values, _ = principal(centred @ centred.T / n, k)  # n x n has the same ones
     real = values > 1e-10 * values[0]  # the others' directions would be those of rounding
     values, rows = values[real], rows[:, real]
     return centred.T @ rows / (n * values).sqrt(), values
