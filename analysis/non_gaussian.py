@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from scipy.cluster.vq import kmeans2
@@ -105,6 +106,16 @@ def _denoised(x: Tensor, z: Tensor, t: float, variances: Tensor, mixture: Cluste
 
 def look(options: argparse.Namespace) -> int:
     """Measure, write, say."""
+    report, lines = measured(options)
+    file = options.out / "non_gaussian.json"
+    write_atomically(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    print("\n".join(lines))
+    print(f"\nall numbers are in {file}")
+    return 0
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What goes into the JSON, by space, and the same as lines."""
     check_options(options)
     spaces, lines = spaces_of(options)
     report = {}
@@ -118,11 +129,7 @@ def look(options: argparse.Namespace) -> int:
             "linear denoiser's; 1: Gaussian",
             *(f"   t = {one.t:<5.3g} {one.ratio:.3f}{'   the gate' if one.t == gate else ''}" for one in found),
         ]
-    file = options.out / "non_gaussian.json"
-    write_atomically(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print("\n".join(lines))
-    print(f"\nall numbers are in {file}")
-    return 0
+    return report, lines
 
 
 def parser() -> argparse.ArgumentParser:
