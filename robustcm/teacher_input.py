@@ -13,6 +13,11 @@ data's covariance, r = E[x z] along each eigenvector, and p(t) the share of samp
 
 ``KeepCovariance`` shows the teacher x_lo times ``sqrt(V(t_hi) V(t_lo)) / C``, component by component: then the two are
 the same, for any levels, couplers and gates. As the levels grow dense the factor goes to 1, but for the one at a gate.
+
+Without a coupling it is at most ``(t_hi + t_lo) / (2 sqrt(t_hi t_lo))``, where l = t_hi t_lo, and 1 for components far
+above or below: pairs as far apart as those that ``RatioLevels`` begins with, down to sigma_min, are shown up to 16
+times as much. That is right for them, too: f(., sigma_min) is the identity, so the target is the data scaled such that
+its regression is the flow, and signal and noise of the regression grow alike.
 """
 
 from __future__ import annotations
