@@ -14,12 +14,21 @@ from reference_trainer.errors import UserError, exit_status
 from reference_trainer.machine import keep_freed_memory
 
 
-def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
-    """``--images``, ``--samples``, ``--out`` and ``--device``."""
-    parser.add_argument("--images", type=whole, default=5000, help="look at no more training images (default 5000)")
+def add_data(parser: argparse.ArgumentParser, data: str) -> None:
+    """``--data``, whose help is ``data``, ``--resolution`` and ``--autoencoder``: what ``configuration`` takes."""
+    parser.add_argument("--data", metavar="PATH", help=data)
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")
     parser.add_argument(
-        "--samples", type=whole, default=samples, help=f"temporal differences to measure (default {samples})"
+        "--autoencoder",
+        metavar="NAME_OR_PATH",
+        help="default: that of `train` for these images; else KLAutoencoder (options in brackets), PixelSpace, a run "
+        "folder whose autoencoder to use, or module:function returning an object with encode(images [n, ch, h, w] in "
+        "-1 .. 1) and decode",
     )
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """``--out``."""
     parser.add_argument(
         "--out",
         type=path,
@@ -27,7 +36,21 @@ def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
         metavar="DIR",
         help="folder to write to (default %(default)s)",
     )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """``--images``, ``--out`` and ``--device``."""
+    parser.add_argument("--images", type=whole, default=5000, help="look at no more training images (default 5000)")
+    add_out(parser)
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+
+
+def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
+    """``--samples`` and ``add_images``."""
+    parser.add_argument(
+        "--samples", type=whole, default=samples, help=f"temporal differences to measure (default {samples})"
+    )
+    add_images(parser)
 
 
 def check_common(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from analysis import concept_pictures as pictures
-from analysis.command import run_command
+from analysis.command import add_out, run_command
 from analysis.toys import descent, flow_path, left_open, pairs, ring, trained
-from reference_trainer.command import Parser, path
+from reference_trainer.command import Parser
 from reference_trainer.plotting import save_figure
 from robustcm.consistency import Preconditioned, add_noise, temporal_difference
 from robustcm.couplers import exact, independent
@@ -207,13 +206,7 @@ def parser() -> argparse.ArgumentParser:
     names = list(CONCEPTS)
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    p.add_argument(
-        "--out",
-        type=path,
-        default=Path("runs/analysis"),
-        metavar="DIR",
-        help="folder to write to (default %(default)s)",
-    )
+    add_out(p)
     return p
 
 

@@ -15,25 +15,27 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.command import run_command
+from analysis.command import add_data, add_images, run_command
 from analysis.td_outliers import check_options, spaces_of
 from analysis.values import NoiseLevels
 from reference_trainer.command import Parser, path, whole
 from reference_trainer.errors import UserError
 from reference_trainer.files import write_atomically
+from robustcm.clusters import Clusters
 
 LEVELS = (0.35, 0.7, 1.4, 2.8)
 """Noise levels t, of data of standard deviation 0.5 a channel."""
 GAUSSIANS, RANK = 32, 32
 """m and k: what lies outside the first k principal components is denoised linearly by both."""
-ITERATIONS = 15
+ROUNDS = 16
+"""Of expectation and maximisation."""
 FEWEST = 8 * RANK
 """Samples, below which a mixture is no use."""
 
@@ -46,58 +48,15 @@ examples:
 """
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture of m Gaussians in k dimensions; float64."""
+def fit_mixture(x: Tensor, gaussians: int, seed: int = 0) -> Clusters:
+    """A mixture of ``gaussians`` fitted to ``x [n, k]`` by expectation and maximisation, from k-means.
 
-    weights: Tensor
-    """``[m]``, sum 1."""
-    means: Tensor
-    """``[m, k]``."""
-    covariances: Tensor
-    """``[m, k, k]``."""
-
-    def joint(self, x: Tensor, t: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Of ``x [n, k]``, with noise of level ``t``: log density ``[m, n]`` together with each Gaussian, up to a
-        constant, and ``[m, n, k]`` the precision of that times the deviation from its mean."""
-        noisy = self.covariances + t**2 * torch.eye(x.shape[1], dtype=x.dtype)
-        factor = torch.linalg.cholesky(noisy)
-        deviation = x - self.means[:, None]
-        solved = torch.cholesky_solve(deviation.mT, factor).mT
-        log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        logs = self.weights.log()[:, None] - 0.5 * ((deviation * solved).sum(2) + log_determinant[:, None])
-        return logs, solved
-
-    def denoise(self, noisy: Tensor, t: float) -> Tensor:
-        """The mean of x given ``x + t z``, ``[n, k] -> [n, k]``: Tweedie's formula."""
-        logs, solved = self.joint(noisy, t)
-        return noisy - t**2 * torch.einsum("mn,mnk->nk", logs.softmax(0), solved)
-
-
-def fit_mixture(x: Tensor, gaussians: int, seed: int = 0, strength: float = RANK) -> Mixture:
-    """A mixture of ``gaussians`` fitted to ``x [n, k]`` by expectation and maximisation, from k-means++.
-
-    Each covariance is shrunk towards the mean of all of them, as if ``strength`` samples more had that one: a Gaussian
-    has too few samples of its own for k x k numbers.
+    The covariance of each is drawn to the mean of all of them, as if ``RANK`` samples more had that one: a Gaussian has
+    too few samples of its own for k x k numbers.
     """
     labels = torch.from_numpy(kmeans2(x.numpy(), gaussians, minit="++", seed=seed, missing="warn")[1]).long()
-    shares = torch.nn.functional.one_hot(labels, gaussians).T.to(x.dtype)
-    shares = (shares + 1e-6) / (shares + 1e-6).sum(0)  # one without samples is still a Gaussian
-    for _ in range(ITERATIONS):
-        mixture = _maximised(x, shares, strength)
-        shares = mixture.joint(x)[0].softmax(0)
-    return _maximised(x, shares, strength)
-
-
-def _maximised(x: Tensor, shares: Tensor, strength: float) -> Mixture:
-    """The mixture of ``x [n, k]`` of which each sample belongs to each Gaussian by ``shares [m, n]``."""
-    counts = shares.sum(1)
-    means = shares @ x / counts[:, None]
-    deviation = x - means[:, None]
-    scatter = (shares[:, :, None] * deviation).mT @ deviation
-    common = scatter.sum(0) / len(x) + 1e-9 * scatter.sum(0).trace() / x.numel() * torch.eye(x.shape[1], dtype=x.dtype)
-    covariances = (scatter + strength * common) / (counts + strength)[:, None, None]
-    return Mixture(counts / len(x), means, covariances)
+    shares = torch.nn.functional.one_hot(labels, gaussians).to(x.dtype)
+    return Clusters.from_shares(x, shares, rounds=ROUNDS, full=x.shape[1], prior=RANK)
 
 
 @dataclass(frozen=True)
@@ -137,16 +96,26 @@ def denoising(
     return [_denoised(measured, z, t, variances, mixture, k) for t in tqdm(levels, "levels", leave=False, delay=2)]
 
 
-def _denoised(x: Tensor, z: Tensor, t: float, variances: Tensor, mixture: Mixture, k: int) -> Denoised:
+def _denoised(x: Tensor, z: Tensor, t: float, variances: Tensor, mixture: Clusters, k: int) -> Denoised:
     noisy = x + t * z
     errors = (noisy * variances / (variances + t**2) - x).square()
     linear, rest = float(errors.sum()), float(errors[:, k:].sum())
-    of_mixture = float((mixture.denoise(noisy[:, :k], t) - x[:, :k]).square().sum()) + rest
+    of_mixture = float((mixture.denoised(noisy[:, :k], x.new_full((len(x),), t)) - x[:, :k]).square().sum()) + rest
     return Denoised(t, linear / len(x), of_mixture / len(x), of_mixture / linear)
 
 
 def look(options: argparse.Namespace) -> int:
     """Measure, write, say."""
+    report, lines = measured(options)
+    file = options.out / "non_gaussian.json"
+    write_atomically(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    print("\n".join(lines))
+    print(f"\nall numbers are in {file}")
+    return 0
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What goes into the JSON, by space, and the same as lines."""
     check_options(options)
     spaces, lines = spaces_of(options)
     report = {}
@@ -160,30 +129,16 @@ def look(options: argparse.Namespace) -> int:
             "linear denoiser's; 1: Gaussian",
             *(f"   t = {one.t:<5.3g} {one.ratio:.3f}{'   the gate' if one.t == gate else ''}" for one in found),
         ]
-    file = options.out / "non_gaussian.json"
-    write_atomically(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print("\n".join(lines))
-    print(f"\nall numbers are in {file}")
-    return 0
+    return report, lines
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=path, metavar="RUN", help="look at the latents of this run (default: --data)")
-    p.add_argument("--data", metavar="PATH", help="a folder, a store, or photographs (default: the digits)")
-    p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")
-    p.add_argument("--autoencoder", metavar="NAME_OR_PATH", help="as td_outliers.py takes it")
+    add_data(p, "a folder, a store, or photographs (default: the digits)")
     p.add_argument("--seed", type=whole, default=0, help="of halves, mixture and noise (default 0)")
-    p.add_argument("--images", type=whole, default=5000, help="look at no more training images (default 5000)")
-    p.add_argument(
-        "--out",
-        type=path,
-        default=Path("runs/analysis"),
-        metavar="DIR",
-        help="folder to write to (default %(default)s)",
-    )
-    p.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    add_images(p)
     p.set_defaults(steps=0, levels=None, samples=20)  # what td_outliers.py would train and measure
     return p
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.baselines import baseline_spaces
-from analysis.command import add_common, check_common, run_command
+from analysis.command import add_common, add_data, check_common, run_command
 from analysis.drawing import COLOURS, draw_outliers, gaussian_beside
 from analysis.inputs import at_resolution, configuration, load_images, some_of_images
 from analysis.stored import run_on_store, stored_space
@@ -67,19 +67,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, metavar="RUN", help="look at this trained run (default: brief baselines)")
-    p.add_argument(
-        "--data",
-        metavar="PATH",
-        help="a folder of images, a store of latents, or the preset photographs (default: the digits, or the run's)",
-    )
-    p.add_argument("--resolution", type=int, metavar="PX", help="side the images are brought to (default 64)")
-    p.add_argument(
-        "--autoencoder",
-        metavar="NAME_OR_PATH",
-        help="default: that of `train` for these images; else KLAutoencoder (options in brackets), PixelSpace, a run "
-        "folder whose autoencoder to use, or module:function returning an object with encode(images [n, ch, h, w] in "
-        "-1 .. 1) and decode",
-    )
+    add_data(p, "a folder of images, a store of latents, or the preset photographs (default: the digits, or the run's)")
     p.add_argument("--levels", type=int, metavar="N", help="number of noise levels (default 21, or the run's)")
     p.add_argument("--steps", type=int, default=300, help="training steps of a baseline, 0 for none (default 300)")
     add_common(p)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.command import add_common, check_common, run_command
+from analysis.command import add_common, add_data, check_common, run_command
 from analysis.drawing import draw_variance
 from analysis.inputs import configuration, load_images, some_of_images
 from reference_trainer.command import Parser
@@ -63,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="trained and evaluated runs")
-    p.add_argument("--data", help="a folder of images, or photographs (default: the digits)")
-    p.add_argument("--resolution", type=int, help="of the images of a folder")
-    p.add_argument("--autoencoder", metavar="NAME", help="as td_outliers.py takes it (default: the preset's, fitted)")
+    add_data(p, "a folder of images, or photographs (default: the digits)")
     add_common(p)
     return p
 

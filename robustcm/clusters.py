@@ -51,10 +51,28 @@ class Clusters:
             on_round: called behind each of ``ROUNDS``.
         Source: Dempster, Laird and Rubin 1977; k-means++: Arthur and Vassilvitskii 2007.
         """
+        shares = torch.nn.functional.one_hot(_begun(y, count, generator), count).to(y.dtype)
+        return Clusters.from_shares(y, shares, full=full, prior=prior, on_round=on_round)
+
+    @staticmethod
+    def from_shares(
+        y: Tensor,
+        shares: Tensor,
+        *,
+        rounds: int = ROUNDS,
+        full: int = 64,
+        prior: float | None = None,
+        on_round: Callable[[], object] = lambda: None,
+    ) -> Clusters:
+        """The same from ``shares [n, j]``, rows of sum 1, by which each sample belongs to each cluster at first.
+
+        Args:
+            rounds: 1 or more, each a maximisation; the shares behind the last one are not used.
+            full, prior, on_round: see ``fit``.
+        """
         r = min(full, y.shape[1])
         prior = r + 2.0 if prior is None else prior
-        shares = torch.nn.functional.one_hot(_begun(y, count, generator), count).to(y.dtype)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             found = Clusters._maximised(y, shares, r, prior)
             shares = found._log_densities(y, torch.zeros(len(y), dtype=y.dtype)).softmax(1)
             on_round()

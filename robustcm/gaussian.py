@@ -25,6 +25,7 @@ from torch import Tensor
 
 from robustcm.noise import NoiseRange
 from robustcm.preconditioning import Preconditioning
+from robustcm.principal import principal
 from robustcm.shapes import one_a_sample
 
 Gain: TypeAlias = Callable[[Tensor, Tensor, NoiseRange], Tensor]
@@ -61,13 +62,12 @@ class Gaussian:
             raise ValueError("mean or covariance is NaN or infinite")
         if rank is not None and not 1 <= rank <= d:
             raise ValueError(f"rank must be 1 to {d}, the elements of a sample, got {rank}")
-        variances, axes = torch.linalg.eigh(covariance.double())
-        variances, axes, k = variances.flip(0), axes.flip(1), d if rank is None else rank
-        if constant := int((variances[:k] <= CONSTANT * variances[0].clamp(min=1e-300)).sum()):
+        k = d if rank is None else rank
+        axes, variances, others = principal(covariance.double(), k)
+        if constant := int((variances <= CONSTANT * variances[0].clamp(min=1e-300)).sum()):
             raise ValueError(f"{constant} of {k} principal components are constant")
-        others = (variances if k == d else variances[k:]).mean()[None]
-        others = others.clamp(min=CONSTANT * variances[0])
-        return Gaussian(mean.float(), axes[:, :k].float().contiguous(), torch.cat([variances[:k], others]).float())
+        others = others[None].clamp(min=CONSTANT * variances[0])
+        return Gaussian(mean.float(), axes.float().contiguous(), torch.cat([variances, others]).float())
 
     @staticmethod
     def fit(x: Tensor, rank: int | None = None) -> Gaussian:

@@ -13,6 +13,11 @@ data's covariance, r = E[x z] along each eigenvector, and p(t) the share of samp
 
 ``KeepCovariance`` shows the teacher x_lo times ``sqrt(V(t_hi) V(t_lo)) / C``, component by component: then the two are
 the same, for any levels, couplers and gates. As the levels grow dense the factor goes to 1, but for the one at a gate.
+
+Without a coupling it is at most ``(t_hi + t_lo) / (2 sqrt(t_hi t_lo))``, where l = t_hi t_lo, and 1 for components far
+above or below: pairs as far apart as those that ``RatioLevels`` begins with, down to sigma_min, are shown up to 16
+times as much. That is right for them, too: f(., sigma_min) is the identity, so the target is the data scaled such that
+its regression is the flow, and signal and noise of the regression grow alike.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from robustcm.checks import need_whole
 from robustcm.consistency import add_noise
+from robustcm.principal import principal
 from robustcm.schedules import LevelPairs
 from robustcm.shapes import same_shape
 
@@ -152,10 +158,9 @@ def _principal(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
     n, d = centred.shape
     k = min(most, d)
     if d <= n:
-        values, axes = torch.linalg.eigh(centred.T @ centred / n)
-        return axes.flip(1)[:, :k], values.flip(0)[:k].clamp(min=0)
-    values, rows = torch.linalg.eigh(centred @ centred.T / n)  # n x n has the same ones
-    values, rows = values.flip(0)[:k], rows.flip(1)[:, :k]
+        axes, values, _ = principal(centred.T @ centred / n, k)
+        return axes, values.clamp(min=0)
+    rows, values, _ = principal(centred @ centred.T / n, k)  # n x n has the same ones
     real = values > 1e-10 * values[0]  # the others' directions would be those of rounding
     values, rows = values[real], rows[:, real]
     return centred.T @ rows / (n * values).sqrt(), values

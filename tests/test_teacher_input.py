@@ -15,7 +15,7 @@ from robustcm.couplers import exact, independent
 from robustcm.gates import Above, ShareAbove, everywhere
 from robustcm.noise import NoiseRange
 from robustcm.objective import Objective, draw
-from robustcm.schedules import DenoiseFirst, FixedCurriculum, LevelGrid, LevelPairs
+from robustcm.schedules import DenoiseFirst, FixedCurriculum, LevelGrid, LevelPairs, RatioLevels
 from robustcm.teacher_input import CovarianceKept, KeepCovariance
 
 levels = st.floats(0.002, 80)
@@ -62,6 +62,39 @@ def test_within_one_coupling_a_step_loses_variance_and_an_empty_step_none(
     teacher = kept(column(v), column(rho * math.sqrt(v)))
     assert float(teacher.factor(column(hi), column(lo), column(p), column(p))) >= 1 - 1e-12
     assert float(teacher.factor(column(hi), column(hi), column(p), column(p))) == pytest.approx(1, rel=1e-12)
+
+
+@given(levels, levels, variance)
+def test_without_a_coupling_the_factor_is_bounded_by_the_ratio_of_the_levels(a: float, b: float, v: float):
+    lo, hi = sorted((a, b))
+    bound = (hi + lo) / (2 * math.sqrt(hi * lo))
+    found = [
+        float(kept(column(of), column(0)).factor(column(hi), column(lo), column(0), column(0))) for of in (v, hi * lo)
+    ]
+    assert found[0] <= bound * (1 + 1e-9)
+    assert found[1] == pytest.approx(bound)
+
+
+def test_of_gaussian_data_the_flow_is_what_the_first_and_widest_pairs_of_ratio_levels_teach():
+    """Its squared error has no gradient at the flow, whichever levels are looked at; with x_lo as it is, it has."""
+    n, v = 200_000, torch.tensor([0.25, 0.003])
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(n, 2, generator=generator) for _ in range(2))
+    x = x * v.sqrt()
+    pairs = RatioLevels()(0, 8, torch.rand(n, generator=generator))
+    assert float((pairs.t_hi / pairs.t_lo).max()) > 100
+
+    def away(shown: Tensor) -> Tensor:
+        """By level, how many standard errors the regression of what is taught lies from the flow: ``[2, levels]``."""
+        flow_lo, flow_hi = (((v + 0.002**2) / (v + t[:, None] ** 2)).sqrt() for t in (pairs.t_lo, pairs.t_hi))
+        x_hi = add_noise(x, z, pairs.t_hi)
+        gradient = (flow_lo * shown - flow_hi * x_hi) * x_hi / (v + pairs.t_hi[:, None] ** 2)
+        parts = gradient[pairs.t_hi.argsort()].split(n // 8)
+        return torch.stack([part.mean(0) / (part.std(0) / math.sqrt(len(part))) for part in parts], 1)
+
+    none = torch.zeros(n)
+    assert away(kept(v.double(), 0 * v.double())(x, z, pairs, none, none)).abs().max() < 4
+    assert (away(add_noise(x, z, pairs.t_lo))[0, 3:] < -5).all()
 
 
 @given(levels, variance, st.floats(0.01, 1))

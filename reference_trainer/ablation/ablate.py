@@ -80,13 +80,18 @@ def jobs_of(
         for suite in suites:
             for arm, config in arms:
                 ready = suite.change(replace(config, seed=seed, save_every=min(1000, config.steps)))
-                root = out / suite.name.replace("%", "pc") / _slug(arm.name) / f"seed-{seed}"
+                root = run_root(out, suite.name, arm.name, seed)
                 brief = (arm.name, seed) != (arms[0][0].name, seeds[0])
                 jobs.append(Job(suite.name, arm.name, seed, ready, RunFolder(root), brief, features))
     for folder, count in Counter(job.run.root for job in jobs).items():
         if count > 1:
             raise UserError(f"{count} arms of one name, kept in {folder.parent}: give one of them, or change a value")
     return jobs
+
+
+def run_root(out: Path, suite: str, arm: str, seed: int) -> Path:
+    """The folder of one run of the ablation in ``out``."""
+    return out / suite.replace("%", "pc") / _slug(arm) / f"seed-{seed}"
 
 
 def _slug(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.latents import Changed, InMemory, Latents, LatentSpace, some_of
-from reference_trainer.data.statistics import MOST_ELEMENTS, Statistics
+from reference_trainer.data.statistics import MOST_ELEMENTS, SLOW, Statistics
 from reference_trainer.data.store import StoredLatents, in_pieces
 from reference_trainer.errors import UserError
 from reference_trainer.files import as_written, check_layout, load_tensors, save_tensors
@@ -82,7 +82,7 @@ def skip_for(
         if len(latents) <= (components := min(asked.rank or d, d)):
             raise ValueError(f"{len(latents)} latents are too few for {components} components")
         mean, covariance = _kept(latents, space) or _passed(latents)
-        if d > 1000:
+        if d > SLOW:
             tqdm.write(f"measuring principal components of {d} elements")
         return asked.measured(mean, covariance, some_of(latents), noise)
     except ValueError as error:

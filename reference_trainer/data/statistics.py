@@ -15,6 +15,8 @@ from robustcm.tails import TailStream
 
 MOST_ELEMENTS = 4096
 """Of a latent whose covariance is kept: 134 MB of float64; 8192 would be 537 MB, and eight times the work."""
+SLOW = 1000
+"""Rows of a covariance above which its components take seconds, and the trainer says what it is doing."""
 ROWS = 1024
 """Latents looked at together; another number changes the last bits."""
 

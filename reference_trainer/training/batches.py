@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import InMemory, Latents, some_of
+from reference_trainer.data.statistics import SLOW
 from reference_trainer.errors import UserError
 from robustcm.couplers import WithinClasses, independent
 from robustcm.gates import AboveExplained
@@ -272,8 +273,11 @@ def with_measured_teacher(
     """
     if not (isinstance(objective, HAVE_A_TEACHER) and isinstance(objective.teacher_input, KeepCovariance)):
         return objective
+    some, asked = some_of(latents), objective.teacher_input
+    if min(len(some), some[0].numel()) > SLOW:
+        tqdm.write(f"measuring principal components of {some[0].numel()} elements")
     try:
-        return replace(objective, teacher_input=objective.teacher_input.on(some_of(latents), paired))
+        return replace(objective, teacher_input=asked.on(some, paired))
     except ValueError as error:
         raise UserError(f"objective.teacher_input={objective.teacher_input}: {error}") from error
 
