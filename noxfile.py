@@ -17,8 +17,12 @@ from pathlib import Path
 import nox
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-FIRST_TORCH = {"3.13": "2.6", "3.14": "2.10"}
-"""Of a Python that is younger than the oldest torch allowed: the first that was released for it."""
+FIRST = {
+    "3.12": {"pot": "0.9.2"},
+    "3.13": {"torch": "2.6", "numpy": "2.1", "scipy": "1.14", "pot": "0.9.6"},
+    "3.14": {"torch": "2.10", "numpy": "2.3", "scipy": "1.16", "pot": "0.9.7"},
+}
+"""Of a Python that is younger than the oldest of a package allowed: the first wheels that were released for it."""
 NO_QUALITY = "--ignore=tests/test_quality.py"
 
 nox.options.sessions = ["tests", "wheel"]
@@ -30,7 +34,7 @@ def oldest(python: str) -> list[str]:
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     bounds = (re.fullmatch(r"([\w-]+)>=([\d.]+)", line) for group in groups for line in group)
     floors = {bound[1]: bound[2] for bound in bounds if bound}
-    floors["torch"] = FIRST_TORCH.get(python, floors["torch"])
+    floors |= FIRST.get(python, {})
     return [f"{name}=={floor}.*" for name, floor in sorted(floors.items())]
 
 

@@ -28,6 +28,8 @@ OF_THE_EXTRA = (
     "tqdm",
 )
 """Modules of the extra ``trainer``; who installs the core alone has this command, too."""
+OF_THE_CORE = ("numpy", "ot", "scipy", "torch")
+"""Missing where a Python is called that nothing was installed into, as in a clone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +60,13 @@ def run(words: list[str]) -> int:
         keep_freed_memory()
         return int(options.run_command(options))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in OF_THE_EXTRA:
+        module = (error.name or "").partition(".")[0]
+        if module in OF_THE_CORE:
+            raise UserError(
+                f"{sys.executable} has no {module}: in a clone call .venv/bin/python, which `make install` makes, or "
+                "pip install 'robustcm[trainer]'"
+            ) from error
+        if module not in OF_THE_EXTRA:
             raise
         raise UserError(f"the trainer needs {error.name}: pip install 'robustcm[trainer]' brings it") from error
 

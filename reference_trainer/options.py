@@ -24,10 +24,13 @@ from reference_trainer.errors import UserError
 
 
 def autoencoder_option(word: str) -> str:
-    """What ``--autoencoder WORD`` says: a part, ``module:function``, a folder of diffusers' or a hub name."""
+    """What ``--autoencoder WORD`` says: a part, ``module:function``, a folder of diffusers', a hub name, or a field of
+    the one there is: ``steps=1100``."""
+    folder = Path(word).expanduser()
+    if "=" in word and word.partition("=")[0].isidentifier() and not folder.is_dir():
+        return f"autoencoder.{word}"
     if "(" in word or word in VOCABULARY:
         return f"autoencoder={word}"
-    folder = Path(word).expanduser()
     if folder.is_dir() or ("/" in word and ":" not in word):
         name = str(folder.resolve()) if folder.is_dir() else word
         return f"autoencoder={literal(DiffusersAutoencoder(name=name))}"

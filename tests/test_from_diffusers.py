@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from reference_trainer.data.stored import LatentStore, autoencoder_from_dict, au
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
 from reference_trainer.options import autoencoder_option, from_json, override, to_json
-from reference_trainer.presets import digits
+from reference_trainer.presets import digits, on_folder
 from reference_trainer.run import RunFolder
 
 CPU = torch.device("cpu")
@@ -274,6 +275,15 @@ def test_training_takes_it_and_sees_that_its_weights_have_changed(
 )
 def test_a_word_on_the_command_line_says_which_kind_it_is(word: str, part: str):
     assert autoencoder_option(word).startswith(f"autoencoder={part}")
+
+
+def test_a_field_of_the_autoencoder_that_would_be_fitted_is_changed_alone():
+    before = on_folder(digits(), "photos")
+    for word, field in (
+        ("steps=1100", {"steps": 1100}),
+        ("block_out_channels=(16,32)", {"block_out_channels": (16, 32)}),
+    ):
+        assert override(before, autoencoder_option(word)).autoencoder == replace(before.autoencoder, **field)
 
 
 def test_a_folder_is_named_in_full(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -169,9 +169,26 @@ def test_the_core_alone_says_what_the_trainer_needs(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_python_that_nothing_was_installed_into_says_which_one_to_call(monkeypatch: pytest.MonkeyPatch, capsys):
+    def without_torch(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(train, "run_train", without_torch)
+    assert main(["--show"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {sys.executable} has no torch: in a clone call .venv/bin/python")
+    named = {"pot": "ot"}
+    assert {named.get(name, name) for name in names(PROJECT["dependencies"])} == set(trainer.OF_THE_CORE)
+
+
+def names(requirements: list[str]) -> set[str]:
+    """Without versions."""
+    return {line.partition(">")[0] for line in requirements}
+
+
 def test_that_extra_is_what_the_command_knows_it_as():
     named = {"pillow": "PIL"}
-    wanted = {line.partition(">")[0] for line in PROJECT["optional-dependencies"]["trainer"]}
+    wanted = names(PROJECT["optional-dependencies"]["trainer"])
     assert {named.get(name, name) for name in wanted} == set(trainer.OF_THE_EXTRA)
     assert all(find_spec(name) for name in trainer.OF_THE_EXTRA)
 

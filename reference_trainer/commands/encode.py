@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--autoencoder",
         metavar="AUTOENCODER",
         help="one of diffusers, by its name on the Hugging Face hub or its folder; module:function that returns yours; "
-        "or KLAutoencoder(...), fitted to the images (default)",
+        "KLAutoencoder(...), fitted to the images; or a field of the one that is fitted by default, as in steps=1100",
     )
     parser.add_argument(
         "--look",
