@@ -199,7 +199,7 @@ class FromDiffusers:
             sigmas = Schedule.of(self.noise_schedule()).sigmas
         except (ValueError, TypeError, RuntimeError) as error:  # of diffusers; NotImplementedError is one
             raise UserError(f"{where}: its scheduler's betas make no sense: {type_and_message(error)}") from error
-        if len(sigmas) < 2 or not 0 < sigmas[0] or any(low >= high for low, high in pairwise(sigmas)):
+        if len(sigmas) < 2 or not sigmas[0] > 0 or any(low >= high for low, high in pairwise(sigmas)):
             raise UserError(f"{where}: by its scheduler's betas noise does not rise from timestep to timestep")
 
     @property
