@@ -275,7 +275,7 @@ class TrainConfig:
         )
         _require(
             not isinstance(self.network, FromDiffusers) or isinstance(self.preconditioning, Scalar),
-            "network=FromDiffusers was trained, or is made, to be F beside the scalar skip: take preconditioning=Scalar",
+            "network=FromDiffusers is, or is made, F beside the scalar skip: take preconditioning=Scalar",
         )
         _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
         _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
