@@ -114,8 +114,12 @@ def in_groups(covariance: CovarianceKept, gate: Gate | None, n: int, config: Tra
 
 
 def weighted(ratio: Tensor, variances: Tensor) -> float:
-    """Of a group of components: variance of the samples over that of the data."""
-    return float((ratio * variances).sum() / variances.sum())
+    """Of a group of components, all alike: variance of the samples over that of the data; NaN where it has none.
+
+    A component that is constant has no ratio, and no part in it.
+    """
+    varies = variances > 0
+    return float((ratio * variances)[varies].sum() / variances.sum())
 
 
 def measured_of(run: RunFolder) -> dict[str, Any]:

@@ -273,6 +273,10 @@ class TrainConfig:
             isinstance(self.objective, Objective) or isinstance(self.preconditioning, Scalar),
             "preconditioning=GaussianSkip is of consistency functions: take Scalar with this objective",
         )
+        _require(
+            not isinstance(self.network, FromDiffusers) or isinstance(self.preconditioning, Scalar),
+            "network=FromDiffusers is, or is made, F beside the scalar skip: take preconditioning=Scalar",
+        )
         _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
         _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,14 @@ class FromDiffusers:
                 f"{where}: beside {scheduler.get('_class_name')} (prediction_type {gives}) it is no consistency model, "
                 "nor a diffusion model with betas: take another, or a copy of its unet folder alone to have it as F"
             )
+        if scheduler.get("timestep_type") == "continuous":
+            raise UserError(f"{where}: it is told a logarithm of the noise, not a timestep: take another")
+        try:
+            sigmas = Schedule.of(self.noise_schedule()).sigmas
+        except (ValueError, TypeError, RuntimeError) as error:  # of diffusers; NotImplementedError is one
+            raise UserError(f"{where}: its scheduler's betas make no sense: {type_and_message(error)}") from error
+        if len(sigmas) < 2 or not sigmas[0] > 0 or any(low >= high for low, high in pairwise(sigmas)):
+            raise UserError(f"{where}: by its scheduler's betas noise does not rise from timestep to timestep")
 
     @property
     def _place(self) -> Place:

@@ -110,8 +110,9 @@ class Gaussian:
         return self.scaled(x_t, self.variances / (self.variances + t**2))
 
     def projected(self, x: Tensor) -> Tensor:
-        """Principal components of x - mu: ``[b, ...] -> [b, k]``."""
-        return (x.flatten(1) - self.mean) @ self.axes
+        """Principal components of x - mu: ``[b, ...] -> [b, k]``, at least float32."""
+        away = x.flatten(1) - self.mean
+        return away @ self.axes.to(away.dtype)
 
 
 def flow_gain(t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:
@@ -147,6 +148,10 @@ class Blended:
     """Where it is 0."""
     share: Gain = noise_share
     """Of the first, by component and noise level."""
+
+    def to(self, device: torch.device | str) -> Blended:
+        """The same, with the numbers that gains of it hold on ``device``."""
+        return Blended(*(_moved(gain, device) for gain in (self.first, self.second, self.share)))
 
     def __call__(self, t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:
         first, second = self.first(t, variances, noise), self.second(t, variances, noise)
@@ -189,5 +194,9 @@ class LinearSkip:
 
     def to(self, device: torch.device | str) -> LinearSkip:
         """The same on ``device``."""
-        gain = self.gain.to(device) if isinstance(self.gain, Turned) else self.gain
-        return LinearSkip(self.gaussian.to(device), gain, self.noise)
+        return LinearSkip(self.gaussian.to(device), _moved(self.gain, device), self.noise)
+
+
+def _moved(gain: Gain, device: torch.device | str) -> Gain:
+    """``gain`` on ``device``, if it holds numbers."""
+    return gain.to(device) if isinstance(gain, (Turned, Blended)) else gain

@@ -77,6 +77,8 @@ class KeepCovariance:
         if paired is not None:
             data, noise = (of.detach().flatten(1).double().cpu() for of in paired)
             same_shape(data=data, noise=noise)
+            if not (data.isfinite().all() and noise.isfinite().all()):
+                raise ValueError("paired has values that are NaN or infinite: a covariance needs finite ones")
             data = data - mean
             along = ((data @ axes) * (noise @ axes)).mean(0)
             in_all = float((data * noise).sum(1).mean())

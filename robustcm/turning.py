@@ -98,7 +98,11 @@ class Turning:
         Args:
             generator: CPU; which samples are held out, where clusters begin, the noise.
             on_step: called ``steps`` times, for a progress bar.
+        Raises:
+            ValueError: fewer than 4 samples, of which half would have no spread.
         """
+        if len(x) < 4:
+            raise ValueError(f"{len(x)} samples are too few to measure where they are Gaussian: 4 or more")
         m = len(gaussian.variances)
         seen = min(self.components, m - 1)
         y = gaussian.projected(x.detach())[torch.randperm(len(x), generator=generator), :seen]

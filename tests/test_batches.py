@@ -15,7 +15,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
-from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate
+from reference_trainer.training import batches as batches_module
+from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate, with_measured_parts
 from robustcm.couplers import Coupler, Entropic, WithinClasses, coupling_gain, exact, independent
 from robustcm.gates import Above, AboveExplained, everywhere
 from robustcm.objective import Objective, draw
@@ -196,6 +197,17 @@ def test_what_a_teacher_is_shown_is_measured_on_the_latents_and_the_noise_they_g
         torch.testing.assert_close(batch.x_lo, measured(batch.x, batch.z, batch.pairs, p_hi, p_lo))
     again = Batches(replace(config(1), objective=asked), LATENTS)(3)
     assert torch.equal(again.x_lo, whole(3).x_lo)
+
+
+def test_of_large_samples_fewer_are_measured(monkeypatch: pytest.MonkeyPatch):
+    asked = replace(config(1).objective, coupler=exact, teacher_input=KeepCovariance())
+    monkeypatch.setattr(batches_module, "MOST_MEASURED", 20 * LATENTS[0].numel())
+    seen = []
+    monkeypatch.setattr(KeepCovariance, "on", lambda self, x, paired: seen.append(len(paired[0])))
+    with_measured_parts(asked, LATENTS)
+    Batches(replace(config(1), objective=asked), LATENTS)
+    assert seen == [20, 24]  # whole batches of 8
+    assert batches_module.pairs_measured(LATENTS.shape[1:]) == 20
 
 
 def test_latents_without_a_covariance_stop_what_a_teacher_is_shown_before_training():

@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Foreign
+from reference_trainer.data.gaussian_skip import GaussianSkip
 from reference_trainer.errors import UserError
 from reference_trainer.export import folder, stock
+from reference_trainer.export.few_step_pipeline import FewStepPipeline
 from reference_trainer.export.folder import export, pipeline_of, without_nan
 from reference_trainer.model import TrainedModel
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.presets import flow_map, trajectory
 from robustcm.consistency import Preconditioning
+from robustcm.gaussian import Gaussian, LinearSkip
 from robustcm.noise import NoiseRange
+from robustcm.preconditioning import ScalarSkip
 from robustcm.schedules import RatioLevels
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +207,27 @@ def test_labels_that_are_none_are_refused():
 def test_trajectories_are_refused_in_a_line(tmp_path: Path):
     with pytest.raises(UserError, match="no scheduler for consistency trajectories"):
         export(trained(TOKEN, trajectory()), tmp_path / "out")
+
+
+def test_a_skip_that_knows_the_covariance_is_refused_before_anything_is_written_and_its_fall_back_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = TrainConfig(preconditioning=GaussianSkip())
+    gaussian = Gaussian.fit(torch.randn(40, *SHAPE, generator=generator()))
+    model = replace(trained(TOKEN, base), skip=LinearSkip(gaussian))
+    with monkeypatch.context() as patched:
+        patched.setattr(FewStepPipeline, "save_pretrained", None)
+        with pytest.raises(UserError, match=r"GaussianSkip.*run of preconditioning=Scalar"):
+            export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert export(replace(trained(TOKEN, base), skip=ScalarSkip()), tmp_path / "out").difference < 1e-5
+
+
+def test_the_folder_one_is_in_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for same in (Path(), tmp_path):
+        with pytest.raises(UserError, match="the folder that you are in"):
+            export(trained(TOKEN), same)
 
 
 def test_a_unet_told_two_times_and_a_class_is_refused(tmp_path: Path):

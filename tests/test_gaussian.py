@@ -210,6 +210,20 @@ def test_a_skip_moves_between_devices_with_all_it_holds(gain, device):
     torch.testing.assert_close(skip.to(device)(x.to(device), t.to(device)).cpu(), skip(x, t))
 
 
+def test_a_blend_moves_with_the_angles_inside_it():
+    inner = Blended(first=Turned(ANGLES))
+    moved = LinearSkip(Gaussian.fit(data()), Blended(first=Turned(ANGLES), second=inner)).to("meta").gain
+    assert isinstance(moved, Blended)
+    assert isinstance(moved.second, Blended)
+    assert {gain.angles.device.type for gain in (moved.first, moved.second.first)} == {"meta"}
+
+
+def test_components_of_double_samples_are_double():
+    gaussian, x = Gaussian.fit(data()), data()
+    torch.testing.assert_close(gaussian.projected(x.double()).float(), gaussian.projected(x))
+    assert gaussian.projected(x.double()).dtype == torch.float64
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 

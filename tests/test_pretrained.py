@@ -17,6 +17,7 @@ from diffusers import (
     ConfigMixin,
     ConsistencyModelPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
@@ -31,9 +32,10 @@ from reference_trainer.data.latents import GivenStatistics, LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.model import build_network
 from reference_trainer.options import as_options, from_json, override, to_json
-from reference_trainer.presets import digits, flow_map
+from reference_trainer.presets import digits, flow_map, on_data
 from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.run import RunFolder
+from reference_trainer.training.start import training_latents
 from reference_trainer.training.state import TrainState
 from robustcm.consistency import Preconditioned, sample
 
@@ -231,6 +233,9 @@ def test_what_is_no_unet_is_refused(tmp_path: Path):
         ({"class_embed_type": "timestep"}, None, 0, None, "more than a time and a class"),
         ({"time_embedding_type": "fourier"}, None, 0, None, "its time embedding is 'fourier'"),
         ({}, FlowMatchEulerDiscreteScheduler(), 0, None, "beside FlowMatchEulerDiscreteScheduler .* is no"),
+        ({}, EulerDiscreteScheduler(timestep_type="continuous"), 0, None, "told a logarithm of the noise"),
+        ({}, DDPMScheduler(trained_betas=[0.0, 0.1, 0.2]), 0, None, "noise does not rise"),
+        ({}, DDPMScheduler(num_train_timesteps=1), 0, None, "noise does not rise"),
         ({}, CMStochasticIterativeScheduler(sigma_data=1.0), 0, None, "has sigma_data 1.0, here it is 0.5"),
         ({"block_out_channels": (8, 8, 8, 8, 8), "down_block_types": ("DownBlock2D",) * 5,
           "up_block_types": ("UpBlock2D",) * 5}, None, 0, None, "multiples of 16, these are 8x8"),
@@ -243,6 +248,22 @@ def test_what_training_cannot_start_from_is_refused_in_a_line(
     with pytest.raises(UserError, match=message) as caught:
         started(tmp_path, classes, base)
     assert "\n" not in str(caught.value)
+
+
+def test_betas_that_diffusers_does_not_know_are_one_line(tmp_path: Path):
+    saved(tmp_path, DDPMScheduler())
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace('"linear"', '"cubic"'))
+    with pytest.raises(UserError, match="betas make no sense: NotImplementedError cubic is not"):
+        started(tmp_path)
+
+
+def test_beside_a_skip_that_knows_the_covariance_it_would_be_another_function():
+    for order in (("network", "preconditioning"), ("preconditioning", "network")):
+        parts = {"network": "FromDiffusers(name='a/b')", "preconditioning": "GaussianSkip"}
+        config = override(digits(), f"{order[0]}={parts[order[0]]}")
+        with pytest.raises(UserError, match="F beside the scalar skip: take preconditioning=Scalar"):
+            override(config, f"{order[1]}={parts[order[1]]}")
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -275,11 +296,21 @@ def test_statistics_that_cannot_be_are_refused_by_name(changes: dict[str, Any]):
         GivenStatistics(**changes)
 
 
+def test_of_another_number_of_channels_they_are_refused_before_all_images_are_encoded(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("reference_trainer.training.start.encode_once", None)
+    config = replace(on_data(digits(), image_folder), autoencoder=PixelSpace())
+    config = replace(config, statistics=GivenStatistics(mean=(0.0, 1.0)))
+    with pytest.raises(UserError, match=r"statistics.mean has 2 numbers for 3 channels"):
+        training_latents(config, config.load_images(CPU), tmp_path, CPU)
+
+
 # From end to end
 
 
 def test_a_run_starts_from_an_export_of_a_run_and_outlives_the_folder(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
     saved(tmp_path / "it", CMStochasticIterativeScheduler())
@@ -288,7 +319,10 @@ def test_a_run_starts_from_an_export_of_a_run_and_outlives_the_folder(
     first, second, out = (str(tmp_path / name) for name in ("first", "second", "out"))
     assert main([*words, f"network=FromDiffusers(name='{tmp_path / 'it'}')", "--out", first]) == 0
     assert main(["export", first, "--out", out, "--device=cpu"]) == 0
-    assert main([*words, f"network=FromDiffusers(name='{out}')", "--out", second]) == 0
+    assert "begins as another function" not in capsys.readouterr().out
+    norms = ["non_scaling_norm=True", "--out", second]
+    assert main([*words, f"network=FromDiffusers(name='{out}')", *norms]) == 0
+    assert "begins as another function" in capsys.readouterr().out
     shutil.rmtree(out)
     assert main(["sample", second, "--n", "4", "--device=cpu"]) == 0
     config = RunFolder(tmp_path / "second").config()

@@ -241,6 +241,15 @@ def test_data_without_a_covariance_are_refused(x: Tensor, says: str):
         KeepCovariance().on(x)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_pairs_that_are_not_finite_are_refused(which: int):
+    x = gaussian(40)
+    pair = [x, x.clone()]
+    pair[which] = torch.full_like(x, math.inf)
+    with pytest.raises(ValueError, match="paired has values that are NaN or infinite"):
+        KeepCovariance().on(x, (pair[0], pair[1]))
+
+
 def test_before_it_has_seen_data_it_is_no_teacher_input():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="has seen no data"):

@@ -137,6 +137,13 @@ def test_numbers_out_of_range_are_refused(options):
         Turning(**options)
 
 
+def test_too_few_samples_have_no_angles():
+    x, gaussian = two_clusters(4), gaussian_of_two_clusters()
+    assert Turning(clusters=2, levels=3).on(x, gaussian, torch.Generator().manual_seed(0)).angles.isfinite().all()
+    with pytest.raises(ValueError, match="3 samples are too few"):
+        Turning().on(x[:3], gaussian, torch.Generator())
+
+
 # --- In training -----------------------------------------------------------------------------------------------------
 
 

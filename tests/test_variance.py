@@ -17,6 +17,9 @@ from robustcm.gates import Above
 from robustcm.teacher_input import CovarianceKept
 
 
+CONFIG = TrainConfig()
+
+
 def claimed(root: Path, config: TrainConfig) -> RunFolder:
     run = RunFolder(root)
     with run.locked():
@@ -27,16 +30,25 @@ def claimed(root: Path, config: TrainConfig) -> RunFolder:
 def test_dense_levels_keep_the_variance_and_a_gate_adds_what_its_step_adds():
     variances = torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
     covariance = CovarianceKept(torch.zeros(5), torch.eye(5), variances, 0.4 * variances.sqrt())
-    config = TrainConfig()
-    alone = in_groups(covariance, None, 20_000, config)
+    alone = in_groups(covariance, None, 20_000, CONFIG)
     assert all(value == pytest.approx(1, abs=2e-3) for value in alone.values())
     gate = 1.3
-    coupled = in_groups(covariance, Above(gate), 20_000, config)
+    coupled = in_groups(covariance, Above(gate), 20_000, CONFIG)
     ratio = 1 + 2 * gate * covariance.along / (variances + gate**2)
     at_start = 1 + 2 * covariance.along / 80  # the sampler begins with 80 z, not with x + 80 z
     expected = (ratio / at_start * variances)[:4].sum() / variances[:4].sum()
     assert coupled["variance_first_4"] == pytest.approx(float(expected), abs=5e-3)
     assert set(coupled) == {"variance_first_4", "variance_next_12"}  # of five components none is left
+
+
+def test_a_constant_component_has_no_part_in_it():
+    variances = torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1, 0.1, 0.0], dtype=torch.float64)
+    with_it, without = (
+        in_groups(CovarianceKept(torch.zeros(d), torch.eye(d), v, torch.zeros(d, dtype=torch.float64)), None, 41, CONFIG)
+        for v in (variances, variances[:-1])
+        for d in (len(v),)
+    )
+    assert with_it == without
 
 
 def test_the_script_tells_it_of_the_digits_and_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -138,6 +138,10 @@ def run_train(options: argparse.Namespace) -> int:
     config = config.found()
     if isinstance(config.network, FromDiffusers) and os.environ.get("RANK", "0") == "0":
         print(config.network.in_words)
+        if config.non_scaling_norm:
+            print(
+                "non_scaling_norm=True takes learned scales and groups out of its norms: it begins as another function"
+            )
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)

@@ -27,6 +27,7 @@ from reference_trainer.model import TrainedModel, number_of
 from reference_trainer.networks import DiT
 from reference_trainer.pretrained import FromDiffusers
 from robustcm.flow_maps import FlowMapObjective
+from robustcm.gaussian import LinearSkip
 from robustcm.guidance import Guided
 from robustcm.objective import Objective
 from robustcm.randomness import Stream, step_generator
@@ -87,11 +88,13 @@ def export(model: TrainedModel, folder: Path) -> Exported:
 
 
 def require_empty(folder: Path) -> None:
-    """Refuse a folder that has something in it.
+    """Refuse a folder that has something in it, or that this process is in: a new one takes its place.
 
     Raises:
         UserError: just that.
     """
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"{folder} is the folder that you are in, which export would replace: give --out another")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there and not an empty folder: give --out another, nothing is overwritten")
 
@@ -148,6 +151,11 @@ def _scheduler_of(model: TrainedModel) -> tuple[type[FewStepPipeline], Any, Any,
         return FlowMapPipeline, made(), None, tuple(model.sigmas(count) for count in counts)
     if not isinstance(objective, Objective):
         raise UserError("diffusers has no scheduler for consistency trajectories: export a consistency model")
+    if isinstance(model.skip, LinearSkip):
+        raise UserError(
+            "diffusers has no scheduler with a skip that knows the latents' covariance (preconditioning=GaussianSkip): "
+            "export a run of preconditioning=Scalar()"
+        )
     noise, levels = objective.noise, objective.levels
     count = FINE
     if isinstance(levels, LevelGrid):
@@ -235,7 +243,7 @@ def differences(model: TrainedModel, pipeline: FewStepPipeline, levels: tuple[fl
     """The largest difference of ``n`` samples of ``pipeline`` from those of ``model``, over their root mean square."""
     objective = model.config.objective
     z, ours, theirs = _noise(model, n)
-    labels, f = None, model.config.preconditioned(model.network)
+    labels, f = None, model.function
     if model.classes is not None and model.config.classes is not None:
         labels = torch.tensor([i % number_of(model.classes) for i in range(n)])
         f = Guided(f, model.config.classes.guidance, number_of(model.classes))

@@ -34,6 +34,8 @@ HAVE_A_TEACHER = (Objective, TrajectoryObjective)
 """Objectives that can show it something else than the data at the lower level; flow maps have none."""
 PAIRS_MEASURED = 4096
 """Samples with their noise, from which ``KeepCovariance`` learns how the two go together: to 1.6 % of a deviation."""
+MOST_MEASURED = 50_000_000
+"""Numbers in these samples, 200 MB, and as many in their noise: of more than 12207 elements fewer samples are taken."""
 MOST_PAIRED = 2**26
 """Numbers of a store that a ``Semidiscrete`` pairing takes into memory: 268 MB. Its fit takes time of order n^2 d."""
 
@@ -159,7 +161,7 @@ class Batches:
         """
         if not asks_what_the_teacher_sees(objective) or objective.coupler is independent:
             return with_measured_teacher(objective, self.latents, None)
-        pools = math.ceil(PAIRS_MEASURED / (self.rows * self.config.coupling_pool))
+        pools = math.ceil(pairs_measured(self.latents.shape) / (self.rows * self.config.coupling_pool))
         bar = tqdm(range(pools), desc="how noise goes with the data", unit="pool", leave=False, delay=2)
         data, noise = zip(*(self._pairs_of(pool) for pool in bar), strict=True)
         return with_measured_teacher(objective, self.latents, (torch.cat(data), torch.cat(noise)))
@@ -256,6 +258,11 @@ def with_measured_gate(objective: AnyObjective, latents: Tensor | Latents) -> An
         raise UserError(f"objective.gate={objective.gate}: {error}") from error
 
 
+def pairs_measured(shape: Sequence[int]) -> int:
+    """From how many samples of ``shape``, with their noise, ``KeepCovariance`` learns how the two go together."""
+    return max(2, min(PAIRS_MEASURED, MOST_MEASURED // math.prod(shape)))
+
+
 def asks_what_the_teacher_sees(objective: FewStepObjective) -> bool:
     """Whether what its teacher is shown has to be measured first."""
     return isinstance(objective, HAVE_A_TEACHER) and isinstance(objective.teacher_input, KeepCovariance)
@@ -292,7 +299,7 @@ def with_measured_parts(objective: AnyObjective, x: Tensor, labels: Tensor | Non
     objective = with_measured_gate(objective, x)
     if not asks_what_the_teacher_sees(objective) or objective.coupler is independent:
         return with_measured_teacher(objective, x, None)
-    x = x[:PAIRS_MEASURED]
+    x = x[: pairs_measured(x.shape[1:])]
     generator = step_generator(0, 0, Stream.COUPLING)
     noise = []
     for start in range(0, len(x), 256):

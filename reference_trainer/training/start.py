@@ -185,6 +185,8 @@ def _measured(
     """Raw latents of the training images, as they are trained on; their space; a probe of the codec."""
     codec = config.autoencoder.fit(images, device, cache)
     probe = Probe.of(codec, images.train, device)  # before all images are encoded, which may take an hour
+    if config.statistics is not None:
+        config.statistics.of(probe.latents.shape[1])
     raw = _prepared(config, codec, images, cache, device)
     return raw, LatentSpace.of(codec, raw, config.statistics), probe
 
