@@ -91,7 +91,7 @@ class TailStream:
         d = x.double() - self.centre
         size = d.abs()
         slot = self.histogram.cells(size).add_(1).clamp_(0, bins)  # 0: nearer to the centre than the first bin
-        sign = d.view(torch.int64) >> 63  # -1 below the centre, else 0: there the slot is negated, bit by bit and one up
+        sign = d.view(torch.int64) >> 63  # -1 below the centre, else 0: (slot ^ sign) - sign is +-slot
         slot.bitwise_xor_(sign).sub_(sign).masked_fill_(~(size < math.inf), bins + 1)
         index = slot.add_((label * self._width + bins)[:, None]).view(-1)
         one = torch.ones((), dtype=torch.float64, device=x.device)
