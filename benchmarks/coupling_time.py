@@ -121,7 +121,8 @@ def main() -> None:
         print(f"{size:5} samples, step {row['step_ms']:.1f} ms: coupled / not {ratio['wall']}, cpu {ratio['cpu']}")
         for found in solvers(size, 0.0 if options.quick else 4.0):
             rows.append(found)
-            print(f"      {found['solver']:20} {found['seconds']}, {in_words(found['times_scipy'])} times scipy")
+            times = in_words(found["times_scipy"])
+            print(f"      {found['solver']:20} {found['seconds']}, {times} times scipy", flush=True)
     print(f"{time.monotonic() - started:.0f} s")
     if not options.quick:
         print(f"wrote {write_json('coupling_time', rows, about).name}")

@@ -6,8 +6,11 @@ Encoding a folder of images, and training the default recipe on the digits at on
 one process and by two, in turns, so that a machine that is slow for a while is so for both. Timed from where all have
 met to where the last is done, of training from the first log to the last; what every process does alone at its start
 is no part of it. Prints the seconds of each round and the ratio of one process to two, median and range; writes
-results/two_processes_*.json. Needs two cores that are idle: what stands in a row of one process beside it may use the
-second core, too, to prepare the next batch.
+results/two_processes_*.json. Needs two cores that are idle.
+
+One process uses the second core, too, to prepare its next batch: of the two it keeps some share busy, its CPU seconds
+over those of the clock, and two processes can be 2 / share times as fast at most. That bound is printed beside the
+ratio, and the CPU time of one over that of two: what is missing from 1 there is what the ranks themselves cost.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from _processes import CPU, in_processes, make_images
 from _timing import write_json
 from tqdm import tqdm
@@ -55,37 +61,54 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="only see that it runs")
     options = parser.parse_args()
     size, about = TINY if options.tiny else FULL, describe_machine()
-    rounds: list[dict[str, dict[int, float]]] = []
+    rounds: list[dict[str, dict[int, dict[str, float]]]] = []
     with TemporaryDirectory() as folder:
         root = Path(folder)
         make_images(root / "images", size.images, side=64)
         in_processes(1, both, root, root / "first", TINY)  # fits and caches the autoencoders
         for number in tqdm(range(options.rounds), desc="rounds", unit="round"):
-            seconds: dict[str, dict[int, float]] = {"encoding": {}, "training": {}}
+            spent: dict[str, dict[int, dict[str, float]]] = {"encoding": {}, "training": {}}
             for processes in (1, 2):
                 at = root / f"{number}-{processes}"
                 in_processes(processes, both, root, at, size)
-                for what, taken in json.loads((at / "seconds.json").read_text()).items():
-                    seconds[what][processes] = taken
-            rounds.append(seconds)
+                for what, taken in json.loads((at / "spent.json").read_text()).items():
+                    spent[what][processes] = taken
+            rounds.append(spent)
     rows = []
     for what in ("encoding", "training"):
-        ratios = [row[what][1] / row[what][2] for row in rounds]
-        for row in rounds:
-            print(f"{what}: 1 process {row[what][1]:.2f} s, 2 processes {row[what][2]:.2f} s")
+        found = [row[what] for row in rounds]
+        ratios = [spent[1]["seconds"] / spent[2]["seconds"] for spent in found]
+        for spent in found:
+            print(f"{what}: 1 process {spent[1]['seconds']:.2f} s, 2 processes {spent[2]['seconds']:.2f} s")
         median, span = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{what}: 2 processes are {median:.2f} times as fast ({span}), goal {GOAL}")
-        rows.append({"what": what, "ratio": median, "ratios": ratios, "seconds": [row[what] for row in rounds]})
+        bound = 2 / statistics.median(spent[1]["share"] for spent in found)
+        cpu = statistics.median(spent[1]["cpu"] / spent[2]["cpu"] for spent in found)
+        print(
+            f"{what}: 2 processes are {median:.2f} times as fast ({span}), goal {GOAL}; at most {bound:.2f}, as "
+            f"1 keeps {2 / bound:.2f} cores busy; CPU time of 1 over that of 2: {cpu:.2f}"
+        )
+        rows.append({"what": what, "ratio": median, "bound": bound, "cpu": cpu, "ratios": ratios, "spent": found})
     if not options.tiny:
         write_json("two_processes", rows, about)
 
 
 def both(ranks: Ranks, root: Path, at: Path, size: Size) -> None:
-    """Encode, then train, in files below ``at``; the leading rank writes the seconds of each."""
+    """Encode, then train, in files below ``at``; the leading rank writes what each took."""
     at.mkdir(exist_ok=True)
-    seconds = {"encoding": encoding(ranks, root, at, size), "training": training(ranks, root, at, size)}
+    spent = {work.__name__: watched(ranks, partial(work, ranks, root, at, size)) for work in (encoding, training)}
     if ranks.leads:
-        (at / "seconds.json").write_text(json.dumps(seconds))
+        (at / "spent.json").write_text(json.dumps(spent))
+
+
+def watched(ranks: Ranks, work: Callable[[], float]) -> dict[str, float]:
+    """The seconds that ``work`` says it took; CPU seconds of all ranks in all of it; and those over the clock's."""
+    ranks.wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    seconds = work()
+    ranks.wait()
+    wall, total = time.perf_counter() - wall, torch.tensor([time.process_time() - cpu], dtype=torch.float64)
+    ranks.add_up([total])
+    return {"seconds": seconds, "cpu": float(total), "share": float(total) / wall}
 
 
 def encoding(ranks: Ranks, root: Path, at: Path, size: Size) -> float:

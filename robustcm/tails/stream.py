@@ -89,17 +89,19 @@ class TailStream:
         """Adds ``x`` ``[rows, m]``, one label a row, to ``state`` in place."""
         bins = self.histogram.num_bins
         d = x.double() - self.centre
-        finite = d.isfinite()
-        d = torch.where(finite, d, 0)
-        slot = self.histogram.cells(d.abs()).add_(1).clamp_(0, bins)  # 0: nearer to the centre than the first bin
-        column = torch.where(d < 0, bins - slot, bins + slot)
-        index = torch.where(finite, column, 2 * bins + 1).add_(label[:, None] * self._width).view(-1)
-        state.view(-1).index_add_(0, index, torch.ones((), dtype=torch.float64, device=x.device).expand_as(index))
+        size = d.abs()
+        slot = self.histogram.cells(size).add_(1).clamp_(0, bins)  # 0: nearer to the centre than the first bin
+        sign = d.view(torch.int64) >> 63  # -1 below the centre, else 0: (slot ^ sign) - sign is +-slot
+        slot.bitwise_xor_(sign).sub_(sign).masked_fill_(~(size < math.inf), bins + 1)
+        index = slot.add_((label * self._width + bins)[:, None]).view(-1)
+        one = torch.ones((), dtype=torch.float64, device=x.device)
+        state.view(-1).scatter_add_(0, index, one.expand_as(index))
+        d.nan_to_num_(0.0, 0.0, 0.0)
         e = d * d
         sums = torch.stack([d.sum(1), e.sum(1), (d * e).sum(1), (e * e).sum(1)], 1)
-        # A product with the one-hot labels: index_add_ would sum in a different order at each run on a GPU.
+        # A product with the one-hot labels: adding by index would sum in a different order at each run on a GPU.
         one_hot = label == torch.arange(self.groups, device=label.device)[:, None]
-        state[:, -4:] += one_hot.double() @ sums
+        state[:, -4:].add_(one_hot.double() @ sums)
 
     def statistics(self, state: Tensor) -> list[BoxStatistics]:
         """Box statistics of each group; one without finite values has count 0, NaN and a note. Waits for the device."""
