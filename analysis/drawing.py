@@ -259,3 +259,30 @@ def draw_variance(
     axes[0, 0].set_ylabel("variance of samples / of the data")
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_side_by_side(boxes: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Box plots of sets beside each other, each in units of its own IQR about its median.
+
+    Args:
+        boxes: by set, ``as_dict`` of a ``BoxStatistics`` or as much of it as is drawn: quartiles, whiskers, ends, IQR.
+    """
+    figure, axes = new_figure(1, width=max(6.0, 1.3 * len(boxes) + 1.5), height=4.6)
+    ax = axes[0, 0]
+    for i, box in enumerate(boxes.values()):
+        q1, q3, whislo, whishi, *ends = (
+            (value - box["median"]) / box["iqr"]
+            for value in (box["q1"], box["q3"], *box["whiskers"], box["min"], box["max"])
+        )
+        stats = {"med": 0.0, "q1": q1, "q3": q3, "whislo": whislo, "whishi": whishi}
+        colours: dict[str, Any] = {"boxprops": {"facecolor": COLOURS["latents"], "alpha": 0.45}}
+        ax.bxp([stats], positions=[i], widths=0.5, showfliers=False, patch_artist=True, manage_ticks=False, **colours)
+        ax.plot([i, i], ends, "o", color=COLOURS["latents"], markersize=5)
+        for times, style in ((1.5, "--"), (3, ":")):
+            ax.hlines([q1 - times, q3 + times], i - 0.36, i + 0.36, color="0.25", linestyle=style, linewidth=1.1)
+    ax.set_xticks(range(len(boxes)), [name.replace("-", "\n", 1) for name in boxes], fontsize=9)
+    ax.set(title="latents: box, whiskers, smallest and largest value", ylabel="IQR from the median")
+    ax.plot([], [], "--", color="0.25", linewidth=1.1, label="1.5 IQR from the box")
+    ax.plot([], [], ":", color="0.25", linewidth=1.1, label="3 IQR")
+    ax.legend(loc="upper left", frameon=False, fontsize=8)
+    return figure

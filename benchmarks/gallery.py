@@ -83,6 +83,11 @@ class OfRuns:
 FIGURES = (
     OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
     *(Drawn(f"concepts/{name}.png", ("analysis/concepts.py", "--only", name), f"{name}.png") for name in CONCEPTS),
+    Drawn(
+        "evidence/natural_outliers.png",
+        ("analysis/outlier_table.py", "docs/evidence/natural_outliers.json"),
+        "outlier_table.png",
+    ),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("evidence/variance.png", ("analysis/variance.py",), "variance.png", BRIEF_RUNS),
     Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from analysis import concepts, td_outliers, variance
+from analysis import concepts, outlier_table, td_outliers, variance
 from reference_trainer.__main__ import parser as trainer_parser
 from reference_trainer.commands.train import configuration
 
@@ -48,7 +48,7 @@ def test_no_two_are_of_one_name(gallery: Any):
 def test_each_command_parses(gallery: Any):
     drawn = [figure for figure in gallery.FIGURES if isinstance(figure, gallery.Drawn)]
     commands = [command for figure in drawn for command in figure.commands(Path("work"))]
-    assert len(commands) == 7 + len(concepts.CONCEPTS)
+    assert len(commands) == 8 + len(concepts.CONCEPTS)
     for command in commands:
         if command[:2] == ["-m", "reference_trainer"]:
             configuration(trainer_parser().parse_args(["train", *command[2:]]))
@@ -56,6 +56,9 @@ def test_each_command_parses(gallery: Any):
             td_outliers.check_options(td_outliers.parser().parse_args(command[1:]))
         elif command[0] == "analysis/variance.py":
             assert variance.parser().parse_args(command[1:]).runs == [Path(n) for n in ("ilct", "not-kept", "kept")]
+        elif command[0] == "analysis/outlier_table.py":
+            (table,) = outlier_table.parser().parse_args(command[1:]).measured
+            assert (ROOT / table).is_file()
         else:
             assert command[0] == "analysis/concepts.py"
             concepts.parser().parse_args(command[1:])
