@@ -205,6 +205,7 @@ def test_trajectories_are_refused_in_a_line(tmp_path: Path):
         export(trained(TOKEN, trajectory()), tmp_path / "out")
 
 
+@HAS_FLOW_MAPS
 def test_a_unet_told_two_times_and_a_class_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="takes a class or a second time, not both"):
         export(trained(UNET, flow_map(), 3), tmp_path / "out")
