@@ -18,13 +18,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from analysis.concepts import CONCEPTS
 from reference_trainer.ablation.comparison import Result, draw_comparison
 from reference_trainer.ablation.ladder import BASELINE
-from reference_trainer.plotting import save_figure
+from reference_trainer.plotting import OWN_PICTURE, save_figure
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gallery" / "work"
+MOST_BYTES = 200 * 1024
 HEAVY = (
     "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
 )
@@ -64,7 +68,19 @@ class Drawn:
             print(f"python {shlex.join(command)}", flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / self.picture, to)
+        copy(folder / self.picture, to)
+
+
+def copy(picture: Path, to: Path) -> None:
+    """As it is, or in 128 colours where it is larger than the first screen of the README may load."""
+    if picture.stat().st_size <= MOST_BYTES:
+        shutil.copyfile(picture, to)
+        return
+    text = PngInfo()
+    for name, value in OWN_PICTURE.items():
+        text.add_text(name, value)
+    with Image.open(picture) as drawn:
+        drawn.convert("RGB").quantize(128).save(to, optimize=True, pnginfo=text)
 
 
 @dataclass(frozen=True)
