@@ -28,7 +28,7 @@ from reference_trainer.plotting import OWN_PICTURE, save_figure
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gallery" / "work"
-MOST_BYTES = 200 * 1024
+FIRST_SCREEN = 200 * 1024  # of a picture on the README's; tests/test_readme.py
 HEAVY = (
     "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
 )
@@ -52,6 +52,8 @@ class Drawn:
     runs: tuple[tuple[str, ...], ...] = ()
     """What is trained first, each as behind ``python -m reference_trainer``, its name last; the folders follow the
     words."""
+    most_bytes: int | None = None
+    """Larger, it is kept in fewer colours."""
 
     def commands(self, folder: Path) -> list[list[str]]:
         """The trainings, and the one that draws."""
@@ -68,12 +70,12 @@ class Drawn:
             print(f"python {shlex.join(command)}", flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         to.parent.mkdir(parents=True, exist_ok=True)
-        copy(folder / self.picture, to)
+        copy(folder / self.picture, to, self.most_bytes)
 
 
-def copy(picture: Path, to: Path) -> None:
-    """As it is, or in 128 colours where it is larger than the first screen of the README may load."""
-    if picture.stat().st_size <= MOST_BYTES:
+def copy(picture: Path, to: Path, most_bytes: int | None = None) -> None:
+    """As it is, or in 128 colours where it has more than ``most_bytes``."""
+    if most_bytes is None or picture.stat().st_size <= most_bytes:
         shutil.copyfile(picture, to)
         return
     text = PngInfo()
@@ -101,8 +103,8 @@ FIGURES = (
     *(Drawn(f"concepts/{name}.png", ("analysis/concepts.py", "--only", name), f"{name}.png") for name in CONCEPTS),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("evidence/variance.png", ("analysis/variance.py",), "variance.png", BRIEF_RUNS),
-    Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
-    Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),
+    Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png", most_bytes=FIRST_SCREEN),
+    Drawn("digits.png", ("-m", "reference_trainer"), "samples.png", most_bytes=FIRST_SCREEN),
 )
 """The quick ones first."""
 

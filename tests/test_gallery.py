@@ -103,8 +103,8 @@ def test_what_a_command_draws_goes_where_the_document_looks(
 def test_a_picture_too_large_for_the_readme_is_kept_in_fewer_colours(gallery: Any, tmp_path: Path):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
-    assert (tmp_path / "large.png").stat().st_size > gallery.MOST_BYTES
-    gallery.copy(tmp_path / "large.png", tmp_path / "small.png")
+    assert (tmp_path / "large.png").stat().st_size > gallery.FIRST_SCREEN
+    gallery.copy(tmp_path / "large.png", tmp_path / "small.png", gallery.FIRST_SCREEN)
     assert size_of(tmp_path / "small.png") == (300, 300)
-    assert (tmp_path / "small.png").stat().st_size < gallery.MOST_BYTES
+    assert (tmp_path / "small.png").stat().st_size < gallery.FIRST_SCREEN
     assert open_square(tmp_path / "small.png") is None  # still known as a picture of the trainer's
