@@ -18,13 +18,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from analysis.concepts import CONCEPTS
 from reference_trainer.ablation.comparison import Result, draw_comparison
 from reference_trainer.ablation.ladder import BASELINE
-from reference_trainer.plotting import save_figure
+from reference_trainer.plotting import OWN_PICTURE, save_figure
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gallery" / "work"
+FIRST_SCREEN = 200 * 1024  # of a picture on the README's; tests/test_readme.py
 HEAVY = (
     "KLAutoencoder(latent_channels=8, patch=2, block_out_channels=(16,32), attention=True, steps=700, kl_weight=0.1)"
 )
@@ -48,6 +52,8 @@ class Drawn:
     runs: tuple[tuple[str, ...], ...] = ()
     """What is trained first, each as behind ``python -m reference_trainer``, its name last; the folders follow the
     words."""
+    most_bytes: int | None = None
+    """Larger, it is kept in fewer colours."""
 
     def commands(self, folder: Path) -> list[list[str]]:
         """The trainings, and the one that draws."""
@@ -64,7 +70,19 @@ class Drawn:
             print(f"python {shlex.join(command)}", flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / self.picture, to)
+        copy(folder / self.picture, to, self.most_bytes)
+
+
+def copy(picture: Path, to: Path, most_bytes: int | None = None) -> None:
+    """As it is, or in 128 colours where it has more than ``most_bytes``."""
+    if most_bytes is None or picture.stat().st_size <= most_bytes:
+        shutil.copyfile(picture, to)
+        return
+    text = PngInfo()
+    for name, value in OWN_PICTURE.items():
+        text.add_text(name, value)
+    with Image.open(picture) as drawn:
+        drawn.convert("RGB").quantize(128).save(to, optimize=True, pnginfo=text)
 
 
 @dataclass(frozen=True)
@@ -90,8 +108,8 @@ FIGURES = (
     ),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("evidence/variance.png", ("analysis/variance.py",), "variance.png", BRIEF_RUNS),
-    Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png"),
-    Drawn("digits.png", ("-m", "reference_trainer"), "samples.png"),
+    Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png", most_bytes=FIRST_SCREEN),
+    Drawn("digits.png", ("-m", "reference_trainer"), "samples.png", most_bytes=FIRST_SCREEN),
 )
 """The quick ones first."""
 

@@ -110,5 +110,7 @@ def one_line(message: object) -> str:
 
 
 def type_and_message(error: BaseException) -> str:
-    """What was raised, and the first line of what it says."""
-    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    """What was raised, and the first line of what it says; and the second, where the first only announces it."""
+    lines = str(error).strip().splitlines()
+    said = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join([type(error).__name__, *(line.strip() for line in lines[:said])])

@@ -230,6 +230,7 @@ def test_the_folder_one_is_in_is_left_alone(tmp_path: Path, monkeypatch: pytest.
             export(trained(TOKEN), same)
 
 
+@HAS_FLOW_MAPS
 def test_a_unet_told_two_times_and_a_class_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="takes a class or a second time, not both"):
         export(trained(UNET, flow_map(), 3), tmp_path / "out")

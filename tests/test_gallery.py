@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from analysis import concepts, outlier_table, td_outliers, variance
 from reference_trainer.__main__ import parser as trainer_parser
 from reference_trainer.commands.train import configuration
+from reference_trainer.data.squares import open_square
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,3 +101,13 @@ def test_what_a_command_draws_goes_where_the_document_looks(
     assert gallery.main() == 0
     assert (tmp_path / "docs" / "evidence" / "heavy.png").read_bytes() == b"heavy"
     assert (tmp_path / "docs" / "outliers.png").read_bytes() == b"outliers"
+
+
+def test_a_picture_too_large_for_the_readme_is_kept_in_fewer_colours(gallery: Any, tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > gallery.FIRST_SCREEN
+    gallery.copy(tmp_path / "large.png", tmp_path / "small.png", gallery.FIRST_SCREEN)
+    assert size_of(tmp_path / "small.png") == (300, 300)
+    assert (tmp_path / "small.png").stat().st_size < gallery.FIRST_SCREEN
+    assert open_square(tmp_path / "small.png") is None  # still known as a picture of the trainer's

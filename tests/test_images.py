@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -316,7 +317,8 @@ def test_the_fuzzer_knows_the_common_formats_and_starts_from_whole_files(fuzzer:
     images = load(tmp_path)
     assert images.names is not None
     lost = {name.partition(".")[0].partition("-")[2] for name in samples.keys() - set(images.names)}
-    assert lost <= {"F", "I", "I16"}  # refused, in formats whose white is not known
+    assert lost - {"YCbCr"} <= {"F", "I", "I16"}  # refused, in formats whose white is not known
+    assert "YCbCr" not in lost or int(PIL.__version__.split(".")[0]) < 13  # which cannot read the TIFF it wrote
 
 
 @pytest.mark.parametrize("folder", ["whole", "fault"])

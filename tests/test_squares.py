@@ -6,11 +6,15 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from reference_trainer.data import squares
 from reference_trainer.data.squares import (
     black_and_white,
     cause,
@@ -19,6 +23,7 @@ from reference_trainer.data.squares import (
     open_square,
     resized,
     to_rgb,
+    transparent_colour,
 )
 
 
@@ -43,7 +48,15 @@ def png(bits: int, colours: int, row: bytes, transparent: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + alpha + chunk(b"IDAT", zlib.compress(8 * (b"\0" + row))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+YCBCR = pytest.param(
+    "YCbCr",
+    marks=pytest.mark.xfail(
+        int(PIL.__version__.split(".")[0]) < 13, reason="Pillow below 13 cannot read the TIFF it wrote"
+    ),
+)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", YCBCR, "I;16"])
 @pytest.mark.parametrize("size", [(1, 1), (100, 37), (16, 16)])
 def test_every_mode_and_size_becomes_an_rgb_square(mode: str, size: tuple[int, int], tmp_path: Path):
     file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr", "I;16") else "x.png")
@@ -151,9 +164,17 @@ def test_sixteen_bits_a_colour(tmp_path: Path):
     ],
     ids=["RGB of 8 bits", "RGB of 16", "grey of 16", "grey of 8", "grey of 4", "grey of 2", "grey of 1"],
 )
-def test_a_png_may_name_one_transparent_colour(content: bytes, tmp_path: Path):
+def test_a_png_may_name_one_transparent_colour(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x.png").write_bytes(content)
     assert (read_square(tmp_path / "x.png") == 255).all()
+    monkeypatch.setattr(squares, "transparent_colour", with_plain_tiles)
+    assert (read_square(tmp_path / "x.png") == 255).all()
+
+
+def with_plain_tiles(opened: Any) -> Any:
+    """As Pillow below 11 has them."""
+    tiles = [tuple(tile) for tile in opened.tile]
+    return transparent_colour(SimpleNamespace(info=opened.info, format=opened.format, tile=tiles))
 
 
 @pytest.mark.parametrize(

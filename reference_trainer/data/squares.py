@@ -120,7 +120,7 @@ def transparent_colour(opened: ImageFile.ImageFile) -> Any:
     PNG counts as many bits as the file has, and Pillow takes that over, but loads 2, 4 and 3 x 16 bits as 8.
     """
     colour = opened.info.get("transparency")
-    depth = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
+    depth = opened.tile[0][3] if opened.format == "PNG" and opened.tile else None  # .args of a tuple since Pillow 11
     if depth in ("L;2", "L;4") and isinstance(colour, int):
         white = 3 if depth == "L;2" else 15
         return colour * 255 // white if colour <= white else colour
