@@ -14,8 +14,8 @@ from reference_trainer.data.images import ImageFolder, ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT
 from reference_trainer.run import RunFolder
-from reference_trainer.training import loop
 from reference_trainer.training import batches as batches_module
+from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches, batch_indices, with_measured_gate, with_measured_parts
 from robustcm.couplers import Coupler, Entropic, WithinClasses, coupling_gain, exact, independent
 from robustcm.gates import Above, AboveExplained, everywhere

@@ -13,9 +13,11 @@ from test_report import a_run, evaluation
 from torch import Tensor
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.classes import Classes
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation import learned as module
 from reference_trainer.evaluation.learned import LEVELS, KernelDistance, compared, reading, what_was_learned
 from reference_trainer.evaluation.metrics import kernel_distance
 from reference_trainer.evaluation.pictures import draw_learned
@@ -93,7 +95,9 @@ def test_the_distance_is_the_one_of_the_tables():
 def test_the_noise_of_a_distance_is_its_spread_over_samples_of_the_data():
     others = [gaussian_latents(8000)[1300:][i * 100 : i * 100 + 100] for i in range(60)]
     found = torch.tensor([KernelDistance.to(DATA)(those) for those in others])
-    assert KernelDistance.to(DATA).noise(100) == pytest.approx(float(found.std()), rel=0.6)
+    distance = KernelDistance.to(DATA)
+    assert distance.noise(100) == pytest.approx(float(found.std()), rel=0.6)
+    assert distance.noise(500) == pytest.approx(distance.noise(250) / 2)  # of more than a quarter: as 1 / n
 
 
 def test_outputs_that_are_not_finite_are_refused():
@@ -119,6 +123,26 @@ def test_a_model_is_asked_on_held_out_images_if_there_are_enough(held_out: int, 
     assert found["held_out"] is is_held_out
     assert found["n"] == (60 if is_held_out else 90)
     assert len(found["levels"]) == LEVELS
+
+
+@pytest.mark.parametrize("held_out", [60, 20])
+def test_each_image_is_asked_with_its_own_label(held_out: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BATCH", 25)
+    model, images, latents = model_and_images(200, held_out)
+    asked: list[Tensor] = []
+
+    class Told(Silent):
+        def forward(self, x: Tensor, *c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+            assert labels is not None
+            assert len(labels) == len(x)
+            asked.append(labels)
+            return torch.zeros_like(x)
+
+    images = replace(images, labels=torch.arange(200))
+    what_was_learned(replace(model, network=Told(), classes=Classes(("a", "b"), (1, 1), "")), images, latents, 3)
+    order = torch.randperm(180, generator=torch.Generator().manual_seed(3))  # as training_images has it
+    expected = images.labels[:60] if held_out == 60 else 20 + order[:90]
+    assert torch.equal(torch.cat(asked), expected.repeat(LEVELS))
 
 
 def test_it_is_asked_of_consistency_functions():

@@ -241,6 +241,11 @@ def test_data_without_a_covariance_are_refused(x: Tensor, says: str):
         KeepCovariance().on(x)
 
 
+def test_noise_that_points_away_from_its_data_counts_as_chance():
+    x = gaussian(40)
+    assert torch.equal(KeepCovariance(components=2).on(x, (x, -x)).along, torch.zeros(3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_pairs_that_are_not_finite_are_refused(which: int):
     x = gaussian(40)

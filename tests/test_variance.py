@@ -16,7 +16,6 @@ from reference_trainer.run import RunFolder
 from robustcm.gates import Above
 from robustcm.teacher_input import CovarianceKept
 
-
 CONFIG = TrainConfig()
 
 
@@ -44,9 +43,8 @@ def test_dense_levels_keep_the_variance_and_a_gate_adds_what_its_step_adds():
 def test_a_constant_component_has_no_part_in_it():
     variances = torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1, 0.1, 0.0], dtype=torch.float64)
     with_it, without = (
-        in_groups(CovarianceKept(torch.zeros(d), torch.eye(d), v, torch.zeros(d, dtype=torch.float64)), None, 41, CONFIG)
+        in_groups(CovarianceKept(torch.zeros(len(v)), torch.eye(len(v)), v, torch.zeros_like(v)), None, 41, CONFIG)
         for v in (variances, variances[:-1])
-        for d in (len(v),)
     )
     assert with_it == without
 
