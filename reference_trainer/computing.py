@@ -50,17 +50,25 @@ class Computing:
         if self.precision not in ("auto", "float32", "tf32", "bfloat16"):
             raise ValueError(f"precision is 'auto', 'float32', 'tf32' or 'bfloat16', got {self.precision!r}")
 
-    def on(self, device: torch.device) -> Passes:
-        """What that means on ``device``."""
+    def on(self, device: torch.device, network: nn.Module | None = None) -> Passes:
+        """What that means on ``device``, for ``network``.
+
+        One with ``rounding_grows`` set multiplies what it computes by the noise level: bfloat16 would begin as noise.
+        """
+        grows = getattr(network, "rounding_grows", False)
         if device.type != "cuda":
             name = str(describe_machine()["cpu"]) if device.type == "cpu" else device.type
-            return self.decided(device.type, name, None)
-        return self.decided("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+            return self.decided(device.type, name, None, grows)
+        capability = torch.cuda.get_device_capability(device)
+        return self.decided("cuda", torch.cuda.get_device_name(device), capability, grows)
 
-    def decided(self, kind: str, name: str, capability: tuple[int, int] | None) -> Passes:
-        """What that means on a device of ``kind`` (cpu, cuda, ...) called ``name``; ``capability`` of a GPU."""
+    def decided(self, kind: str, name: str, capability: tuple[int, int] | None, grows: bool = False) -> Passes:
+        """What that means on a device of ``kind`` (cpu, cuda, ...) called ``name``; ``capability`` of a GPU; ``grows``:
+        the network's rounding does, with the noise level."""
         able = capability is not None and capability >= WITH_BFLOAT16
         if self.precision == "auto":
+            if able and grows:
+                return Passes(self, "float32", kind, name, "a diffusion model's rounding grows with the noise level")
             if able:
                 return Passes(self, "bfloat16", kind, name, f"the fastest where measured, {ON_A_GPU}")
             why = "bfloat16 and TF32 are of GPUs of compute capability 8 or more"

@@ -15,6 +15,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.options import override
 from reference_trainer.presets import digits, flow_map
+from reference_trainer.pretrained import Denoising
 from reference_trainer.run import COMPUTING, RunFolder
 from reference_trainer.training.start import say_how_it_computes
 from reference_trainer.training.state import TrainState
@@ -90,6 +91,14 @@ def test_the_precision_is_what_was_asked_for_or_the_fastest_measured(asked, kind
     assert f"in {computed} on a device: " in said
     assert "\n" not in said
     assert ("as asked" in said) == (asked == computed)
+
+
+def test_a_network_whose_rounding_grows_is_computed_in_float32_unless_asked():
+    assert Denoising.rounding_grows
+    for asked, computed in (("auto", "float32"), ("bfloat16", "bfloat16"), ("tf32", "tf32")):
+        passes = Computing(precision=asked).decided("cuda", "a device", (9, 0), grows=True)
+        assert passes.precision == computed
+    assert "rounding" in str(Computing().decided("cuda", "a device", (9, 0), grows=True))
 
 
 def test_on_a_cpu_training_calls_the_network_itself():

@@ -72,7 +72,7 @@ def _steps(
     classes = 0 if config.classes is None or labels is None else int(labels.max()) + 1
     batches = Batches(config, latents, labels, classes)
     state = TrainState.create(config, batches.latents.shape, device, classes)
-    passes = config.computing.on(device)
+    passes = config.computing.on(device, state.network)
     asked = config.preconditioning
     skip = None if isinstance(asked, Scalar) else skip_for(asked, latents, config.objective.noise).to(device)
     f = config.preconditioned(passes.of(state.network.train()), skip)

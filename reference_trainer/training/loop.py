@@ -88,7 +88,7 @@ def train(
     sharding = Sharding.over(ranks, device) if sharded else None
     begin = not run.checkpoints()
     state = TrainState.create(config, (ch, h, w), device, number_of(classes), sharding, begin)
-    passes = config.computing.on(device)
+    passes = config.computing.on(device, state.network)
     if found := run.latest_checkpoint():
         state.restore(*found)
         if state.step > config.steps:
