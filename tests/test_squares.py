@@ -77,6 +77,12 @@ def transparent_palette() -> Image.Image:
     return image
 
 
+def transparent(image: Image.Image) -> Image.Image:
+    """``image``, all of it: before Pillow 12 a conversion to PA loses the alpha."""
+    image.putalpha(0)
+    return image
+
+
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 BRIGHTNESS = {
     "1": (Image.new("1", (8, 8), 1), 255),
@@ -91,7 +97,7 @@ BRIGHTNESS = {
     "RGBa": (Image.new("RGBa", (8, 8), (0, 0, 0, 0)), 255),
     "P": (Image.new("RGB", (8, 8), RED).convert("P", palette=Image.Palette.ADAPTIVE), RED),
     "P, with a transparent entry": (transparent_palette(), 255),
-    "PA": (Image.new("RGBA", (8, 8), (*RED, 0)).convert("PA"), 255),
+    "PA": (transparent(Image.new("RGB", (8, 8), RED).convert("PA")), 255),
     "CMYK": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), RED),
     "YCbCr": (Image.new("YCbCr", (8, 8), (100, 128, 128)), 100),
     "HSV": (Image.new("HSV", (8, 8), (170, 255, 255)), BLUE),
