@@ -91,10 +91,9 @@ def flow_map(config: TrainConfig = DIGITS) -> TrainConfig:
 
 
 def trajectory(config: TrainConfig = DIGITS) -> TrainConfig:
-    """Consistency trajectories, from any noise level to any below, with the robust distance of `digits`."""
-    shared = {
-        name: getattr(config.objective, name) for name in ("distance", "c", "levels", "weight", "coupler", "gate")
-    }
+    """Consistency trajectories, from any noise level to any below, with all else as in `digits`."""
+    names = ("distance", "c", "levels", "weight", "coupler", "gate", "teacher_input")
+    shared = {name: getattr(config.objective, name) for name in names}
     return replace(config, objective=TrajectoryObjective(**shared))
 
 
