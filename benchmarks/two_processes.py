@@ -10,7 +10,8 @@ results/two_processes_*.json. Needs two cores that are idle.
 
 One process uses the second core, too, to prepare its next batch: of the two it keeps some share busy, its CPU seconds
 over those of the clock, and two processes can be 2 / share times as fast at most. That bound is printed beside the
-ratio, and the CPU time of one over that of two: what is missing from 1 there is what the ranks themselves cost.
+ratio, and the CPU time of one over that of two: what is missing from 1 there is what the ranks themselves cost, and
+what two busy cores cost each other. How much that is shows `nothing_shared`, passes through the network alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from reference_trainer.presets import digits
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training.loop import train
+from reference_trainer.training.state import TrainState
 
 GOAL = 1.8
 
@@ -50,9 +52,11 @@ class Size:
     steps: int
     log_every: int
     """A divisor of steps, smaller than it."""
+    passes: int
 
 
-FULL, TINY = Size(images=3000, steps=550, log_every=50), Size(images=60, steps=4, log_every=2)
+FULL = Size(images=3000, steps=550, log_every=50, passes=400)
+TINY = Size(images=60, steps=4, log_every=2, passes=4)
 
 
 def main() -> None:
@@ -65,17 +69,17 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
         make_images(root / "images", size.images, side=64)
-        in_processes(1, both, root, root / "first", TINY)  # fits and caches the autoencoders
+        in_processes(1, all_works, root, root / "first", TINY)  # fits and caches the autoencoders
         for number in tqdm(range(options.rounds), desc="rounds", unit="round"):
-            spent: dict[str, dict[int, dict[str, float]]] = {"encoding": {}, "training": {}}
+            spent: dict[str, dict[int, dict[str, float]]] = {work.__name__: {} for work in WORKS}
             for processes in (1, 2):
                 at = root / f"{number}-{processes}"
-                in_processes(processes, both, root, at, size)
+                in_processes(processes, all_works, root, at, size)
                 for what, taken in json.loads((at / "spent.json").read_text()).items():
                     spent[what][processes] = taken
             rounds.append(spent)
     rows = []
-    for what in ("encoding", "training"):
+    for what in (work.__name__ for work in WORKS):
         found = [row[what] for row in rounds]
         ratios = [spent[1]["seconds"] / spent[2]["seconds"] for spent in found]
         for spent in found:
@@ -92,10 +96,10 @@ def main() -> None:
         write_json("two_processes", rows, about)
 
 
-def both(ranks: Ranks, root: Path, at: Path, size: Size) -> None:
-    """Encode, then train, in files below ``at``; the leading rank writes what each took."""
+def all_works(ranks: Ranks, root: Path, at: Path, size: Size) -> None:
+    """Do ``WORKS``, in files below ``at``; the leading rank writes what each took."""
     at.mkdir(exist_ok=True)
-    spent = {work.__name__: watched(ranks, partial(work, ranks, root, at, size)) for work in (encoding, training)}
+    spent = {work.__name__: watched(ranks, partial(work, ranks, root, at, size)) for work in WORKS}
     if ranks.leads:
         (at / "spent.json").write_text(json.dumps(spent))
 
@@ -109,6 +113,19 @@ def watched(ranks: Ranks, work: Callable[[], float]) -> dict[str, float]:
     wall, total = time.perf_counter() - wall, torch.tensor([time.process_time() - cpu], dtype=torch.float64)
     ranks.add_up([total])
     return {"seconds": seconds, "cpu": float(total), "share": float(total) / wall}
+
+
+def nothing_shared(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
+    """Seconds for passes through the default network, there and back, that the processes share out and that is all."""
+    config = digits()
+    f = config.preconditioned(TrainState.create(config, (2, 4, 4), CPU).network)
+    x = torch.randn(128, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    ranks.wait()
+    started = time.perf_counter()
+    for _ in range(size.passes // ranks.world):
+        f(x, torch.ones(len(x))).sum().backward()
+    ranks.wait()
+    return time.perf_counter() - started
 
 
 def encoding(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
@@ -134,6 +151,9 @@ def training(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
     train(config, run, config.load_images(CPU), root / "cache", CPU, ranks=ranks)
     rows = run.metrics() if ranks.leads else [{"seconds": 0.0}]
     return float(rows[-1]["seconds"] - rows[0]["seconds"])
+
+
+WORKS = (nothing_shared, encoding, training)
 
 
 if __name__ == "__main__":
