@@ -138,7 +138,7 @@ def test_nothing_waits_for_the_device_between_two_looks(config: TrainConfig, tmp
         monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
     wrong = not_finite(terms)
     bad = state.optimizer_step(config.optimizer, 0.1, wrong.any())
-    remembered.add(bad, state.step, state.first_bad_step, wrong)
+    remembered.add(bad, state, wrong)
     state.update_ema(0.9, bad & config.optimizer.skips)
 
 

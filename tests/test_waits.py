@@ -24,7 +24,6 @@ from reference_trainer.networks import DiT
 from reference_trainer.presets import PRESETS, digits, flow_map
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
-from reference_trainer.training.beside import Beside
 from reference_trainer.training.logger import Silent
 from robustcm.averages import PowerFunction
 from robustcm.flow_targets import Derivative
@@ -167,7 +166,6 @@ def test_between_two_logs_the_loop_asks_the_device_for_nothing(preset, tmp_path,
     )
     watching, run = Watching(), RunFolder(tmp_path)
     monkeypatch.setattr(loop, "logger_of", lambda *_: watching)
-    monkeypatch.setattr(loop, "Beside", lambda _: Beside(torch.device("cuda")))  # on the thread that is watched
     run.claim(config)
     assert loop.train(config, run, config.data.load(), tmp_path, torch.device("cpu"))
     assert watching.after_step[:-1] == [[], [], []]

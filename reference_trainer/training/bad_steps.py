@@ -37,11 +37,6 @@ def not_finite(terms: Terms) -> Tensor:
     return ~(terms.consistency.detach().isfinite() & terms.extra.detach().isfinite() & terms.r.isfinite())
 
 
-def mark(wrong: Tensor, terms: Terms) -> None:
-    """Write into ``wrong [b]`` which samples are ``not_finite``: 1 for these, 0 for the others."""
-    wrong.copy_(not_finite(terms))
-
-
 class Bad(NamedTuple):
     """What is known of one bad step."""
 
@@ -71,17 +66,16 @@ class BadSteps:
         self._seen = self._nothing  # count, most in a row, 0; then one row a named step, see `Bad`
         self._slot = torch.arange(NAMED, device=device)
 
-    def add(self, bad: Tensor, step: int, first: Tensor, wrong: Tensor) -> None:
-        """Remember ``step``, 0-based, if it is ``bad``; no synchronisation.
+    def add(self, bad: Tensor, state: TrainState, wrong: Tensor) -> None:
+        """Remember the present step of ``state`` if it is ``bad``; no synchronisation.
 
         Args:
-            first: ``TrainState.first_bad_step`` behind it.
             wrong: ``not_finite`` of the whole step's samples, of all parts and ranks.
         """
         wrong = wrong != 0
-        this = torch.stack([torch.full_like(bad, step, dtype=torch.int64), wrong.sum(), wrong.int().argmax()])
+        this = torch.stack([torch.full_like(bad, state.step, dtype=torch.int64), wrong.sum(), wrong.int().argmax()])
         count, longest = self._seen[0, 0], self._seen[0, 1]
-        in_a_row = torch.where(bad, step + 1 - first, 0)
+        in_a_row = torch.where(bad, state.step + 1 - state.first_bad_step, 0)
         head = torch.stack([count + bad, torch.maximum(longest, in_a_row), torch.zeros_like(count)])
         rows = torch.where(((self._slot == count) & bad)[:, None], this, self._seen[1:])
         self._seen = torch.cat([head[None], rows])

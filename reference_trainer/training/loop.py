@@ -23,11 +23,10 @@ from reference_trainer.errors import Terminated, UserError
 from reference_trainer.model import TrainedModel, build_network, number_of
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
-from reference_trainer.training.bad_steps import BadSteps, mark
+from reference_trainer.training.bad_steps import BadSteps, not_finite
 from reference_trainer.training.batches import Batches, check_batch_size, check_labels
-from reference_trainer.training.beside import Beside
 from reference_trainer.training.logger import logger_of
-from reference_trainer.training.meters import Sums
+from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.start import classes_of_run, latents_of_run, say_how_it_computes, skip_of_run
 from reference_trainer.training.state import TrainState
 from robustcm.losses import Scale
@@ -105,13 +104,9 @@ def train(
         else:
             state.forget_sums()
     objective = config.objective
-    sums, beside = Sums(state, objective.noise), Beside(device)
+    meter, tail_meter = LevelMeter(noise=objective.noise), TailMeter(noise=objective.noise)
     bad_steps = BadSteps(config, run, batches, images, device, ranks)
     f = config.preconditioned(passes.of(state.network.train()), skip)
-
-    def look() -> None:
-        beside.finish()
-        bad_steps.look(state)
 
     def show(judge: Judge) -> None:
         model = replace(averaged, network=state.whole_ema(build), step=state.step)
@@ -124,53 +119,53 @@ def train(
             show(judge)  # a stop came first
         while state.step < config.steps:
             first = residuals_ahead(config, f, batches, state, ranks)
-            seen, scales = list[Tensor](), list[Scale]()
+            before, seen, scales = (state.meter, state.tails), list[Tensor](), list[Scale]()
             wrong = torch.zeros(config.micro_batches, batches.rows, dtype=torch.float64, device=device)
             for part in parts:
                 batch = batches(state.step, part).to(device)
                 seed_dropout(batches.dropout_seed(state.step, part), device)
                 terms = objective(f, batch, state.c, seen=first)
-                beside.later(partial(mark, wrong[part], terms))
-                beside.later(partial(sums.add, terms, batch.pairs))
-                with beside.meanwhile():
-                    passes.backward(terms.loss / config.micro_batches)
+                passes.backward(terms.loss / config.micro_batches)
                 seen.append(terms.seen)
                 scales.append(terms.c)
+                wrong[part] = not_finite(terms)
+                state.meter = meter.add(state.meter, terms, batch.pairs)
+                state.tails = tail_meter.add(state.tails, terms, batch.pairs)
 
+            counts = torch.stack(seen).sum(0)
             state.add_up_gradients(ranks)
-            after = terms.state  # of c, if that part was the whole
-            if config.micro_batches > 1:
-                counts = torch.stack(seen).sum(0)
-                ranks.add_up([counts, wrong])
-                after = objective.c.observe(state.c, counts)
+            ranks.add_up([counts, wrong])
             lr = config.learning_rate(state.step, config.steps)
             bad = state.optimizer_step(config.optimizer, lr, wrong.any())
+            bad_steps.add(bad, state, wrong.flatten())
             skipped = bad & config.optimizer.skips
-            state.c = torch.where(skipped, state.c, after)
-            beside.later(partial(bad_steps.add, bad, state.step, state.first_bad_step, wrong.flatten()))
-            beside.later(partial(state.update_ema, config.ema_decay, skipped, state.step))
-            beside.later(partial(sums.close, skipped))
+            state.update_ema(config.ema_decay, skipped)
+            state.c = torch.where(skipped, state.c, objective.c.observe(state.c, counts))
+            state.meter, state.tails = (
+                torch.where(skipped, old, new) for old, new in zip(before, (state.meter, state.tails), strict=True)
+            )
             state.step += 1
 
             last = state.step == config.steps
             if state.step % config.log_every == 0 or last:  # the only synchronisation with the device
-                look()
+                bad_steps.look(state)
                 state.add_up_sums(ranks)
                 row = {"num_levels": batch.pairs.num_levels, "c": mean_of(scales, config, ranks), "lr": lr}
-                logger.log(state.step, row | sums.read() | {"bad_steps": int(state.num_bad_steps)})
+                row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
+                logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.forget_sums()
             if config.evaluates_at(state.step):  # before saving: its row comes first
-                look()
+                bad_steps.look(state)
                 if judge and not ranks.any(bool(stop_requested)):
                     show(judge)
             if config.keeps_snapshot_at(state.step):  # before saving, too
-                look()
+                bad_steps.look(state)
                 snapshot = state.snapshot()
                 if ranks.leads:
                     run.save_snapshot(state.step, snapshot)
             last |= ranks.any(bool(stop_requested))
             if state.step % config.save_every == 0 or last:
-                look()
+                bad_steps.look(state)
                 state.add_up_sums(ranks)
                 tensors = state.tensors()
                 if ranks.leads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,43 +75,6 @@ class TailMeter:
         boxes = [box.as_dict() for box in self.stream.statistics(state)]
         names = ("q1", "median", "q3", "iqr", "beyond_inner", "beyond_outer", "max_z")
         return {"sigma": level_centres(self.bins, self.noise)} | {name: [box[name] for box in boxes] for name in names}
-
-
-class Summed(Protocol):
-    """Holds the states of both meters."""
-
-    meter: Tensor
-    tails: Tensor
-
-
-class Sums:
-    """Both meters of a run, a step at a time: its parts are added, then it is closed, and nothing of it stays where it
-    was skipped.
-    """
-
-    def __init__(self, state: Summed, noise: NoiseRange | FlowRange) -> None:
-        self.state, self.meter, self.tail_meter = state, LevelMeter(noise=noise), TailMeter(noise=noise)
-        self._before: tuple[Tensor, Tensor] | None = None
-
-    def add(self, terms: Terms, pairs: LevelPairs) -> None:
-        """A part of a step; no synchronisation."""
-        state = self.state
-        if self._before is None:
-            self._before = state.meter, state.tails
-        state.meter = self.meter.add(state.meter, terms, pairs)
-        state.tails = self.tail_meter.add(state.tails, terms, pairs)
-
-    def close(self, skipped: Tensor) -> None:
-        """The step is done, or ``skipped`` (0-dim bool); no synchronisation."""
-        assert self._before is not None
-        meter, tails = self._before
-        self.state.meter = torch.where(skipped, meter, self.state.meter)
-        self.state.tails = torch.where(skipped, tails, self.state.tails)
-        self._before = None
-
-    def read(self) -> dict[str, Any]:
-        """As a row of the log has it."""
-        return self.meter.read(self.state.meter) | {"td": self.tail_meter.read(self.state.tails)}
 
 
 def level_bin(pairs: LevelPairs, bins: int) -> Tensor:

@@ -157,14 +157,13 @@ class TrainState:
         return norm
 
     @torch.no_grad()
-    def update_ema(self, decay: float, skipped: Tensor | None = None, step: int | None = None) -> None:
+    def update_ema(self, decay: float, skipped: Tensor | None = None) -> None:
         """``ema += (1 - decay') (network - ema)``, decay' ramped up over the first steps; the further ones alike.
 
-        Not where ``skipped``. ``step``: that the weights come from; None: the present one.
+        Not where ``skipped``.
         """
-        step = self.step if step is None else step
-        ramped = min(decay, (step + 1) / (step + 10))
-        further = [(average(step), tensors) for average, tensors in self.further.items()]
+        ramped = min(decay, (self.step + 1) / (self.step + 10))
+        further = [(average(self.step), tensors) for average, tensors in self.further.items()]
         for number, tensors in [(1 - ramped, self.averages), *further]:
             share = torch.full((), number, device=self.c.device)
             if skipped is not None:
