@@ -285,7 +285,7 @@ class Denoising(nn.Module):
 
     log_sigmas: Tensor
     rounding_grows = True
-    """f subtracts t epsilon(x_t): at t = 80 what bfloat16 rounds off, some 0.4 %, is as large as the data."""
+    """f subtracts t epsilon(x_t): at t = 80 what bfloat16 rounds off, some 0.4 %, is of the size of the data."""
 
     def __init__(self, network: Patched, schedule: Schedule, scale: float, sigma_min: float) -> None:
         super().__init__()
