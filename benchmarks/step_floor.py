@@ -1,6 +1,6 @@
 """How much does a step of the trainer cost beside its floor, and beside the step as the authors built theirs?
 
-    python benchmarks/step_floor.py [--quick] [--only "one token"] [--rounds 10]
+    python benchmarks/step_floor.py [--quick] [--only "one token"] [--rounds 10]    (five minutes)
 
 The trainer itself trains, ``reference_trainer.training.loop.train`` with all it does between two steps. Every few
 steps it is stopped, and as many steps are taken of the floor, which no recipe can leave out (teacher forward, student
@@ -33,6 +33,7 @@ from reference_trainer.machine import describe_machine, keep_freed_memory
 from reference_trainer.model import TrainedModel
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.presets import digits
+from reference_trainer.published import DIT_S2
 from reference_trainer.run import RunFolder
 from reference_trainer.training.loop import train
 from reference_trainer.training.state import TrainState
@@ -61,7 +62,10 @@ CASES = (
     Case("one token", DiT(), (2, 4, 4), 256, 40),
     Case("DiT, 16 tokens", DiT(patch=2), (4, 8, 8), 64, 10),
     Case("U-Net", UNet(), (4, 8, 8), 64, 10),
+    Case("DiT-S/2", DIT_S2, (4, 32, 32), 4, 1),
 )
+"""Three as small as the digits', and one as latents of 256 px have it: what a step costs beside the network grows with
+neither tokens nor channels."""
 Clocks = tuple[float, float]
 
 
