@@ -54,9 +54,7 @@ def exact(x: Tensor, z: Tensor, *, labels: Tensor | None = None, generator: torc
     # 128 unused.
     """
     _check(x, z)
-    inner = torch.einsum("if,jf->ij", x.detach().flatten(1).double(), z.detach().flatten(1).double())
-    _, perm = linear_sum_assignment(inner.cpu().numpy(), maximize=True)
-    return torch.as_tensor(perm, device=x.device)
+    return torch.as_tensor(_best(_in_rows(x), _in_rows(z)), device=x.device)
 
 
 class Plan(NamedTuple):
@@ -189,11 +187,19 @@ class WithinClasses:
         if labels is None or labels.shape != x.shape[:1]:
             got = None if labels is None else list(labels.shape)
             raise ValueError(f"the coupler WithinClasses needs labels [{len(x)}], got {got}")
+        by_class = labels.argsort(stable=True)  # each class's samples in their order
+        sizes = torch.unique_consecutive(labels[by_class], return_counts=True)[1].tolist()
+        classes = torch.split(by_class, sizes)
         perm = torch.empty(len(x), dtype=torch.int64, device=x.device)
-        for label in torch.unique(labels):
-            members = torch.nonzero(labels == label).squeeze(1)
-            inside = self.coupler(x[members], z[members], labels=labels[members], generator=generator)
-            perm[members] = members[inside]
+        if self.coupler is exact:  # many small problems: checked, sorted and brought to the CPU once for all
+            parts = zip(*(torch.split(_in_rows(v[by_class]), sizes) for v in (x, z)), strict=True)
+            paired = [members[_best(*part)] for members, part in zip(classes, parts, strict=True)]
+        else:
+            paired = [
+                members[self.coupler(x[members], z[members], labels=labels[members], generator=generator)]
+                for members in classes
+            ]
+        perm[by_class] = torch.cat(paired)
         return perm
 
 
@@ -209,6 +215,17 @@ def coupling_gain(x: Tensor, z: Tensor, perm: Tensor) -> Tensor:
     # mean_ij ||x_i - z_j||^2, without the [b, b] matrix
     random = x.square().sum(1).mean() + z.square().sum(1).mean() - 2 * x.mean(0) @ z.mean(0)
     return 1 - paired / random
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """``[b, ...] -> [b, d]``, float64, on the CPU."""
+    return x.detach().flatten(1).double().cpu()
+
+
+def _best(x: Tensor, z: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The permutation ``[b]`` of the rows of ``z [b, d]`` with the largest sum of inner products with ``x``'s."""
+    perm: np.ndarray[Any, np.dtype[np.int64]] = linear_sum_assignment((x @ z.T).numpy(), maximize=True)[1]
+    return perm
 
 
 def _inner_products(x: Tensor, z: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
