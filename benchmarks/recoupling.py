@@ -70,7 +70,7 @@ def main() -> None:
         model = load_model(RunFolder(run), torch.device("cpu"))
         torch.set_num_threads(model.config.threads)
         rows.append({"run": str(run), "frechet": rows_of(model, options.n)})
-        print(run, ", ".join(f"{name}: {value:.2f}" for name, value in rows[-1]["frechet"].items()), flush=True)
+        print(run, ", ".join(f"{name}: {value:.4g}" for name, value in rows[-1]["frechet"].items()), flush=True)
     print(f"wrote {write_json('recoupling', rows, about).name}")
 
 
