@@ -1,12 +1,12 @@
 """How much of the coupling does a training step wait for, and how long do the solvers take?
 
-    python benchmarks/coupling_time.py [--quick] [--sizes 128 256 512 1024]
+    python benchmarks/coupling_time.py [--quick] [--sizes 128 256 512 1024] [--network "DiT, 16 tokens"]
 
 Steps of the digits' network with nothing but teacher, student, backward and optimizer, on the batches that the trainer
-makes, in turns with the exact coupling and without: the network is the smallest there is, so the share is the largest.
-The trainer pairs the next batch in the background. Printed is the ratio of a turn, with and without, median and
-quartiles, by the clock and by the CPU time of the thread that trains. Then the solvers alone, on one such batch:
-scipy's (ours), POT's ``emd``, and within 10 and 100 classes.
+makes, in turns with the exact coupling and without: the network is the smallest there is, so the share is the largest;
+others of ``step_floor.py`` by name. The trainer pairs the next batch in the background. Printed is the ratio of a turn,
+with and without, median and quartiles, by the clock and by the CPU time of the thread that trains. Then the solvers
+alone, on one such batch: scipy's (ours), POT's ``emd``, and within 10 and 100 classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import ot
 import torch
 from _timing import measure_in_turns, write_json
-from step_floor import CASES, CPU, clocks, config_of, in_words
+from step_floor import CASES, CPU, Case, clocks, config_of, in_words
 from torch import Tensor
 
 from reference_trainer.config import TrainConfig
@@ -33,12 +33,10 @@ from robustcm.consistency import add_noise
 from robustcm.couplers import WithinClasses, exact, independent
 from robustcm.objective import Batch
 
-SHAPE = CASES[0].shape
 
-
-def step_of(config: TrainConfig) -> Callable[[Batch], None]:
+def step_of(config: TrainConfig, case: Case) -> Callable[[Batch], None]:
     """A function that trains on a batch."""
-    state = TrainState.create(config, SHAPE, CPU)
+    state = TrainState.create(config, case.shape, CPU)
     f = config.preconditioned(state.network.train())
     for group in state.optimizer.param_groups:
         group["lr"] = 1e-4
@@ -54,15 +52,15 @@ def step_of(config: TrainConfig) -> Callable[[Batch], None]:
     return step
 
 
-def visible(size: int, turns: int, steps: int) -> dict[str, Any]:
+def visible(case: Case, size: int, turns: int, steps: int) -> dict[str, Any]:
     """A row: what a step costs with and without the coupling of ``size`` samples."""
-    config = replace(config_of(CASES[0], 1), batch_size=size)
-    latents = 0.5 * torch.randn(8 * size, *SHAPE, generator=torch.Generator().manual_seed(0))
+    config = replace(config_of(case, 1), batch_size=size)
+    latents = 0.5 * torch.randn(8 * size, *case.shape, generator=torch.Generator().manual_seed(0))
     arms = {
         name: Batches(replace(config, objective=replace(config.objective, coupler=coupler)), latents)
         for name, coupler in {"coupled": exact, "not": independent}.items()
     }
-    step, found = step_of(config), list[dict[str, tuple[float, float]]]()
+    step, found = step_of(config, case), list[dict[str, tuple[float, float]]]()
     for turn in range(turns + 1):
         row = {}
         for name, batches in arms.items():
@@ -81,13 +79,13 @@ def visible(size: int, turns: int, steps: int) -> dict[str, Any]:
         for i, clock in enumerate(("wall", "cpu"))
     }
     milliseconds = 1e3 * float(np.median([row["not"][0] for row in found]))
-    return {"samples": size, "turns": turns, "step_ms": milliseconds, "coupled_over_not": ratios}
+    return {"network": case.name, "samples": size, "turns": turns, "step_ms": milliseconds, "coupled_over_not": ratios}
 
 
-def solvers(size: int, seconds: float) -> list[dict[str, Any]]:
+def solvers(case: Case, size: int, seconds: float) -> list[dict[str, Any]]:
     """Rows: the solvers on one batch, by the clock."""
     generator = torch.Generator().manual_seed(0)
-    x, z = 0.5 * torch.randn(size, *SHAPE, generator=generator), torch.randn(size, *SHAPE, generator=generator)
+    x, z = (std * torch.randn(size, *case.shape, generator=generator) for std in (0.5, 1.0))
     calls: dict[str, Callable[[], object]] = {"scipy": partial(exact, x, z), "POT emd": partial(emd, x, z)}
     for classes in (10, 100):
         labels = torch.randint(classes, (size,), generator=generator)
@@ -109,17 +107,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two turns of two steps, nothing written")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024], metavar="SAMPLES")
+    parser.add_argument("--network", choices=[case.name for case in CASES], default=CASES[0].name)
     options = parser.parse_args()
     about, rows = describe_machine(), list[dict[str, Any]]()
     keep_freed_memory()
     torch.set_num_threads(1)
-    started = time.monotonic()
+    started, case = time.monotonic(), next(case for case in CASES if case.name == options.network)
     for size in options.sizes:
-        turns, steps = (2, 2) if options.quick else (10, max(4, 8192 // size))
-        rows.append(row := visible(size, turns, steps))
+        turns, steps = (2, 2) if options.quick else (10, max(4, case.steps * case.batch_size // size))
+        rows.append(row := visible(case, size, turns, steps))
         ratio = {clock: in_words(found) for clock, found in row["coupled_over_not"].items()}
         print(f"{size:5} samples, step {row['step_ms']:.1f} ms: coupled / not {ratio['wall']}, cpu {ratio['cpu']}")
-        for found in solvers(size, 0.0 if options.quick else 4.0):
+        for found in solvers(case, size, 0.0 if options.quick else 4.0):
             rows.append(found)
             times = in_words(found["times_scipy"])
             print(f"      {found['solver']:20} {found['seconds']}, {times} times scipy", flush=True)
