@@ -16,6 +16,7 @@ from reference_trainer.__main__ import main
 from reference_trainer.ablation.comparison import ONE, TWO, Result
 from reference_trainer.ablation.further import (
     KERNEL,
+    about_network,
     all_suites,
     as_tables,
     excess,
@@ -99,6 +100,35 @@ def test_what_is_above_the_floor_is_compared_seed_by_seed():
     assert "| 15.00 (15.00, 15.00) | 0.50 (0.50 .. 0.50) |" in ours
     assert "| bound: Gaussian latents decoded | 48.00 |  | 40.00 |" in "\n".join(table)
     assert "No better" not in "\n".join(table)
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        (
+            (0.9, 2.5, 1.4, 0.8, 0.7),
+            "is 0.80 times the best linear denoiser's at noise 0.8, at its best: it has learned",
+        ),
+        (
+            (0.9, 2.5, 1.4, 1.6, 0.7),
+            "is 1.40 times the best linear denoiser's at noise 0.3, at its best: what is linear",
+        ),
+    ],
+)
+def test_a_network_is_large_enough_if_it_beats_the_linear_denoiser_where_noise_hides_part_of_the_data(errors, said):
+    """At the smallest noise all are right, at large noise no sample can be near the data it is made of."""
+    levels = [
+        {"sigma": sigma, "explained": explained, "error": error}
+        for sigma, explained, error in zip(
+            (0.02, 0.1, 0.3, 0.8, 9.0), (0.999, 0.98, 0.9, 0.6, 0.1), errors, strict=True
+        )
+    ]
+    found = [replace(runs()[0], learned={"levels": levels}), *runs()[1:]]
+    (line, _) = about_network(found)
+    assert said in line
+    assert line.startswith("Network: the error of iLCT, seed 0, ")
+    assert line in as_tables(found, BASELINE)
+    assert about_network(runs()) == []
 
 
 def test_what_lies_below_chance_counts_as_chance_and_no_seed_is_dropped():

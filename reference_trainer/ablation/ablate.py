@@ -222,6 +222,7 @@ class Children:
             manifest=evaluation.get("manifest"),
             latents=evaluation.get("latents", {}),
             autoencoder=evaluation.get("autoencoder", {}),
+            learned=evaluation.get("learned", {}),
         )
 
 

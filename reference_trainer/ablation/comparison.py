@@ -41,6 +41,8 @@ class Result:
     """Of evaluation.json: samples and bounds in the latent space; empty where they were not measured."""
     autoencoder: dict[str, Any] = field(default_factory=dict)
     """Of evaluation.json: what is known of it."""
+    learned: dict[str, Any] = field(default_factory=dict)
+    """Of evaluation.json: what f does by noise level, measured where the bounds are."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def as_tables(results: Sequence[Result], baseline: str, stopped: Sequence[tuple[
         lines += [
             as_markdown(own, baseline, stopped),
             *about_autoencoder(own),
+            *about_network(own),
             *to_reconstructions(own, baseline),
             *in_latents(own),
         ]
@@ -162,6 +163,28 @@ def about_autoencoder(results: Sequence[Result]) -> list[str]:
     if held_out := psnr_held_out(run):
         said.append(f"{held_out:.1f} dB held out")
     return [f"Autoencoder: {', '.join(said)}.", ""] if said else []
+
+
+def about_network(results: Sequence[Result]) -> list[str]:
+    """Whether the network is large enough for the budget, in a line: a denoiser of it beats the linear one, or not.
+
+    Asked where a linear denoiser explains half to 99 % of the data: with more noise no sample can be near the data it
+    is made of, with less all errors are next to nothing.
+    """
+    run = bounds_of(results)
+    rows = [row for row in run.learned.get("levels", []) if 0.5 <= row["explained"] <= 0.99] if run else []
+    if run is None or not rows:
+        return []
+    least = min(rows, key=lambda row: row["error"])
+    lowest = f"{least['error']:.2f} times the best linear denoiser's at noise {least['sigma']:.2g}"
+    if least["error"] < 1:
+        verdict = "it has learned what no linear function has"
+    else:
+        verdict = (
+            "what is linear is not learned anywhere yet, and the arms below differ by that: take a larger network, "
+            "smaller patches, or more steps"
+        )
+    return [f"Network: the error of {run.arm}, seed {run.seed}, is {lowest}, at its best: {verdict}.", ""]
 
 
 def psnr_held_out(run: Result) -> float | None:
