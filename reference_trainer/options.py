@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +66,22 @@ def field_of(owner: Any, name: str, path: str) -> Any:
 def _replace(owner: Any, path: str, names: list[str], text: str) -> Any:
     head, *rest = names
     value = field_of(owner, head, path)
-    value = _replace(value, path, rest, text) if rest else _read(type(owner), head, text, path)
+    value = _replace(value, path, rest, text) if rest else _read(type(owner), head, text, path, value)
     try:
         return dataclasses.replace(owner, **{head: value})
     except ValueError as error:
         raise UserError(f"option {path}={_shown(text)}: {error}") from error
 
 
-def _read(owner: type, field: str, text: str, path: str) -> Any:
+def _read(owner: type, field: str, text: str, path: str, before: Any) -> Any:
+    """``text`` as a value of ``owner.field``, which has been ``before``."""
     where = f"option {path}"
     exchangeable, hint = choices_of(owner, field) is not None, typing.get_type_hints(owner)[field]
+    there = _There(before, choices_of(owner, field) or ())
     if hint is str:
         return text
     try:
-        value = _evaluate(ast.parse(text.strip(), mode="eval").body) if exchangeable else ast.literal_eval(text)
+        value = _evaluate(ast.parse(text.strip(), mode="eval").body, there) if exchangeable else ast.literal_eval(text)
     except UserError as error:
         raise UserError(f"{where}={_shown(text)}: {error}") from error
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # all that ast may raise
@@ -94,7 +96,15 @@ def choices_of(owner: Any, field: str) -> tuple[Any, ...] | None:
     return next((CHOICES[base, field] for base in owner.__mro__ if (base, field) in CHOICES), None)
 
 
-def _evaluate(node: ast.expr) -> Any:
+class _There(typing.NamedTuple):
+    """What a part is put in the place of, and what else could stand there."""
+
+    before: Any
+    choices: tuple[Any, ...]
+
+
+def _evaluate(node: ast.expr, there: _There | None = None) -> Any:
+    """The value that ``node`` writes down; of a part, put in the place of what is ``there``."""
     if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-inf":
         return -math.inf
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -104,7 +114,8 @@ def _evaluate(node: ast.expr) -> Any:
             near = difflib.get_close_matches(node.id, VOCABULARY, 1)
             hint = f", did you mean {near[0]}?" if near else "; a part of your own: see docs/how-to/network.md"
             raise UserError(f"unknown name {node.id}{hint}")
-        return VOCABULARY[node.id]
+        part = VOCABULARY[node.id]
+        return _build(part, kept) if _is_part(part) and (kept := _wrapped(part, {}, there)) else part
     if isinstance(node, ast.Call):
         part = _evaluate(node.func)
         positional = [_evaluate(argument) for argument in node.args]
@@ -114,8 +125,28 @@ def _evaluate(node: ast.expr) -> Any:
         names = [field.name for field in dataclasses.fields(part)]
         if len(positional) > len(names):
             raise UserError(f"{_name(part)} has {len(names)} fields, got {len(positional)} values")
-        return _build(part, dict(zip(names, positional, strict=False)) | keywords)
+        given = dict(zip(names, positional, strict=False)) | keywords
+        return _build(part, given | _wrapped(part, given, there))
     return ast.literal_eval(node)
+
+
+def _wrapped(part: type, given: Mapping[str, Any], there: _There | None) -> dict[str, Any]:
+    """What a ``part`` takes over from the one before it: that itself, in a field that can hold it and is not ``given``.
+
+    So ``levels=DenoiseFirst(share=0.2)`` goes on with the levels there were, and not with a library's.
+    """
+    if there is None:
+        return {}
+    kept = {}
+    for name in (field.name for field in dataclasses.fields(part) if field.name not in given):
+        inside = getattr(there.before, name) if isinstance(there.before, part) else there.before
+        if all(_is_choice(inside, choices) for choices in (there.choices, choices_of(part, name) or ())):
+            kept[name] = inside
+    return kept
+
+
+def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
+    return any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices)
 
 
 def _is_part(value: Any) -> bool:
@@ -153,7 +184,7 @@ def _chosen(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     """``value`` if it is one of ``choices`` or an instance of one."""
     if _is_part(value):  # PowerLawC for PowerLawC()
         value = _build(value, {})
-    if not any(value is choice or (isinstance(choice, type) and isinstance(value, choice)) for choice in choices):
+    if not _is_choice(value, choices):
         raise UserError(f"{where} takes {describe(choices)}; got {_shown(literal(value))}")
     return value
 

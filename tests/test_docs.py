@@ -283,7 +283,7 @@ def test_ratios_of_two_arms_are_those_of_a_json():
 
 
 def test_recoupled_sampling_is_as_its_json_says():
-    said = re.findall(r"^\| ([\w, ]+) \| (\d evaluations?|2, .*?) \| (.+) \|$", EVIDENCE, re.MULTILINE)
+    said = re.findall(r"^\| ((?:\w+, )?\d+) \| (\d evaluations?|2, .*?) \| (.+) \|$", EVIDENCE, re.MULTILINE)
     there = set()
     for path in (ROOT / "benchmarks" / "results").glob("recoupling_*.json"):
         d = path.name.split("_")[1].replace("-d", ", ").removeprefix("d")

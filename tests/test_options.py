@@ -31,10 +31,12 @@ from reference_trainer.options import (
     to_json,
 )
 from reference_trainer.presets import PRESETS, digits, flow_map
+from reference_trainer.words import with_options
 from robustcm.barron import Barron, BarronOfR2
+from robustcm.couplers import Entropic
 from robustcm.flow_targets import Derivative
 from robustcm.losses import PerElement, PerToken, cauchy_of_r2, fair, fair_of_r2
-from robustcm.scales import MeasuredC
+from robustcm.scales import ConstantC, MeasuredC
 from robustcm.schedules import FixedCurriculum, LevelGrid
 
 
@@ -72,6 +74,39 @@ def test_an_option_sets_its_field(option: str, read):
     config = override(digits(), option)
     assert read(config)
     assert from_json(json.loads(json.dumps(to_json(config), allow_nan=False))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "held"),
+    [
+        (["objective.levels=DenoiseFirst(share=0.3)"], "levels.then", digits().objective.levels),
+        (["objective.levels=DenoiseFirst"], "levels.then", digits().objective.levels),
+        (
+            ["objective.levels=DenoiseFirst", "objective.levels=DenoiseFirst(0.5)"],
+            "levels.then",
+            digits().objective.levels,
+        ),
+        (["objective.levels=DenoiseFirst(then=LevelGrid)"], "levels.then", LevelGrid()),
+        (
+            ["objective.coupler=Entropic(reg=0.2)", "objective.coupler=WithinClasses"],
+            "coupler.coupler",
+            Entropic(reg=0.2),
+        ),
+        (
+            ["objective.c=ConstantC(per_sqrt_d=0.3)", "objective.c=PowerLawC(slope=-1)"],
+            "c.constant",
+            ConstantC(per_sqrt_d=0.3),
+        ),
+        (["objective.c=MeasuredC(multiple=3)"], "c.bins", MeasuredC().bins),
+    ],
+    ids=str,
+)
+def test_a_part_around_what_was_there_keeps_it_and_takes_nothing_else_over(options: list[str], path: str, held: Any):
+    """Else the levels behind a denoiser were a library's, of 641 levels, whatever the preset's."""
+    found: Any = with_options(digits(), options).objective
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == held
 
 
 @pytest.mark.parametrize(
