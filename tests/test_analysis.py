@@ -59,12 +59,13 @@ def call(script, *arguments):
     return script.main([str(a) for a in arguments])
 
 
-def test_the_script_runs_as_typed_and_writes_figure_and_numbers(noise_folder, tmp_path):
-    command = ["analysis/td_outliers.py", "--data", noise_folder, "--resolution", "8", "--autoencoder", "PixelSpace"]
+def test_the_script_runs_by_its_path_from_any_folder_and_writes_figure_and_numbers(noise_folder, tmp_path):
+    command = [ROOT / "analysis" / "td_outliers.py", "--data", noise_folder, "--resolution", "8"]
+    command += ["--autoencoder", "PixelSpace"]
     command += ["--levels", "5", "--steps", "4", "--samples", "200", "--out", tmp_path / "out", "--device", "cpu"]
     ran = subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
+        cwd=tmp_path,
         env={**os.environ, "ROBUSTCM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
