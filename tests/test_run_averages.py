@@ -247,6 +247,7 @@ def test_a_snapshot_that_is_no_use_is_named(spoil: str, config: TrainConfig, tmp
     load_model(folder, CPU, average=PowerFunction(sigma_rel=0.1))
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_sampling_and_evaluating_by_average(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
