@@ -92,11 +92,11 @@ class Ladder(NamedTuple):
     words: list[str]
     """Without ``--seeds`` and ``--out``."""
 
-    def again(self, out: Path | None = None, seeds: Sequence[int] = (0, 1)) -> int:
+    def again(self, *more: str, out: Path | None = None, seeds: Sequence[int] = (0, 1)) -> int:
         """The same command, in the same folder or in another; the exit status."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ROBUSTCM_CACHE", str(self.images.parent / "cache"))
-            return main([*self.words, f"--out={out or self.out}", "--seeds", *map(str, seeds)])
+            return main([*self.words, f"--out={out or self.out}", "--seeds", *map(str, seeds), *more])
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +206,17 @@ def test_recipes_are_compared_on_the_store_of_a_data_set(image_folder: Path, com
 
 
 def test_the_runs_are_processes_of_their_own_and_compared_in_features_of_the_users(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ladder: Ladder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """One is, for which pictures are not drawn either; the others are there."""
     here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", here)
-    command += ["--arms", BASELINE, "--seeds", "0", "--steps", "2", "--features", "flat_features:flat_pixels"]
-    assert main(command) == 0
-    (evaluation,) = (json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/*/*/evaluation.json"))
-    assert evaluation["features"] == "flat_features:flat_pixels"
+    out = shutil.copytree(ladder.out, tmp_path / "out")
+    run = out / "outliers-5pc" / "ours" / "seed-1"
+    shutil.rmtree(run)
+    assert ladder.again("--features", "flat_features:flat_pixels", out=out) == 0
+    assert json.loads((run / "evaluation.json").read_text())["features"] == "flat_features:flat_pixels"
+    assert RunFolder(run).latest_checkpoint()[0] == 3
 
 
 @pytest.mark.usefixtures("in_process")
@@ -225,7 +228,7 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(
     (run / "evaluation.json").unlink()
     for checkpoint in (run / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    assert ladder.again(out) == 0
+    assert ladder.again(out=out) == 0
     assert "seed 0 failed: no checkpoint in" in capsys.readouterr().out
     failed = [r["failure"] != "" for r in json.loads((out / "ablation.json").read_text())["runs"]]
     assert failed == [False, True, False, False]

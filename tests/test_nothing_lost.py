@@ -21,7 +21,7 @@ from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches
 
 NETWORK = "network=DiT(width=8,layers=1,heads=2,patch=8)"
-OPTIONS = ["pixels", NETWORK, "steps=2", "batch_size=4", "coupling_pool=1", "data.resolution=16"]
+OPTIONS = ["pixels", NETWORK, "clip=None", "steps=2", "batch_size=4", "coupling_pool=1", "data.resolution=16"]
 
 
 @pytest.fixture
