@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).with_name("needed.py")))
 
 import torch
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).with_name("needed.py")))
 
 import torch
 from matplotlib.figure import Figure

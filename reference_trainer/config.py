@@ -300,15 +300,17 @@ class TrainConfig:
         """Those among ``averages``."""
         return tuple(average for average in self.averages if isinstance(average, PowerFunction))
 
-    def found(self) -> TrainConfig:
+    def found(self, noted: Callable[[FromDiffusers], FromDiffusers] = FromDiffusers.found) -> TrainConfig:
         """The same with what a pretrained network is noted, see ``FromDiffusers.found``; before a run is begun.
 
+        Args:
+            noted: how; for many configurations of one network a cache of the same, which loads it once.
         Raises:
             UserError: it cannot be had; a diffusion model without ``statistics``.
         """
         if not isinstance(self.network, FromDiffusers):
             return self
-        network = self.network.found()
+        network = noted(self.network)
         if network.diffusion is not None and self.statistics is None:
             raise UserError(
                 "a diffusion model knows its data in one scale for all channels: give statistics=GivenStatistics for "

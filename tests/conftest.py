@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,26 @@ RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16:
 def ambient_seed() -> None:
     """What a test draws without a generator, networks' first weights above all, does not depend on the tests before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn() -> Iterator[Callable[..., None]]:
+    """Figures are made, and blank ones saved in their place: to draw them is most of the time of runs of a few steps.
+
+    A test that is about a picture takes ``drawn_pictures``; processes of their own draw, too. Gives what saves them.
+    """
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, *where, **options: save(Figure((1, 1)), *where, **options))
+        yield save
+
+
+@pytest.fixture
+def drawn_pictures(drawn: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved as a user has them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawn)
 
 
 @pytest.fixture(scope="session")

@@ -1,44 +1,35 @@
-"""The ladder runs, goes on where it stopped, stops arms by its rule, says what failed; its statistics are scipy's."""
+"""The ladder runs, goes on where it stopped, passes signals on, and says what failed."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, NamedTuple, NoReturn, TextIO
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
+from of_diffusers import saved
 
 from reference_trainer.__main__ import main
 from reference_trainer.ablation import ablate
-from reference_trainer.ablation.ablate import jobs_of, stopped_arms, training_seconds
-from reference_trainer.ablation.comparison import (
-    ONE,
-    TWO,
-    Result,
-    as_markdown,
-    draw_comparison,
-    judged_by,
-    paired_ratio,
-    ranking,
-)
-from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES
+from reference_trainer.ablation.ablate import jobs_of, training_seconds
+from reference_trainer.ablation.comparison import ONE, TWO
+from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm
+from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder
+from reference_trainer.errors import UserError
+from reference_trainer.loading import Place
 from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
 from reference_trainer.words import NAMES
@@ -49,11 +40,6 @@ TINY = [
     *("data=ImageFolder(path={folder}, resolution=16)", "autoencoder=PixelSpace", "batch_size=8", "coupling_pool=2"),
     "network=UNet(block_out_channels=(8,), attention=(False,), norm_num_groups=4)",
 ]
-
-
-def result(arm: str, seed: int, one: float, two: float = 5.0, suite: str = "clean") -> Result:
-    rows = {ONE: {"frechet": one, "precision": 0.5}, TWO: {"frechet": two}, "reconstructions": {"frechet": 1.0}}
-    return Result(suite=suite, arm=arm, seed=seed, steps=10, seconds=1.0, rows=rows)
 
 
 @pytest.fixture
@@ -87,10 +73,43 @@ class AtOnce(Executor):
         return done
 
 
+def train_here(patch: pytest.MonkeyPatch, training: type = InThisProcess) -> None:
+    patch.setattr(ablate, "subprocess", SimpleNamespace(Popen=training))  # and nobody else's
+    patch.setattr(ablate, "ThreadPoolExecutor", AtOnce)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=InThisProcess))  # and nobody else's
-    monkeypatch.setattr(ablate, "ThreadPoolExecutor", AtOnce)
+    train_here(monkeypatch)
+
+
+class Ladder(NamedTuple):
+    """Two arms and two seeds, run to their table; to be looked at or copied."""
+
+    images: Path
+    out: Path
+    printed: str
+    words: list[str]
+    """Without ``--seeds`` and ``--out``."""
+
+    def again(self, *more: str, out: Path | None = None, seeds: Sequence[int] = (0, 1)) -> int:
+        """The same command, in the same folder or in another; the exit status."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ROBUSTCM_CACHE", str(self.images.parent / "cache"))
+            return main([*self.words, f"--out={out or self.out}", "--seeds", *map(str, seeds), *more])
+
+
+@pytest.fixture(scope="module")
+def ladder(kept_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    root, printed = tmp_path_factory.mktemp("ladder"), StringIO()
+    images = shutil.copytree(kept_images, root / "images")
+    words = ["ablate", "--device=cpu", *(option.format(folder=repr(str(images))) for option in TINY)]
+    words += ["--arms", "ours", "--suites", "outliers-5%", "--steps", "3"]
+    ladder = Ladder(images, root / "out", "", words)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        train_here(patch)
+        assert ladder.again() == 0
+    return ladder._replace(printed=printed.getvalue())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -122,34 +141,48 @@ def test_a_signal_is_passed_on_to_the_runs_and_starts_no_further_one(
     assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
 
-@pytest.mark.usefixtures("in_process")
-def test_a_ladder_runs_to_its_table_and_a_second_call_runs_nothing(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    command += ["--arms", "ours", "--suites", "outliers-5%", "--seeds", "0", "1", "--steps", "3"]
-    assert main(command) == 0
-    out = tmp_path / "out"
-    printed = capsys.readouterr().out
-    assert "| ours |" in printed
-    runs = json.loads((out / "ablation.json").read_text())["runs"]
+def test_a_ladder_runs_to_its_table(ladder: Ladder):
+    assert "| ours |" in ladder.printed
+    runs = json.loads((ladder.out / "ablation.json").read_text())["runs"]
     assert [(run["arm"], run["seed"], run["failure"]) for run in runs] == [
         *((BASELINE, 0, ""), ("ours", 0, ""), (BASELINE, 1, ""), ("ours", 1, ""))
     ]
     assert ["reconstructions" in run["rows"] for run in runs] == [True, False, False, False]  # measured once a suite
-    assert "FD of the bounds: reconstructions" in printed
+    assert "FD of the bounds: reconstructions" in ladder.printed
     assert all(run["rows"][ONE].keys() >= {"frechet_rec", "kernel_rec_x1000"} for run in runs)
-    assert "Ranked by FD rec at 1 evaluation" in printed
-    config = RunFolder(out / "outliers-5pc" / "ours" / "seed-1").config()
+    assert "Ranked by FD rec at 1 evaluation" in ladder.printed
+    config = RunFolder(ladder.out / "outliers-5pc" / "ours" / "seed-1").config()
     assert (config.seed, config.steps, config.outliers.share) == (1, 3, 0.05)
-    assert (out / "ablation.png").stat().st_size > 10_000
-    before = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
+    assert (ladder.out / "ablation.png").exists()
+
+
+def test_a_second_call_runs_nothing(ladder: Ladder, monkeypatch: pytest.MonkeyPatch):
+    before = {file: file.stat().st_mtime_ns for file in ladder.out.glob("*/*/*/evaluation.json")}
     assert len(before) == 4
-    assert main(command) == 0
-    assert before == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*/evaluation.json")}
+    train_here(monkeypatch, lambda *_, **__: pytest.fail("runs again"))
+    assert ladder.again() == 0
+    assert before == {file: file.stat().st_mtime_ns for file in ladder.out.glob("*/*/*/evaluation.json")}
 
 
-@pytest.mark.usefixtures("in_process")
-def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(command: list[str], tmp_path: Path):
+class Judged:
+    """A training that is an evaluation and nothing else."""
+
+    returncode = 0
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        (root,) = (word.removeprefix("--out=") for word in command if word.startswith("--out="))
+        (Path(root) / "evaluation.json").write_text(
+            json.dumps({"rows": {ONE: {"frechet": 5.0}, TWO: {"frechet": 4.0}}})
+        )
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+def test_an_arm_typed_by_hand_is_a_preset_and_what_differs(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train_here(monkeypatch, Judged)
     command += ["--arm", "paper", "objective.gate=Above(3)", "ema_decay=0.9", "--steps", "2", "--seeds", "0"]
     assert main(command) == 0
     runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
@@ -172,37 +205,33 @@ def test_recipes_are_compared_on_the_store_of_a_data_set(image_folder: Path, com
         assert (config.data.path, config.ema_decay) == (str(tmp_path / "store"), 0.9999)
 
 
-def flat_pixels():
-    """What ``--features`` calls."""
-    return lambda pixels: pixels.float().flatten(1)[:, ::97]
-
-
 def test_the_runs_are_processes_of_their_own_and_compared_in_features_of_the_users(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ladder: Ladder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """One is, for which pictures are not drawn either; the others are there."""
     here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", here)
-    command += ["--arms", BASELINE, "--seeds", "0", "--steps", "2", "--features", "test_ablate:flat_pixels"]
-    assert main(command) == 0
-    (evaluation,) = (json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/*/*/evaluation.json"))
-    assert evaluation["features"] == "test_ablate:flat_pixels"
+    out = shutil.copytree(ladder.out, tmp_path / "out")
+    run = out / "outliers-5pc" / "ours" / "seed-1"
+    shutil.rmtree(run)
+    assert ladder.again("--features", "flat_features:flat_pixels", out=out) == 0
+    assert json.loads((run / "evaluation.json").read_text())["features"] == "flat_features:flat_pixels"
+    assert RunFolder(run).latest_checkpoint()[0] == 3
 
 
 @pytest.mark.usefixtures("in_process")
 def test_an_arm_that_fails_is_named_and_the_others_go_on(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ladder: Ladder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    command += ["--arms", "ours", "--seeds", "0", "--steps", "4"]
-    assert main(command) == 0
-    run = tmp_path / "out" / "clean" / "ours" / "seed-0"
+    out = shutil.copytree(ladder.out, tmp_path / "out")
+    run = out / "outliers-5pc" / "ours" / "seed-0"
     (run / "evaluation.json").unlink()
     for checkpoint in (run / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    capsys.readouterr()
-    assert main(command) == 0
+    assert ladder.again(out=out) == 0
     assert "seed 0 failed: no checkpoint in" in capsys.readouterr().out
-    failed = [r["failure"] != "" for r in json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]]
-    assert failed == [False, True]
+    failed = [r["failure"] != "" for r in json.loads((out / "ablation.json").read_text())["runs"]]
+    assert failed == [False, True, False, False]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -215,6 +244,25 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
     assert {run["arm"]: run["steps"] for run in runs} == {
         arm: max(1, round(0.2 / seconds)) for arm, seconds in timing.items()
     }
+
+
+def test_a_pretrained_network_is_loaded_once_for_all_arms(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved(tmp_path / "it")
+    loads, load, made = list[Place](), Place.load, list[TrainConfig]()
+
+    def enough(arms: list[tuple[Arm, TrainConfig]], *_: object) -> NoReturn:
+        made.extend(config for _, config in arms)
+        raise UserError("enough")
+
+    monkeypatch.setattr(Place, "load", lambda place: loads.append(place) or load(place))
+    monkeypatch.setattr(ablate, "jobs_of", enough)
+    command[-1] = f"network=FromDiffusers(name='{tmp_path / 'it'}')"
+    assert main([*command, "--arms", "ours", "--arm", "paper", "--steps", "1"]) == 2
+    assert len(made) == 3
+    assert all(config.network.sha256 for config in made)
+    assert len(loads) == 1
 
 
 @pytest.mark.parametrize(
@@ -253,95 +301,6 @@ def test_every_run_has_a_folder_of_its_own_and_seeds_come_in_rounds(tmp_path: Pa
     assert all(job.config.seed == job.seed for job in jobs)
 
 
-def test_the_rule_stops_an_arm_on_its_first_seed_alone_and_suite_by_suite():
-    results = [result(BASELINE, 0, 10), result("bad", 0, 31), result("good", 0, 29), result("bad", 1, 5)]
-    results += [result(BASELINE, 0, 100, suite="other"), result("bad", 0, 31, suite="other")]
-    assert stopped_arms(results, 3.0) == [("clean", "bad")]
-    assert stopped_arms(results, math.inf) == []
-    assert stopped_arms(results[1:], 3.0) == []  # no baseline, no verdict
-
-
-def with_rec(run: Result, one: float, two: float = 4.0) -> Result:
-    """``run``, measured against the reconstructions, too."""
-    more = {ONE: one, TWO: two}
-    rows = {name: row | ({"frechet_rec": more[name]} if name in more else {}) for name, row in run.rows.items()}
-    rows["bound: Gaussian latents decoded"] = {"frechet": 100.0, "frechet_rec": 90.0}
-    return replace(run, rows=rows)
-
-
-def test_arms_are_ranked_and_stopped_by_the_reconstructions_where_every_run_has_them():
-    """Against the images the order is turned round by what the autoencoder loses, as it was on faces."""
-    runs = [with_rec(result(BASELINE, 0, 800), 20), with_rec(result("near", 0, 830), 10)]
-    runs.append(with_rec(result("far", 0, 820), 70))
-    assert judged_by(runs, "clean") == "frechet_rec"
-    assert ranking(runs, "clean", BASELINE) == [("near", 0.5), (BASELINE, 1.0), ("far", 3.5)]
-    assert stopped_arms(runs, 3.0) == [("clean", "far")]
-    older = [*runs, result("older", 0, 2500)]
-    assert judged_by(older, "clean") == "frechet"
-    assert [arm for arm, _ in ranking(older, "clean", BASELINE)] == [BASELINE, "far", "near", "older"]
-    assert stopped_arms(older, 3.0) == [("clean", "older")]
-    failed = replace(result("failed", 0, 1), rows={}, failure="NaN")
-    assert ranking([*runs, failed], "clean", BASELINE) == ranking(runs, "clean", BASELINE)
-    assert judged_by([failed], "clean") == judged_by([], "clean") == "frechet"
-
-
-def test_the_table_shows_both_distances_and_says_which_one_ranks():
-    runs = [with_rec(result(BASELINE, 0, 800), 20), with_rec(result("near", 0, 840), 10)]
-    table = as_markdown(runs, BASELINE)
-    assert "| near | 840.0 | 1.05 | 5.0 | 1.00 | 10.0 | 0.50 | 4.0 | 1.00 |" in table
-    assert f"Ranked by FD rec at 1 evaluation, as ratios to the baseline: near 0.50; {BASELINE} 1.00." in table
-    assert "FD of the bounds: reconstructions 1.0; bound: Gaussian latents decoded 100.0." in table
-    assert "FD rec of the bounds: bound: Gaussian latents decoded 90.0." in table
-    assert all(line.count("|") == table.splitlines()[2].count("|") for line in table.splitlines() if line[:1] == "|")
-
-
-def test_runs_of_an_earlier_version_have_dashes_and_are_ranked_by_what_they_have():
-    table = as_markdown([result(BASELINE, 0, 10), result("other", 0, 5)], BASELINE)
-    assert "| other | 5.0 | 0.50 | 5.0 | 1.00 | - | - | - | - |" in table
-    assert "Ranked by FD (not every run has FD rec) at 1 evaluation" in table
-    assert "FD rec of" not in table
-
-
-@given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=2, max_size=6))
-def test_the_ratio_is_the_exponential_of_scipys_paired_t_interval(pairs: list[tuple[float, float]]):
-    logs = np.log([a / b for a, b in pairs])
-    found = paired_ratio(dict(enumerate(a for a, _ in pairs)), dict(enumerate(b for _, b in pairs)))
-    assert found.mean == pytest.approx(stats.gmean([a / b for a, b in pairs]))
-    if logs.std() > 1e-9:
-        low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
-
-
-def test_only_common_seeds_are_paired():
-    assert paired_ratio({0: 2.0, 5: 9.0}, {0: 1.0, 7: 1.0}) == paired_ratio({0: 2.0}, {0: 1.0})
-    assert str(paired_ratio({0: 2.0}, {0: 1.0})) == "2.00"
-    assert paired_ratio({1: 2.0}, {0: 1.0}) is None
-
-
-def test_the_table_says_what_failed_what_stopped_and_what_bounds_the_figures():
-    broken = replace(result("broken", 0, 1), rows={}, failure="the gradient became NaN")
-    table = as_markdown([result(BASELINE, 0, 10), result("bad", 0, 40), broken], BASELINE, [("clean", "bad")])
-    assert "| broken (seed 0 failed: the gradient became NaN) | - |" in table
-    assert "| bad (further seeds skipped by the rule) | 40.0 | 4.00 |" in table
-    assert "reconstructions 1.0" in table
-
-
-def test_the_picture_has_a_panel_a_suite_and_a_line_an_arm():
-    results = [result(arm, seed, 10 + seed, suite=s) for s in ("a", "b") for arm in ("x", "y") for seed in (0, 1)]
-    figure = draw_comparison(results, "x")
-    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["x", "y"]
-
-
-def test_the_picture_shows_the_distance_that_arms_are_ranked_by():
-    plain = [result(arm, 0, 10) for arm in ("x", "y")]
-    ranked = [replace(r, rows={ONE: {"frechet": 10.0, "frechet_rec": 3.0}}) for r in plain]
-    for results, to, at in ((plain, "images", 10), (ranked, "reconstructions", 3)):
-        (ax,) = draw_comparison(results, "x").axes
-        assert ax.get_xlabel() == f"Frechet distance to the {to} (lower is better)"
-        assert ax.lines[0].get_xdata() == pytest.approx([at])
-
-
 def test_training_seconds_add_up_over_sittings(tmp_path: Path):
     run = RunFolder(tmp_path)
     for step, seconds in enumerate([10.0, 20.0, 4.0, 9.0]):  # the second sitting restarts the clock
@@ -349,15 +308,14 @@ def test_training_seconds_add_up_over_sittings(tmp_path: Path):
     assert training_seconds(run) == 29.0
 
 
-@pytest.mark.usefixtures("in_process")
 def test_runs_made_from_other_images_are_not_compared_with_new_ones(
-    command: list[str], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ladder: Ladder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    command += ["--arms", BASELINE, "--seeds", "0", "--steps", "2"]
-    assert main(command) == 0
-    before = (tmp_path / "out" / "ablation.json").read_bytes()
-    (image_folder / "00.png").unlink()
-    capsys.readouterr()
-    assert main([*command[:-4], "--seeds", "0", "1", "--steps", "2"]) == 2
+    before, gone = (ladder.out / "ablation.json").read_bytes(), ladder.images / "00.png"
+    gone.rename(tmp_path / "gone")
+    try:
+        assert ladder.again(seeds=(0, 1, 2)) == 2
+    finally:
+        (tmp_path / "gone").rename(gone)
     assert "36 training and 4 held-out images of 3 x 16 x 16 then, 36 training and 3" in capsys.readouterr().err
-    assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+    assert (ladder.out / "ablation.json").read_bytes() == before

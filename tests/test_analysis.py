@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,19 +58,22 @@ def call(script, *arguments):
     return script.main([str(a) for a in arguments])
 
 
-def test_the_script_runs_as_typed_and_writes_figure_and_numbers(noise_folder, tmp_path):
-    command = ["analysis/td_outliers.py", "--data", noise_folder, "--resolution", "8", "--autoencoder", "PixelSpace"]
-    command += ["--levels", "5", "--steps", "4", "--samples", "200", "--out", tmp_path / "out", "--device", "cpu"]
-    ran = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "ROBUSTCM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "advice from" in ran.stdout
+@pytest.mark.usefixtures("drawn_pictures")
+def test_the_script_runs_by_its_path_from_any_folder_and_writes_figure_and_numbers(
+    noise_folder, tmp_path, monkeypatch, capsys
+):
+    """As ``python FILE``, but here: torch is imported already."""
+    words = ["--data", noise_folder, "--resolution", "8", "--autoencoder", "PixelSpace", "--out", "out"]
+    words += ["--levels", "5", "--steps", "4", "--samples", "200", "--device", "cpu"]
+    file = ROOT / "analysis" / "td_outliers.py"
+    monkeypatch.setattr(sys, "argv", [str(file), *map(str, words)])
+    monkeypatch.syspath_prepend(str(file.parent))
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 0
+    assert "advice from" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "td_outliers.json").read_text())["pixels"]
     assert report["data"]["all"]["count"] == 36 * 3 * 64  # every tenth of 40 images is held out
     assert report["data"]["all"]["std"] == pytest.approx(0.5, rel=1e-5)
@@ -129,6 +131,7 @@ def test_a_run_is_looked_at_at_the_number_of_levels_it_reached(tiny, tmp_path, c
     assert "at N = 5" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_losses_pull_as_their_derivatives_say(tiny, tmp_path, capsys):
     run, *_ = tiny
     r = torch.linspace(0, 5, 50)
@@ -145,6 +148,7 @@ def test_losses_pull_as_their_derivatives_say(tiny, tmp_path, capsys):
     assert "squared_l2" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_figure_of_schedules_holds_the_schedules_and_the_measured_spread(tiny, tmp_path, capsys):
     run, *_ = tiny
     other = RunFolder(shutil.copytree(run.root, tmp_path / "other"))

@@ -103,6 +103,7 @@ def coloured(images):
         (24, coloured, ["--images", 1, "--steps", 0], "need at least two samples"),
     ],
 )
+@pytest.mark.usefixtures("drawn_pictures")
 def test_however_few_images_there_is_a_box_plot_and_a_line_on_what_is_missing(
     count, change, arguments, said, tmp_path, capsys
 ):

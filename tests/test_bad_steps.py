@@ -39,6 +39,7 @@ def config(image_folder: Path) -> TrainConfig:
     return TrainConfig(
         data=ImageFolder(path=str(image_folder), resolution=16),
         autoencoder=PixelSpace(),
+        clip=None,
         network=DiT(width=8, layers=1, heads=2, patch=8),
         objective=Objective(c=MeasuredC(bins=2), coupler=exact, gate=Above(0.5)),
         batch_size=8,

@@ -198,6 +198,7 @@ def test_class_folders_are_labels_and_a_file_beside_them_takes_them_away(animals
     assert source.load().labels is None
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_run_by_class_is_sampled_by_name_number_and_row_by_row(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

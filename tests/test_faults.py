@@ -27,7 +27,17 @@ from reference_trainer.training.batches import Batches
 from robustcm.objective import Batch
 
 NETWORK = "network=DiT(width=8,layers=1,heads=2,patch=8)"
-OPTIONS = ["pixels", NETWORK, "steps=6", "batch_size=4", "data.resolution=16", "save_every=2", "log_every=4", "--brief"]
+OPTIONS = [
+    "pixels",
+    NETWORK,
+    "clip=None",
+    "steps=6",
+    "batch_size=4",
+    "data.resolution=16",
+    "save_every=2",
+    "log_every=4",
+    "--brief",
+]
 
 
 @pytest.fixture

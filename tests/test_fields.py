@@ -26,7 +26,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PretrainedAutoencoder
 from reference_trainer.data.codecs import Pixels
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
-from reference_trainer.data.gaussian_skip import Scalar, skip_for
+from reference_trainer.data.gaussian_skip import GaussianSkip, Scalar, skip_for
 from reference_trainer.data.images import Digits, ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.data.photographs import Photographs
@@ -41,10 +41,12 @@ from robustcm.objective import FewStepObjective, Objective, draw
 from robustcm.semidiscrete import Semidiscrete
 from robustcm.sketch import LogHistogram
 from robustcm.teacher_input import KeepCovariance
+from robustcm.turning import Turning
 
 PARTS = tuple(dict.fromkeys(p for parts in CHOICES.values() for p in parts if isinstance(p, type)))
 NEEDED: dict[type, dict[str, Any]] = {
     FromDiffusers: {"name": "a/network"},
+    GaussianSkip: {"gain": Turning(clusters=2, levels=2)},  # whose own numbers are drawn by itself
     AnnealedAbove: {"start": 8.0, "end": 0.5},
     ImageFolder: {"path": "photos"},
     PretrainedAutoencoder: {"load": "my_vae:load"},

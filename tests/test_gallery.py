@@ -75,6 +75,7 @@ def test_the_heavy_latents_are_those_of_the_suite(gallery: Any):
     assert override(digits(), autoencoder_option(gallery.HEAVY)).autoencoder == heavy_tailed(digits()).autoencoder
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_ladder_is_drawn_of_the_runs_that_are_kept(gallery: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(sys, "argv", ["gallery.py", "--only", "ladder", "--out", str(tmp_path)])
     assert gallery.main() == 0

@@ -21,6 +21,7 @@ from reference_trainer.networks import DiT
 from reference_trainer.options import as_options, filled, from_json, override, to_json
 from reference_trainer.presets import ilct, on_data
 from reference_trainer.run import RunFolder
+from reference_trainer.training import start
 from reference_trainer.training.loop import train
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.gaussian import Gaussian, LinearSkip, Turned, flow_gain, wiener_gain
@@ -54,10 +55,10 @@ def gaussian_latents(n: int = 300) -> Tensor:
 
 
 def on_store(root: Path, latents: Tensor, **change: object) -> TrainConfig:
-    """A tiny run on a store of ``latents``; every tenth is held out."""
+    """A tiny run on a store of ``latents`` and their mirror images; every tenth is held out."""
     if not root.exists():
         root.mkdir(parents=True)
-        save_file({"latents": latents}, root / "a.safetensors")
+        save_file({"latents": latents, "latents_flip": latents.flip(3).contiguous()}, root / "a.safetensors")
     config = replace(on_data(ilct(), root), autoencoder=PretrainedAutoencoder(load="test_gaussian_skip:load"))
     network = DiT(width=8, layers=1, heads=2, patch=4)
     config = replace(config, network=network, batch_size=16, steps=6, save_every=2, clip=None, log_every=2)
@@ -124,9 +125,11 @@ def test_gaussian_latents_are_sampled_right_by_a_network_that_gives_nothing(tmp_
     torch.testing.assert_close(torch.cov(samples.T), torch.cov(data.T), rtol=0, atol=0.02)
 
 
-def test_the_store_s_covariance_is_that_of_a_pass_over_the_latents(tmp_path: Path):
+@pytest.mark.parametrize("flips", [False, True])
+def test_the_store_s_covariance_is_that_of_a_pass_over_the_latents(flips: bool, tmp_path: Path):
     config = on_store(tmp_path / "store", gaussian_latents())
-    raw = config.load_images(CPU).latents
+    raw = replace(config.data, flips=flips).decoded(config.autoencoder, CPU).latents
+    assert (raw.second_moments() is None) == flips  # what is kept is that of the latents alone
     space = LatentSpace.of(Twice(), raw.take(torch.arange(len(raw))))
     latents = Changed(raw, space.normalise)
     kept, passed = (skip_for(GaussianSkip(gain=flow_gain), latents, NoiseRange(), given) for given in (space, None))
@@ -190,6 +193,15 @@ def test_a_skip_that_is_missing_or_of_other_latents_is_refused(tmp_path: Path):
     for again in (lambda: load_model(run, CPU), lambda: trained(config, tmp_path / "run")):
         with pytest.raises(UserError, match=r"skip\.safetensors.*; the run's weights mean nothing without it"):
             again()
+
+
+def test_a_skip_that_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As of a run that was stopped before its first checkpoint, or of the processes behind the first."""
+    config = on_store(tmp_path / "store", gaussian_latents(), preconditioning=GaussianSkip(gain=flow_gain), steps=1)
+    run = trained(config, tmp_path / "run")
+    run.checkpoints()[0].unlink()
+    monkeypatch.setattr(start, "skip_for", lambda *_: pytest.fail("measured again"))
+    trained(config, tmp_path / "run")
 
 
 def test_what_is_kept_comes_back_bit_for_bit(tmp_path: Path):

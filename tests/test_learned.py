@@ -156,6 +156,7 @@ def test_the_picture_has_both_lines_and_what_they_are_held_against():
     assert [len(ax.lines) for ax in figure.axes] == [3, 3, 3]
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_table_and_report_say_it(tmp_path: Path):
     found = learned(lambda x_t, t: x_t)
     run = a_run(tmp_path / "run")

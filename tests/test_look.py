@@ -90,6 +90,7 @@ def test_the_picture_goes_from_the_worst_image_to_the_best(rng: torch.Generator)
     assert "14.50 dB, the mean over 30 of 99 (worst 0.0, best 29.0)" in figure.axes[0].get_title()
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_command_draws_and_says_and_encodes_nothing(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], images: ImageSet
 ):

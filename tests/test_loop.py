@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -163,22 +163,20 @@ def test_every_method_continues_bit_exactly_and_samples(
         assert torch.equal(latents, model.latents(3, levels, seed=0))
 
 
-KILLED_BEHIND_STEP_7 = """
-import os, signal, sys
-from reference_trainer.__main__ import main
-from reference_trainer.training import loop
+def killed_behind_step_7(words: list[str]) -> None:
+    """What a process does: train, and be killed in the middle."""
 
-class Killing(loop.Batches):
-    def __call__(self, step, part=0):
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(step, part)
+    class Killing(Batches):
+        def __call__(self, step: int, part: int = 0) -> Batch:
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(step, part)
 
-loop.Batches = Killing
-main(sys.argv[1:])
-"""
+    loop.Batches = Killing
+    main(words)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_run(
     config: TrainConfig,
     whole: RunFolder,
@@ -188,9 +186,10 @@ def test_kill_9_and_the_same_command_again_give_the_weights_of_an_uninterrupted_
 ):
     monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
     words, killed = [*as_options(config), f"--run={tmp_path / 'killed'}"], RunFolder(tmp_path / "killed")
-    command = [sys.executable, "-c", KILLED_BEHIND_STEP_7, *words]
-    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    process = multiprocessing.get_context("fork").Process(target=killed_behind_step_7, args=(words,))
+    process.start()  # a fork: torch is imported already
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     assert killed.latest_checkpoint()[0] == 6
     assert main(words) == 0
     assert_same(final_tensors(whole), final_tensors(killed))
@@ -272,7 +271,7 @@ def test_a_finished_run_ends_with_its_final_evaluation_once(
     monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
     folder = RunFolder(tmp_path / "run")
     for _ in range(2):
-        assert main([*as_options(config), "evaluate_every=6", f"--run={folder.root}"]) == 0
+        assert main([*as_options(config), "evaluate_every=6", f"--run={folder.root}", "--brief"]) == 0
         final = json.loads((folder.root / "evaluation.json").read_text())
         assert [row["step"] for row in folder.evaluations()] == [6, 12]
         assert folder.evaluations()[-1] == brief(final)

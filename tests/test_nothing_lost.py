@@ -21,7 +21,7 @@ from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches
 
 NETWORK = "network=DiT(width=8,layers=1,heads=2,patch=8)"
-OPTIONS = ["pixels", NETWORK, "steps=2", "batch_size=4", "coupling_pool=1", "data.resolution=16"]
+OPTIONS = ["pixels", NETWORK, "clip=None", "steps=2", "batch_size=4", "coupling_pool=1", "data.resolution=16"]
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_the_autoencoder_is_fitte
     assert "batch_size=37 is larger than the 36 training images" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_folder_with_one_held_out_image_ends_in_a_table(command: list[str], image_folder: Path, capsys):
     for file in sorted(image_folder.iterdir())[14:]:
         file.unlink()
@@ -140,6 +141,7 @@ def test_a_picture_that_cannot_be_written_is_said_before_it_is_drawn(command, tm
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_losses_that_are_not_finite_are_null_in_the_log_and_still_drawn(
     command: list[str], tmp_path: Path, monkeypatch
 ):

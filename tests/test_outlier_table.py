@@ -31,6 +31,7 @@ def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_row_says_what_the_tails_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     values = gaussian(500, 2, 4, 4)
     values[::10, 1, 0, 0] *= 30

@@ -25,6 +25,7 @@ from of_diffusers import FILE, SHAPE, change, saved, started, unet
 from torch import Tensor
 
 from reference_trainer.__main__ import main
+from reference_trainer.commands.train import about_pretrained
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Pixels
@@ -306,6 +307,38 @@ def test_of_another_number_of_channels_they_are_refused_before_all_images_are_en
         training_latents(config, config.load_images(CPU), tmp_path, CPU)
 
 
+# What is said of it
+
+
+def said_of(root: Path, *options: str) -> list[str]:
+    config = override(digits(), f"network=FromDiffusers(name='{root}')")
+    for option in options:
+        config = override(config, option)
+    return about_pretrained(config.found())
+
+
+def test_it_is_said_by_what_its_data_are_normalised_and_how_to_give_what_it_was_trained_on(tmp_path: Path):
+    saved(tmp_path / "it", CMStochasticIterativeScheduler())
+    network, own = said_of(tmp_path / "it")
+    assert "F of a consistency model" in network
+    assert own.startswith("its data are normalised by their own mean and std, channel by channel")
+    assert "give these, statistics='GivenStatistics(mean=(...), std=(...))', or for pixels" in own
+    for option, said in (
+        ("GivenStatistics", "mean (0.0,), std (0.5,)"),
+        ("GivenStatistics(mean=(0.1,), std=(2.0, 1.0, 1.0))", "mean (0.1,), std (2.0, 1.0, 1.0)"),
+    ):
+        _, given = said_of(tmp_path / "it", f"statistics={option}")
+        assert given == f"its data are normalised by what is given: {said}, which becomes 0.5"
+
+
+def test_norms_of_another_function_are_said_and_how_to_have_its_own(tmp_path: Path):
+    saved(tmp_path / "it")
+    *_, norms = said_of(tmp_path / "it", "non_scaling_norm=True")
+    assert "it begins as another function; as itself with non_scaling_norm=False" in norms
+    assert "function" not in said_of(tmp_path / "it", "non_scaling_norm=False")[-1]
+    assert about_pretrained(digits()) == []
+
+
 # From end to end
 
 
@@ -319,7 +352,9 @@ def test_a_run_starts_from_an_export_of_a_run_and_outlives_the_folder(
     first, second, out = (str(tmp_path / name) for name in ("first", "second", "out"))
     assert main([*words, f"network=FromDiffusers(name='{tmp_path / 'it'}')", "--out", first]) == 0
     assert main(["export", first, "--out", out, "--device=cpu"]) == 0
-    assert "begins as another function" not in capsys.readouterr().out
+    begun = capsys.readouterr().out
+    assert "its data are normalised by what is given" in begun
+    assert "begins as another function" not in begun
     norms = ["non_scaling_norm=True", "--out", second]
     assert main([*words, f"network=FromDiffusers(name='{out}')", *norms]) == 0
     assert "begins as another function" in capsys.readouterr().out

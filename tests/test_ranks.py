@@ -146,7 +146,8 @@ def two(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         (root / "port").write_text(str(free.getsockname()[1]))
-    for process in mp.spawn(one_of_two, (root, config), nprocs=2, join=False).processes:
+    forked = mp.start_processes(one_of_two, (root, config), nprocs=2, join=False, start_method="fork")
+    for process in forked.processes:  # torch is imported already
         process.join(200)
     return root
 

@@ -40,6 +40,7 @@ def config(image_folder: Path) -> TrainConfig:
     return TrainConfig(
         data=ImageFolder(path=str(image_folder), resolution=16),
         autoencoder=PixelSpace(),
+        clip=None,
         network=DiT(width=8, layers=1, heads=2, patch=8),
         objective=Objective(gate=Above(0.5)),
         averages=KEPT,
@@ -247,6 +248,7 @@ def test_a_snapshot_that_is_no_use_is_named(spoil: str, config: TrainConfig, tmp
     load_model(folder, CPU, average=PowerFunction(sigma_rel=0.1))
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_sampling_and_evaluating_by_average(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import two_runs
 
 from reference_trainer import ranks
 from reference_trainer.__main__ import main
@@ -25,48 +26,41 @@ TINY += ["network=DiT(width=8,layers=1,heads=2,patch=16)", "--device=cpu", "--br
 STEPS = 100_000
 
 
-def torchrun(*words: str) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "-m", "reference_trainer", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-
-
 @pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """What is still running when a test fails is ended, with its children."""
-    found: list[subprocess.Popen[str]] = []
-    yield found
-    for process in found:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
-
-
-def test_two_processes_write_and_print_once_and_sigterm_saves(
-    image_folder: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
-):
-    """The one slow test of torchrun itself: two starts of two processes."""
+def torchrun(image_folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two processes that train ``whole`` and then ``stopped``. When a test fails it is ended, with its children."""
     words = ["train", *TINY, f"--data={image_folder}"]
-    started.append(torchrun(*words, "steps=4", f"--out={tmp_path / 'whole'}"))
-    out, err = started[0].communicate(timeout=200)
-    assert started[0].returncode == 0, err
-    assert out.count("measured with:") == 1
-    assert err.count("training:   0%") == err.count("training: 100%") == 1
-    run = RunFolder(tmp_path / "whole")
-    assert [row["step"] for row in run.metrics()] == [2, 4]
-    assert json.loads((run.root / "evaluation.json").read_text())["rows"]["2 evaluations"]["n"] == 36
-    assert [file.name for file in run.checkpoints()] == ["step_00000004.safetensors"]
+    whole = [*words, "steps=4", f"--out={tmp_path / 'whole'}"]
+    stopped = [*words, f"steps={STEPS}", "save_every=5", f"--out={tmp_path / 'stopped'}"]
+    command = [*TORCHRUN, two_runs.__file__, *whole, two_runs.THEN, *stopped]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.wait(60)
 
-    started.append(torchrun(*words, f"steps={STEPS}", "save_every=5", f"--out={tmp_path / 'stopped'}"))
+
+def test_two_processes_write_and_print_once_and_sigterm_saves(torchrun: subprocess.Popen[str], tmp_path: Path):
+    """The one slow test of torchrun itself, so both facts of one start."""
     run = RunFolder(tmp_path / "stopped")
-    until = time.monotonic() + 200
-    while not run.checkpoints() and time.monotonic() < until and started[1].poll() is None:
+    until = time.monotonic() + 400
+    while not run.checkpoints() and time.monotonic() < until and torchrun.poll() is None:
         time.sleep(0.05)
-    started[1].send_signal(signal.SIGTERM)
-    _, err = started[1].communicate(timeout=60)
-    assert started[1].returncode != 0
-    assert err.count("and saved in") == 1, err
-    step = int(err.partition("stopped after step ")[2].split()[0])
+    torchrun.send_signal(signal.SIGTERM)
+    out, err = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0
+
+    of_whole, _, of_stopped = err.partition(two_runs.THEN)
+    assert out.count("measured with:") == 1
+    assert of_whole.count("training:   0%") == of_whole.count("training: 100%") == 1, err
+    whole = RunFolder(tmp_path / "whole")
+    assert [row["step"] for row in whole.metrics()] == [2, 4]
+    assert json.loads((whole.root / "evaluation.json").read_text())["rows"]["2 evaluations"]["n"] == 36
+    assert [file.name for file in whole.checkpoints()] == ["step_00000004.safetensors"]
+
+    assert of_stopped.count("and saved in") == 1, err
+    step = int(of_stopped.partition("stopped after step ")[2].split()[0])
     assert (found := run.latest_checkpoint()) is not None
     assert found[0] == step < STEPS
 

@@ -116,6 +116,33 @@ def test_the_two_ends_of_a_path_correlate_at_least_as_much_as_the_angle_says():
     assert (measured[0, 1:3] > 0.999).all()
 
 
+def test_what_is_taken_off_is_the_spread_of_what_is_measured(rng):
+    """As measuring again and again shows it."""
+    variances, level = gaussian_of_two_clusters().variances[:3], torch.tensor([0.5])
+    found, less = [], []
+    for seed in range(150):
+        y = two_clusters(2000, seed)
+        state = rng.get_state()
+        speed = turning(y, variances, level, best, rng, errors=0.0)[0, 0]
+        rng.set_state(state)  # the same noise
+        found.append(speed.square())
+        less.append(turning(y, variances, level, best, rng, errors=2.0)[0, 0].square())
+    assert min(less) > 0  # something is left of each
+    taken_off = torch.stack(found).mean() - torch.stack(less).mean()
+    assert float(taken_off) == pytest.approx(2 * float(torch.stack(found).std()), rel=0.2)
+
+
+def test_speeds_that_change_evenly_add_up_to_their_integral(rng, monkeypatch):
+    """Of ``a + b u`` over u = ln(t / sigma_min) it is ``a u + b u^2 / 2``."""
+    a, b, noise = torch.tensor([0.0, 0.02, 0.1]), torch.tensor([0.02, 0.0, -0.005]), NoiseRange()
+    monkeypatch.setattr(
+        "robustcm.turning.turning", lambda y, v, t, *_, **__: a + b * (t / noise.sigma_min).log()[:, None]
+    )
+    angles = Turning(levels=4).on(two_clusters(200), gaussian_of_two_clusters(), rng).angles
+    u = torch.linspace(0, math.log(noise.sigma_max / noise.sigma_min), 4)[:, None]
+    torch.testing.assert_close(angles[:, :3], a * u + b * u**2 / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_gaussian_data_do_not_turn(rng):
     x = torch.randn(3000, 8, generator=rng) * torch.logspace(0.3, -1, 8)
     gaussian = Gaussian.fit(x)

@@ -49,6 +49,7 @@ def test_a_constant_component_has_no_part_in_it():
     assert with_it == without
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_script_tells_it_of_the_digits_and_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = claimed(tmp_path / "run", ilct())
     row = {"variance_first_4": 0.81, "variance_next_12": 0.77, "variance_rest": 0.66}

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.images import Digits, ImageSet
 from reference_trainer.networks import DiT
 from reference_trainer.presets import PRESETS, digits, flow_map
 from reference_trainer.run import RunFolder
@@ -150,15 +151,25 @@ def meanflow() -> TrainConfig:
     return replace(flow_map(), objective=replace(flow_map().objective, target=Derivative()))
 
 
+@pytest.fixture(scope="module")
+def small_digits() -> ImageSet:
+    """500 of them, at a quarter of their side: what is measured on all latents takes a moment, too."""
+    digits = Digits().load()
+    assert digits.labels is not None
+    every = slice(None, None, 10)
+    pixels = digits.pixels[every, :, 2::4, 2::4].contiguous()
+    return ImageSet("digits", pixels, digits.labels[every], digits.is_held_out[every])
+
+
 @pytest.mark.parametrize("preset", [*PRESETS, in_two_parts, meanflow], ids=lambda preset: preset.__name__)
-def test_between_two_logs_the_loop_asks_the_device_for_nothing(preset, tmp_path, monkeypatch):
+def test_between_two_logs_the_loop_asks_the_device_for_nothing(preset, small_digits: ImageSet, tmp_path, monkeypatch):
     """What is made in the background, batches and couplings, is on the CPU whatever the device."""
     config = preset()
     config = replace(
         config,
         autoencoder=PixelSpace(),
         clip=None,
-        network=DiT(width=8, layers=1, heads=2, patch=32),
+        network=DiT(width=8, layers=1, heads=2, patch=8),
         objective=replace(config.objective, gate=Above(1.0)),
         batch_size=16,
         steps=4,
@@ -167,6 +178,6 @@ def test_between_two_logs_the_loop_asks_the_device_for_nothing(preset, tmp_path,
     watching, run = Watching(), RunFolder(tmp_path)
     monkeypatch.setattr(loop, "logger_of", lambda *_: watching)
     run.claim(config)
-    assert loop.train(config, run, config.data.load(), tmp_path, torch.device("cpu"))
+    assert loop.train(config, run, small_digits, tmp_path, torch.device("cpu"))
     assert watching.after_step[:-1] == [[], [], []]
     assert watching.after_step[-1]  # the log and the checkpoint: that it sees

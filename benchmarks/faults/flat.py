@@ -12,12 +12,16 @@ more than a tenth of the tensors' size.
 from __future__ import annotations
 
 import argparse
+import runpy
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 import torch
 from torch import Tensor

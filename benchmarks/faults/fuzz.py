@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import random
+import runpy
 import shlex
 import shutil
 import signal
@@ -26,6 +27,9 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 import torch
 from hostile import KINDS, Case, Good, make_good

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
 import sys
@@ -23,6 +24,9 @@ import time
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 import numpy as np
 import torch

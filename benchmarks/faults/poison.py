@@ -13,10 +13,14 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from reference_trainer.files import as_json, write_atomically
 from reference_trainer.machine import cache_folder, describe_machine, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.presets import DATA, RECIPES
+from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.run import RunFolder
 from reference_trainer.training.start import new_latents
 from reference_trainer.words import Chosen, with_options
@@ -309,7 +311,8 @@ def run_ablate(options: argparse.Namespace) -> int:
     if options.seconds and (sized := [suite.name for suite in suites if suite.sized]):
         raise UserError(f"--seconds measures one size of latents, suite {sized[0]} has another: give --steps")
     base, changes = base_of(options.words, options.data)
-    arms = [(arm, with_options(arm.build(base), changes).found()) for arm in chosen]
+    noted = functools.cache(FromDiffusers.found)  # one network for all arms: loaded and hashed once
+    arms = [(arm, with_options(arm.build(base), changes).found(noted)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
         images = arms[0][1].load_images(device)

@@ -99,6 +99,32 @@ def what_is(word: str, presets: Sequence[str], fields: Sequence[str]) -> str:
     return f"unknown preset {word}{did_you_mean(word, (*presets, *COMMANDS, *fields)) or f': there are {there}'}"
 
 
+def about_pretrained(config: TrainConfig) -> list[str]:
+    """Where a run starts from a pretrained network: what that is, what its data are normalised by, what its norms are.
+
+    Weights mean something for data as they were trained on alone, and nothing fails where these are others.
+    """
+    from reference_trainer.pretrained import FromDiffusers
+
+    if not isinstance(config.network, FromDiffusers):
+        return []
+    lines, given = [config.network.in_words], config.statistics
+    if given is not None:
+        lines.append(f"its data are normalised by what is given: mean {given.mean}, std {given.std}, which becomes 0.5")
+    else:
+        lines.append(
+            "its data are normalised by their own mean and std, channel by channel: if those it was trained on were "
+            "normalised by others, give these, statistics='GivenStatistics(mean=(...), std=(...))', or for pixels in "
+            "-1 .. 1 as they are statistics=GivenStatistics"
+        )
+    if config.non_scaling_norm:
+        lines.append(
+            "non_scaling_norm=True takes learned scales and groups out of its norms: it begins as another function; "
+            "as itself with non_scaling_norm=False"
+        )
+    return lines
+
+
 def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
     import torch
@@ -117,7 +143,6 @@ def run_train(options: argparse.Namespace) -> int:
     from reference_trainer.machine import cache_folder, device_of
     from reference_trainer.model import load_model
     from reference_trainer.options import as_options
-    from reference_trainer.pretrained import FromDiffusers
     from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
     from reference_trainer.training.batches import check_labels
@@ -136,12 +161,9 @@ def run_train(options: argparse.Namespace) -> int:
         print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
     config = config.found()
-    if isinstance(config.network, FromDiffusers) and os.environ.get("RANK", "0") == "0":
-        print(config.network.in_words)
-        if config.non_scaling_norm:
-            print(
-                "non_scaling_norm=True takes learned scales and groups out of its norms: it begins as another function"
-            )
+    if os.environ.get("RANK", "0") == "0":
+        for line in about_pretrained(config):
+            print(line)
     suffix = f"-{Path(options.data).name}" if options.data is not None else ""
     run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)
