@@ -26,6 +26,7 @@ from robustcm.fences import ConditionalClip, TukeyClip
 from robustcm.gates import AboveExplained, everywhere
 from robustcm.losses import PerElement, cauchy, geman_mcclure, geman_mcclure_of_r2, pseudo_huber
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
+from robustcm.schedules import DenoiseFirst, DoublingCurriculum, LevelGrid
 from robustcm.teacher_input import KeepCovariance
 
 
@@ -49,6 +50,8 @@ def per_element(config: TrainConfig) -> TrainConfig:
 
 
 BASELINE = "iLCT"
+DENOISER_FIRST = DenoiseFirst(share=0.4, then=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=160)))
+"""Two steps of five to a denoiser; from there, up to 161 levels."""
 
 ARMS: tuple[Arm, ...] = (
     # The baseline plus one technique each ...
@@ -62,6 +65,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("iLCT + measured c", lambda config: changed(ilct(config), c=MeasuredC())),
     Arm("iLCT + clip", lambda config: replace(ilct(config), clip=ConditionalClip())),
     Arm("iLCT + covariance kept", lambda config: changed(ilct(config), teacher_input=KeepCovariance())),
+    Arm("iLCT + denoiser first", lambda config: changed(ilct(config), levels=DENOISER_FIRST)),
     Arm("iLCT + NsLN", lambda config: replace(ilct(config), non_scaling_norm=True)),
     # ... two of them together, all five, and the recipe of this repository ...
     Arm("iLCT + Cauchy, measured c", lambda config: changed(ilct(config), distance=cauchy, c=MeasuredC())),
@@ -82,6 +86,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("ours, pool of two batches", lambda config: replace(config, coupling_pool=2)),
     Arm("ours, per element", per_element),
     Arm("ours, per element, no clip", lambda config: replace(per_element(config), clip=None)),
+    Arm("ours + denoiser first", lambda config: changed(config, levels=DENOISER_FIRST)),
     Arm("ours + early diffusion", lambda config: changed(config, extra=EarlyDiffusion(weight=5.0, start=0.75))),
     Arm("ours, no clip", lambda config: replace(config, clip=None)),
     Arm("ours, clip at Tukey's fences", lambda config: replace(config, clip=TukeyClip())),
