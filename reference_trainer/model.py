@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -230,5 +231,10 @@ def build_network(config: TrainConfig, shape: tuple[int, int, int], classes: int
     if begin and isinstance(asked, FromDiffusers):
         asked.start(network)
     if config.non_scaling_norm:
-        convert_norms(network)
+        report = convert_norms(network)
+        if begin and not report.scales_removed and os.environ.get("RANK", "0") == "0":
+            tqdm.write(
+                f"non_scaling_norm=True takes nothing away: of the {len(report.converted)} norms of this "
+                f"{type(network).__name__} none has a learned scale (a DiT's come from the time, and stay)"
+            )
     return network

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reference_trainer.model import build_network
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.presets import digits
 
 TINY = UNet(block_out_channels=(8, 8), attention=(False, False), norm_num_groups=4)
 
@@ -178,3 +180,19 @@ def test_the_shortcuts_give_what_the_whole_network_gives():
 def test_what_no_network_can_be_made_of_is_refused_by_name(part: type, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         part(**changes)
+
+
+@pytest.mark.parametrize(
+    "network", [DiT(width=16, layers=1, patch=2), UNet(block_out_channels=(8, 8), norm_num_groups=2)]
+)
+def test_norms_without_a_learned_scale_have_none_to_lose_and_a_run_says_so(network, capsys: pytest.CaptureFixture[str]):
+    """A DiT's scales come from the time: NsLN is the network it was, to the last bit."""
+    config, shape = replace(digits(), network=network), (2, 4, 4)
+    plain = build_network(config, shape, begin=True)
+    changed = build_network(replace(config, non_scaling_norm=True), shape, begin=True)
+    same = [*plain.state_dict()] == [*changed.state_dict()]
+    assert same == isinstance(network, DiT) == ("none has a learned scale" in capsys.readouterr().out)
+    if same:
+        x, t = torch.randn(3, *shape), torch.rand(3)
+        assert torch.equal(plain(x, t), changed(x, t))
+        assert plain(x, t).abs().max() > 0
