@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -211,6 +211,7 @@ def test_rounding_is_no_change(dtype: torch.dtype, config: TrainConfig):
 
 @given(st.floats(1e-3, 1e3), st.floats(-100, 100), st.floats(0, 1))
 def test_whether_a_codec_has_changed_does_not_depend_on_the_units_of_its_latents(unit: float, shift: float, far: float):
+    assume(abs(far - LATENTS_MAY_DIFFER) > 1e-9)  # at the bound itself rounding decides
     then = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     now = then.clone()
     now[1] += far

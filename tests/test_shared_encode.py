@@ -75,11 +75,13 @@ def test_two_processes_write_each_shard_once_and_the_bytes_of_one(
 ):
     (image_folder / "05.png").write_bytes(b"no image")  # shards of two sizes: entries are counted in their order
     encode(image_folder, tmp_path / "whole", autoencoder)
-    monkeypatch.setattr(Thumb, "seconds", 0.02)
     write = encoding_module.write_shard
-    written = FORK.SimpleQueue()
+    written, both_have_one, waited = FORK.SimpleQueue(), FORK.Barrier(2), list[bool]()
 
     def noted(file: Path, tensors: dict[str, Tensor], about: dict) -> str:
+        if not waited:  # with its first shard in hand: so however fast one of them is, the other has some, too
+            waited.append(True)
+            both_have_one.wait(60)
         written.put((os.getpid(), file.name))
         return write(file, tensors, about)
 
