@@ -64,8 +64,7 @@ CASES = (
     Case("U-Net", UNet(), (4, 8, 8), 64, 10),
     Case("DiT-S/2", DIT_S2, (4, 32, 32), 4, 1),
 )
-"""Three as small as the digits', and one as latents of 256 px have it: what a step costs beside the network grows with
-neither tokens nor channels."""
+"""Three as small as the digits', and one as latents of 256 px have it."""
 Clocks = tuple[float, float]
 
 
