@@ -1,6 +1,6 @@
 """How much does a step of the trainer cost beside its floor, and beside the step as the authors built theirs?
 
-    python benchmarks/step_floor.py [--quick] [--only "one token"] [--rounds 10]    (five minutes)
+    python benchmarks/step_floor.py [--quick] [--only "one token"] [--rounds 10]
 
 The trainer itself trains, ``reference_trainer.training.loop.train`` with all it does between two steps. Every few
 steps it is stopped, and as many steps are taken of the floor, which no recipe can leave out (teacher forward, student

@@ -51,7 +51,7 @@ def per_element(config: TrainConfig) -> TrainConfig:
 
 BASELINE = "iLCT"
 DENOISER_FIRST = DenoiseFirst(share=0.4, then=LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=160)))
-"""Two steps of five to a denoiser; from there, up to 161 levels."""
+"""Two steps of five to a denoiser; from there, up to 161 levels: the best of five tried at d = 256 (docs/log.md)."""
 
 ARMS: tuple[Arm, ...] = (
     # The baseline plus one technique each ...
