@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.run import RunFolder
 from robustcm.averages import Average
 from robustcm.guidance import Guided
+from robustcm.moments import MomentMap
 from robustcm.norms import convert_norms
 from robustcm.randomness import Stream, step_generator
 
@@ -47,6 +48,8 @@ class TrainedModel:
     """Which average of the weights, in words; empty: the one that samples."""
     skip: AnySkip | None = None
     """Around the network, see ``TrainConfig.preconditioned``; on ``device``."""
+    moments: Mapping[int, MomentMap] | None = None
+    """By number of evaluations, what moves samples to the moments of the data; None: they stay as they are drawn."""
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -99,9 +102,14 @@ class TrainedModel:
         Args:
             labels: ``[n]`` int64, the classes to draw; None: where there are classes, in their proportions.
             first: number of the first image, a multiple of ``batch_size``: many can be drawn part by part.
+        Raises:
+            UserError: moments that were not measured for so many evaluations.
         """
         if first % batch_size:
             raise ValueError(f"first must be a multiple of {batch_size}, got {first}")
+        if self.moments is not None and len(sigmas) not in self.moments:
+            known = " and ".join(map(str, sorted(self.moments)))
+            raise UserError(f"moments are matched at {known} evaluations, not at {len(sigmas)}")
         f = self.function
         if self.classes is not None and self.config.classes is not None:
             f = Guided(f, self.config.classes.guidance, number_of(self.classes))
@@ -115,7 +123,8 @@ class TrainedModel:
             parts.append(self.config.objective.sample(f, z, sigmas, generator, told).cpu())
             bar.update(len(z))
         bar.close()
-        return torch.cat(parts)
+        drawn = torch.cat(parts)
+        return drawn if self.moments is None else self.moments[len(sigmas)](drawn)
 
     def latents_of(self, pixels: Tensor) -> Tensor:
         """uint8 ``[n, ch, h, w]`` -> what the run trains on: with outliers, clipped, normalised; CPU.

@@ -123,6 +123,11 @@ class RunFolder:
         return self.root / "skip.safetensors"
 
     @property
+    def moments_file(self) -> Path:
+        """Where the maps of ``--match-moments`` are kept."""
+        return self.root / "moments.safetensors"
+
+    @property
     def classes_file(self) -> Path:
         """Where ``Classes`` are kept."""
         return self.root / "classes.json"

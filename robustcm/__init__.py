@@ -4,8 +4,8 @@ losses and barron (robust distances), early (diffusion loss at small noise), cou
 scales (the scale c), teacher_input (the data's covariance kept), norms (Non-scaling LayerNorm), fences (outliers
 clipped); noise and schedules (levels); consistency (f, temporal difference, sampler); robust (a distance with its
 measured scale) and objective (all of it composed); flow_maps, flow_targets and trajectories (the other few-step
-methods, of the same parts); guidance (by class); averages (of the weights); tails (outlier statistics) and sketch
-(streaming quantiles).
+methods, of the same parts); guidance (by class); averages (of the weights); moments (samples given those of the data);
+tails (outlier statistics) and sketch (streaming quantiles).
 
 The names below can be had from here, ``from robustcm import RobustLoss, cauchy``; a module is imported when one of its
 names is asked for.
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         squared_l2,
         token_r2,
     )
+    from robustcm.moments import MomentMap, match_moments
     from robustcm.noise import NoiseRange, TimestepIndex, data_time, flow_time
     from robustcm.norms import NonScalingLayerNorm, convert_norms
     from robustcm.objective import Objective, draw
@@ -97,6 +98,7 @@ _MODULE_OF = {
         "guidance": "Guided hidden",
         "losses": "LikeSquares PerElement PerToken cauchy cauchy_of_r2 element_r2 fair fair_of_r2 geman_mcclure "
         "geman_mcclure_of_r2 pseudo_huber pseudo_huber_of_r2 sample_r2 squared_l2 token_r2",
+        "moments": "MomentMap match_moments",
         "noise": "NoiseRange TimestepIndex data_time flow_time",
         "norms": "NonScalingLayerNorm convert_norms",
         "objective": "Objective draw",
@@ -138,6 +140,7 @@ __all__ = [
     "LinearSkip",
     "LogitNormalTimes",
     "MeasuredC",
+    "MomentMap",
     "NoiseRange",
     "NonScalingLayerNorm",
     "Objective",
@@ -185,6 +188,7 @@ __all__ = [
     "geman_mcclure_of_r2",
     "hidden",
     "independent",
+    "match_moments",
     "noise_share",
     "of_adaptive_weight",
     "of_data_time",

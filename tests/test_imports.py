@@ -25,7 +25,7 @@ FLOORS = (
     {"words", "fields", "run"},
     {"averages"},
     {"model"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "matching"},
     {"ablation", "export"},
     {"commands"},
     {"__main__"},

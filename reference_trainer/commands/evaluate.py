@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from reference_trainer.command import path, real, whole
-from reference_trainer.commands.shared import GUIDANCE, look_at, named_features
+from reference_trainer.commands.shared import GUIDANCE, MATCH_MOMENTS, look_at, named_features
 from reference_trainer.errors import UserError
 
 
@@ -40,6 +40,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="compare with the images that are there now, though the run was made from others",
     )
+    parser.add_argument(
+        "--match-moments",
+        action="store_true",
+        help=f"{MATCH_MOMENTS}; the map is kept with the run, for sample --match-moments; evaluation-matched.json",
+    )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--average",
@@ -65,12 +70,16 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_evaluation, write_report
     from reference_trainer.evaluation.table import as_table
     from reference_trainer.machine import cache_folder, device_of
+    from reference_trainer.matching import matched, save_moments, with_kept_moments
     from reference_trainer.model import load_model
     from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
+    from reference_trainer.training.start import latents_of_run
 
     if options.samples < 2:
         raise UserError(f"--samples must be at least 2, got {options.samples}")
+    if options.match_moments and options.averages:
+        raise UserError("--match-moments is for one average: leave out --averages, or name one with --average")
     run, device = RunFolder(options.run), own_device(device_of(options.device))
     average = None if options.average is None else read_average(options.average)
     config = run.config()
@@ -83,6 +92,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
         model = load_model(run, device, images, options.new_data, average)
         if options.guidance is not None:
             model = model.guided(options.guidance)
+        if options.match_moments and ranks.leads:
+            latents, _ = latents_of_run(config, run, images, cache_folder(), device, options.new_data)
+            model = matched(model, latents)
+            save_moments(run, model)
+        elif options.match_moments:
+            model = with_kept_moments(run, model)
         chosen = choose_features(features, model)
     if options.averages:
         if not ranks.leads:
@@ -94,8 +109,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if not ranks.leads:
         return 0
     print(as_table(evaluation), flush=True)
-    if average is not None:  # the report is of the average that samples
-        print(f"wrote {write_evaluation(run, evaluation, f'evaluation-{in_file_name(average)}.json')}")
+    if average is not None or options.match_moments:  # the report is of what samples by default
+        named = "" if average is None else f"-{in_file_name(average)}"
+        named += "-matched" if options.match_moments else ""
+        print(f"wrote {write_evaluation(run, evaluation, f'evaluation{named}.json')}")
         return 0
     files = write_report(run, model, images, evaluation)
     print(look_at(files))

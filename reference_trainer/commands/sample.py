@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reference_trainer.command import path, real, whole
-from reference_trainer.commands.shared import GUIDANCE, require_writable, save_picture
+from reference_trainer.commands.shared import GUIDANCE, MATCH_MOMENTS, require_writable, save_picture
 from reference_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
     parser.add_argument("--average", metavar="AVERAGE", help="of the weights, see evaluate")
+    parser.add_argument(
+        "--match-moments",
+        action="store_true",
+        help=f"{MATCH_MOMENTS}; evaluate --match-moments has to measure it first",
+    )
     parser.add_argument("--out", type=path, help="PNG to write (default: RUN/samples-N-NFE-SEED[-...].png)")
     parser.set_defaults(run_command=run_sample)
     return parser
@@ -42,6 +47,7 @@ def run_sample(options: argparse.Namespace) -> int:
 
     from reference_trainer.averages import in_file_name, read_average
     from reference_trainer.machine import device_of
+    from reference_trainer.matching import with_kept_moments
     from reference_trainer.model import load_model
     from reference_trainer.run import RunFolder
 
@@ -50,14 +56,18 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UserError(f"--n must be at least 1, got {options.n}")
     average = None if options.average is None else read_average(options.average)
-    model = load_model(RunFolder(options.run), device_of(options.device), average=average)
+    run = RunFolder(options.run)
+    model = load_model(run, device_of(options.device), average=average)
     torch.set_num_threads(model.config.threads)
     if options.guidance is not None:
         model = model.guided(options.guidance)
+    if options.match_moments:
+        model = with_kept_moments(run, model)
     rows = asked_rows(model, options.n, options.label)
     named = f"-class{rows[0][0]}" if options.label is not None else ""
     named += f"-w{options.guidance:g}" if options.guidance is not None else ""
     named += "" if average is None else f"-{in_file_name(average)}"
+    named += "-matched" if options.match_moments else ""
     file = options.out or options.run / f"samples-{options.n}-{options.evaluations}-{options.seed}{named}.png"
     require_writable(file)
     labels = torch.cat([torch.full((count,), label) for label, count in rows]) if rows else None
@@ -67,7 +77,8 @@ def run_sample(options: argparse.Namespace) -> int:
     else:
         save_picture(pixels, file)
     of = f" of {len(rows)} classes" if len(rows) > 1 else f" of class {options.label}" if rows else ""
-    print(f"{options.n} images{of}, NFE {options.evaluations}{model.average and f', {model.average}'}: {file}")
+    matched = ", moments matched" if options.match_moments else ""
+    print(f"{options.n} images{of}, NFE {options.evaluations}{model.average and f', {model.average}'}{matched}: {file}")
     return 0
 
 

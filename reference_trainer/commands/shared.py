@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GUIDANCE = "of a run trained by class: weight of guidance (default: the run's, which is 1, none, unless set)"
 
+MATCH_MOMENTS = "move samples to the mean and the covariance of the latents, by the linear map that moves them least"
+
 
 def look_at(files: Sequence[Path]) -> str:
     """Two lines: the files, and a link to the first of them, the page that has all the others."""

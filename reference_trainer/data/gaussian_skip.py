@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.latents import Changed, InMemory, Latents, LatentSpace, some_of
-from reference_trainer.data.statistics import MOST_ELEMENTS, SLOW, Statistics
-from reference_trainer.data.store import StoredLatents, in_pieces
+from reference_trainer.data.covariance import mean_and_covariance
+from reference_trainer.data.latents import InMemory, Latents, LatentSpace, some_of
+from reference_trainer.data.statistics import SLOW
 from reference_trainer.errors import UserError
 from reference_trainer.files import as_written, check_layout, load_tensors, save_tensors
 from robustcm.checks import need_whole
@@ -77,40 +76,15 @@ def skip_for(
     latents = InMemory(latents) if isinstance(latents, Tensor) else latents
     try:
         d = math.prod(latents.shape)
-        if d > MOST_ELEMENTS:
-            raise ValueError(f"latents of {d} elements, and covariances are of {MOST_ELEMENTS} at most")
         if len(latents) <= (components := min(asked.rank or d, d)):
             raise ValueError(f"{len(latents)} latents are too few for {components} components")
-        mean, covariance = _kept(latents, space) or _passed(latents)
+        mean, covariance = mean_and_covariance(latents, space)
         if d > SLOW:
             tqdm.write(f"measuring principal components of {d} elements")
         return asked.measured(mean, covariance, some_of(latents), noise)
     except ValueError as error:
         tqdm.write(f"preconditioning=GaussianSkip cannot be had ({error}): the run takes the scalar skip")
         return ScalarSkip(noise)
-
-
-def _kept(latents: Latents, space: LatentSpace | None) -> tuple[Tensor, Tensor] | None:
-    """Mean and covariance that the store of ``latents`` keeps of the same ones, normalised."""
-    if space is None or not isinstance(latents, Changed) or not isinstance(latents.latents, StoredLatents):
-        return None
-    found = latents.latents.second_moments()
-    if found is None:
-        return None
-    mean, covariance = found
-    scale = space.normalise(torch.ones(1, *latents.shape)) - space.normalise(torch.zeros(1, *latents.shape))
-    by = scale.flatten().double()
-    return space.normalise(mean.reshape(1, *latents.shape)).flatten(), by[:, None] * covariance * by
-
-
-def _passed(latents: Latents) -> tuple[Tensor, Tensor]:
-    """Mean and covariance by a pass over all."""
-    bar = tqdm(list(in_pieces(len(latents))), desc="covariance of the latents", unit="batch", leave=False, delay=2)
-    begun = Statistics.begun(latents.take(torch.arange(1)).nan_to_num())
-    found = reduce(lambda so_far, indices: so_far.with_latents(latents.take(indices)), bar, begun)
-    covariance = found.covariance()
-    assert covariance is not None
-    return found.mean, covariance
 
 
 def save_skip(file: Path, skip: AnySkip) -> None:

@@ -117,7 +117,11 @@ def evaluate(
         "manifest": manifest_of(model, train, features),
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
         **figures(rows, of_latents, reference),
-        "notes": [*small_samples(rows, reference.images, len(done.held_out)), *few_latents(reference.components)],
+        "notes": [
+            *about_moments(model),
+            *small_samples(rows, reference.images, len(done.held_out)),
+            *few_latents(reference.components),
+        ],
     }
     if bounds:
         learned = attempt(lambda: what_was_learned(model, images, known(reference.latents), seed))
@@ -131,6 +135,11 @@ def evaluate(
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)
     return out
+
+
+def about_moments(model: TrainedModel) -> list[str]:
+    """That samples were moved, if they were."""
+    return [] if model.moments is None else ["samples are moved to the mean and the covariance of the latents"]
 
 
 class Evaluator:

@@ -1,0 +1,146 @@
+"""Samples moved to the moments of the latents: measured by evaluate, kept with the run, taken by sample; refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference_trainer import matching
+from reference_trainer.__main__ import main
+from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder
+from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.latents import InMemory
+from reference_trainer.errors import UserError
+from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.matching import matched, save_moments, with_kept_moments
+from reference_trainer.model import TrainedModel, load_model
+from reference_trainer.networks import DiT
+from reference_trainer.run import RunFolder
+from reference_trainer.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(kept_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 steps on latents of 1 x 4 x 4."""
+    config = TrainConfig(
+        data=ImageFolder(path=str(kept_images), resolution=16),
+        autoencoder=KLAutoencoder(latent_channels=1, block_out_channels=(8, 8), steps=2, likelihood="gaussian"),
+        clip=None,
+        network=DiT(width=8, layers=1, heads=2, patch=2),
+        batch_size=8,
+        steps=3,
+    )
+    run = RunFolder(tmp_path_factory.mktemp("matching") / "run")
+    with run.locked():
+        run.claim(config)
+        train(config, run, config.data.load(), run.root.parent / "cache", CPU)
+    return run.root
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A copy, and few samples to measure on."""
+    monkeypatch.setattr(matching, "DRAWN", 500)
+    monkeypatch.setenv("ROBUSTCM_CACHE", str(tmp_path / "cache"))
+    return RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+
+
+def latents(n: int = 400) -> InMemory:
+    """Latents of the shape of the run's, of a mean and covariance of their own."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(16, 16, generator=generator)
+    return InMemory((torch.randn(n, 16, generator=generator) @ mix + 2).reshape(n, 1, 4, 4))
+
+
+def model_of(run: RunFolder) -> TrainedModel:
+    return load_model(run, CPU)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_further_samples_come_near_the_moments_of_the_latents(run: RunFolder, evaluations: int):
+    data, model = latents(), model_of(run)
+    drawn = matched(model, data).latents(2000, model.sigmas(evaluations), seed=0).flatten(1)
+    before = model.latents(2000, model.sigmas(evaluations), seed=0).flatten(1)
+    wanted = data.values.flatten(1)
+
+    def away(x: torch.Tensor) -> float:
+        return float(torch.linalg.matrix_norm(torch.cov(x.T) - torch.cov(wanted.T)))
+
+    assert away(drawn) < 0.25 * away(before)
+    assert (drawn.mean(0) - wanted.mean(0)).norm() < 0.25 * (before.mean(0) - wanted.mean(0)).norm()
+
+
+def test_what_is_kept_moves_the_same_to_the_bit(run: RunFolder):
+    model = matched(model_of(run), latents())
+    save_moments(run, model)
+    again = with_kept_moments(run, model_of(run))
+    for count in (1, 2):
+        sigmas = model.sigmas(count)
+        assert torch.equal(model.latents(5, sigmas, seed=1), again.latents(5, sigmas, seed=1))
+        assert not torch.equal(model.latents(5, sigmas, seed=1), model_of(run).latents(5, sigmas, seed=1))
+
+
+def test_the_commands(run: RunFolder, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(run.root), "--match-moments"]) == 0
+    table = capsys.readouterr().out
+    assert "note: samples are moved to the mean and the covariance of the latents" in table
+    assert f"wrote {run.root / 'evaluation-matched.json'}" in table
+    found = json.loads((run.root / "evaluation-matched.json").read_text())
+    row = found["latents"]["rows"]["1 evaluation"]
+    # Against the 38 latents that are there: what 38 samples of them would have by chance is not asked for.
+    assert abs(row["variance_first_4"] - 1) < 0.6
+    assert main(["sample", str(run.root), "--n", "4", "--match-moments"]) == 0
+    out = capsys.readouterr().out
+    assert "4 images, NFE 1, moments matched" in out
+    assert (run.root / "samples-4-1-0-matched.png").exists()
+    assert main(["sample", str(run.root), "--n", "4", "--evaluations", "3", "--match-moments"]) == 2
+    assert "moments are matched at 1 and 2 evaluations, not at 3" in capsys.readouterr().err
+
+
+def test_without_a_measurement_sample_says_how_to_make_it(run: RunFolder, capsys: pytest.CaptureFixture[str]):
+    assert main(["sample", str(run.root), "--match-moments"]) == 2
+    assert f"measure them first, with evaluate {run.root} --match-moments" in capsys.readouterr().err
+
+
+def test_of_all_averages_at_once_it_is_refused(run: RunFolder, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(run.root), "--match-moments", "--averages"]) == 2
+    assert "--match-moments is for one average" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", 2), ("average", "decay 0.9"), ("guidance", 1.5)])
+def test_maps_of_another_state_of_the_weights_are_refused(run: RunFolder, name: str, value: object):
+    save_moments(run, matched(model_of(run), latents()))
+    tensors, about = load_tensors(run.moments_file)
+    save_tensors(run.moments_file, tensors, {**about, name: value})
+    with pytest.raises(UserError, match=f"was measured of {name} .*evaluate anew"):
+        with_kept_moments(run, model_of(run))
+
+
+def test_maps_of_another_shape_are_refused(run: RunFolder):
+    save_moments(run, matched(model_of(run), latents()))
+    tensors, about = load_tensors(run.moments_file)
+    save_tensors(run.moments_file, {**tensors, "2.matrix": tensors["2.matrix"][:5, :5].contiguous()}, about)
+    with pytest.raises(UserError, match=r"moments.safetensors.*2.matrix"):
+        with_kept_moments(run, model_of(run))
+
+
+def test_too_few_latents_are_said_before_anything_is_drawn(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TrainedModel, "latents", lambda *_, **__: pytest.fail("drew samples"))
+    with pytest.raises(UserError, match="--match-moments: 16 latents are too few for the covariance of 16 numbers"):
+        matched(model_of(run), latents(16))
+
+
+def test_a_model_that_has_diverged_is_said(run: RunFolder):
+    model = model_of(run)
+    for weights in model.network.parameters():
+        weights.fill_(torch.nan)
+    with pytest.raises(UserError, match="--match-moments: samples has numbers that are NaN"):
+        matched(replace(model), latents())
