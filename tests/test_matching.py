@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.data.latents import InMemory
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation.evaluate import about_moments
+from reference_trainer.evaluation.rows import Missing, in_digits
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.matching import matched, save_moments, with_kept_moments
 from reference_trainer.model import TrainedModel, load_model
@@ -144,3 +147,29 @@ def test_a_model_that_has_diverged_is_said(run: RunFolder):
         weights.fill_(torch.nan)
     with pytest.raises(UserError, match="--match-moments: samples has numbers that are NaN"):
         matched(replace(model), latents())
+
+
+def latent_row(first: float, rest: float) -> dict[str, dict[str, float]]:
+    return {"1 evaluation": {"variance_first_4": first, "variance_rest": rest}}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (latent_row(1.1, 0.9), None),
+        (latent_row(0.72, 1.2), "0.72 times"),
+        (latent_row(0.9, 1.41), "1.41 times"),
+        (latent_row(1.0, 0.0), "0.00 times"),
+        ({}, None),
+        ({"1 evaluation": Missing("diverged")}, None),
+    ],
+)
+def test_the_table_says_where_it_may_be_worth_it(run: RunFolder, row: Any, said: str | None):
+    notes = about_moments(model_of(run), row)
+    assert (notes == []) if said is None else (len(notes) == 1 and said in notes[0] and "--match-moments" in notes[0])
+
+
+def test_a_distance_below_1_has_three_digits_behind_the_point():
+    shown = [in_digits(value) for value in (0.0, 0.0931, 0.0004, 1.0, 4.719)]
+    assert shown == ["0.00", "0.093", "0.000", "1.00", "4.72"]
+    assert [in_digits(value, 1) for value in (0.0931, 4.719)] == ["0.093", "4.7"]

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is slow to import
 
 from reference_trainer.evaluation.manifest import unlike
+from reference_trainer.evaluation.rows import in_digits
 from reference_trainer.plotting import new_figure
 
 ONE, TWO = "1 evaluation", "2 evaluations"
@@ -184,7 +185,7 @@ def _bounds(results: Sequence[Result]) -> list[str]:
     bounds = {name: row for name, row in rows.items() if name not in (ONE, TWO)}
     said = []
     for title, metric in (("FD", IMAGES), ("FD rec", RECONSTRUCTIONS)):
-        if named := [f"{name} {row[metric]:.1f}" for name, row in bounds.items() if metric in row]:
+        if named := [f"{name} {in_digits(row[metric], 1)}" for name, row in bounds.items() if metric in row]:
             said.append(f"{title} of the bounds: {'; '.join(named)}.")
     return said
 

@@ -19,6 +19,7 @@ from reference_trainer.ablation.comparison import (
     spread_of,
 )
 from reference_trainer.evaluation.features import PooledLatents
+from reference_trainer.evaluation.rows import in_digits
 from reference_trainer.evaluation.sets import CEILING, FITTED, GAUSSIAN, HALVES
 
 KERNEL = "kernel_rec_x1000"
@@ -107,9 +108,9 @@ def to_reconstructions(own: Sequence[Result], baseline: str) -> list[str]:
     for evaluations in (ONE, TWO):
         head += [f"FD rec - floor, {evaluations}", "ratio", f"kernel rec x1000, {evaluations}", "ratio"]
     lines = [
-        f"To the reconstructions; floor {floor:.2f} for {run.rows[ONE]['n']} samples (half of the reconstructions "
-        f"against the other half {run.rows[HALVES][RECONSTRUCTIONS]:.2f}, its bias falls as 1/n). Ratios: what lies "
-        "below chance counts as chance, a tenth of the floor or the halves' kernel distance.",
+        f"To the reconstructions; floor {in_digits(floor)} for {run.rows[ONE]['n']} samples (half of the "
+        f"reconstructions against the other half {in_digits(run.rows[HALVES][RECONSTRUCTIONS])}, its bias falls as "
+        "1/n). Ratios: what lies below chance counts as chance, a tenth of the floor or the halves' kernel distance.",
         "",
         *_head(head),
     ]
@@ -125,7 +126,7 @@ def to_reconstructions(own: Sequence[Result], baseline: str) -> list[str]:
         lines.append(_row(cells))
     for name in (GAUSSIAN, CEILING):
         if RECONSTRUCTIONS in (row := run.rows.get(name, {})):
-            lines.append(_row([name, f"{row[RECONSTRUCTIONS] - floor:.2f}", "", f"{row[KERNEL]:.2f}", *[""] * 5]))
+            lines.append(_row([name, in_digits(row[RECONSTRUCTIONS] - floor), "", f"{row[KERNEL]:.2f}", *[""] * 5]))
     return [*lines, "", *_no_better_than_a_gaussian(own, run)]
 
 
@@ -223,8 +224,8 @@ def all_suites(results: Sequence[Result], baseline: str) -> list[str]:
             suite,
             str(run.latents.get("dimensions", "-")),
             f"{run.rows[FITTED]['psnr']:.1f}" if "psnr" in run.rows.get(FITTED, {}) else "-",
-            f"{floor:.2f}",
-            "-" if gaussian is None else f"{gaussian - floor:.2f}",
+            in_digits(floor),
+            "-" if gaussian is None else in_digits(gaussian - floor),
             spread_of(base, 2, each=False),
             spread_of(base_kernel, 2, each=False),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,7 @@ from reference_trainer.evaluation.between_ranks import samples_between
 from reference_trainer.evaluation.by_class import about_classes, panels_by_class, with_as_asked
 from reference_trainer.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
 from reference_trainer.evaluation.features import Features, PooledLatents, tried
-from reference_trainer.evaluation.latent_space import few_latents
+from reference_trainer.evaluation.latent_space import GROUPS, few_latents
 from reference_trainer.evaluation.learned import what_was_learned
 from reference_trainer.evaluation.manifest import manifest_of
 from reference_trainer.evaluation.pictures import draw_classes, draw_learned, draw_losses, draw_sheet, draw_tails
@@ -31,6 +32,7 @@ from reference_trainer.evaluation.sets import (
     LATENTS,
     SAMPLES,
     Drawn,
+    Rows,
     figures,
     further_samples,
     image_rows,
@@ -44,6 +46,9 @@ from reference_trainer.model import TrainedModel
 from reference_trainer.plotting import save_figure
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import EVALUATIONS, RunFolder
+
+OFF = 1.15
+"""Times the variance of the latents, or a part of it: from there on a note says so."""
 
 
 def choose_features(given: Features | None, model: TrainedModel) -> Features:
@@ -118,7 +123,7 @@ def evaluate(
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
         **figures(rows, of_latents, reference),
         "notes": [
-            *about_moments(model),
+            *about_moments(model, of_latents),
             *small_samples(rows, reference.images, len(done.held_out)),
             *few_latents(reference.components),
         ],
@@ -137,9 +142,20 @@ def evaluate(
     return out
 
 
-def about_moments(model: TrainedModel) -> list[str]:
-    """That samples were moved, if they were."""
-    return [] if model.moments is None else ["samples are moved to the mean and the covariance of the latents"]
+def about_moments(model: TrainedModel, of_latents: Rows) -> list[str]:
+    """That samples were moved, or that it would be worth a try."""
+    if model.moments is not None:
+        return ["samples are moved to the mean and the covariance of the latents"]
+    row = of_latents.get(SAMPLES[0], Missing(""))
+    if isinstance(row, Missing) or not (ratios := [row[name] for name in GROUPS if name in row]):
+        return []
+    furthest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-6))))
+    if 1 / OFF <= furthest <= OFF:
+        return []
+    return [
+        f"samples have {furthest:.2f} times the variance of the latents in some components: train longer, or see what "
+        "evaluate --match-moments gives"
+    ]
 
 
 class Evaluator:

@@ -12,9 +12,18 @@ from typing import Any
 from reference_trainer.errors import printable
 from reference_trainer.evaluation.learned import reading
 from reference_trainer.evaluation.manifest import leaves
+from reference_trainer.evaluation.rows import in_digits
 from reference_trainer.evaluation.sets import LATENTS as OF_LATENTS
 from reference_trainer.evaluation.sets import SAMPLES
-from reference_trainer.evaluation.table import LATENTS, Column, about_autoencoder, columns_of, remarks
+from reference_trainer.evaluation.table import (
+    DISTANCE,
+    LATENTS,
+    Column,
+    about_autoencoder,
+    columns_of,
+    formatted,
+    remarks,
+)
 from reference_trainer.files import write_atomically
 from reference_trainer.options import as_options
 from reference_trainer.run import RunFolder
@@ -111,7 +120,7 @@ def _lines(values: Iterable[object]) -> str:
 
 def _headline(evaluation: Mapping[str, Any]) -> str:
     rows = evaluation["rows"]
-    found = [f"{rows[name]['frechet']:.2f} at {name}" for name in SAMPLES if name in rows]
+    found = [f"{in_digits(rows[name]['frechet'])} at {name}" for name in SAMPLES if name in rows]
     average = [f"averaged weights: {evaluation['average']}"] if "average" in evaluation else []
     distance = [f"Frechet distance {', '.join(found)}"] if found else []
     return "; ".join([f"Step {evaluation['step']}", *distance, *average]) + "."
@@ -133,7 +142,7 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
         judged = list(dict.fromkeys(name for row in rows for name in row.get("as_asked", {})))
         cells = [
             [row["name"], row["images"], row["samples"]]
-            + [_number(row.get("as_asked", {}).get(name), ".3f") for name in judged]
+            + [formatted(row.get("as_asked", {}).get(name), ".3f") for name in judged]
             for row in rows
         ]
         head = ["class", "images", "samples", *(f"as asked, {name}" for name in judged)]
@@ -148,13 +157,8 @@ def _note(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
-    cells = [[name, *(_number(row.get(key), form) for key, _, _, form in columns)] for name, row in rows.items()]
+    cells = [[name, *(formatted(row.get(key), form) for key, _, _, form in columns)] for name, row in rows.items()]
     return _grid(["", *(heading for _, heading, _, _ in columns)], cells)
-
-
-def _number(value: float | None, form: str) -> str:
-    """A dash for what was not measured."""
-    return "-" if value is None else f"{value:{form}}"
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "wide") -> str:
@@ -172,7 +176,8 @@ def _over_training(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(rows) < 2:
         return []
     cells = [
-        [row["step"], *(_number(row["rows"].get(name, {}).get("frechet"), ".2f") for name in SAMPLES)] for row in rows
+        [row["step"], *(formatted(row["rows"].get(name, {}).get("frechet"), DISTANCE) for name in SAMPLES)]
+        for row in rows
     ]
     return ["<h2>Over training</h2>", _grid(["step", *(f"Frechet, {name}" for name in SAMPLES)], cells)]
 

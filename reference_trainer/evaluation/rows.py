@@ -108,6 +108,11 @@ def _finite(row: Row, fake: Statistics) -> Row:
     return row
 
 
+def in_digits(value: float, digits: int = 2) -> str:
+    """A distance: of features that lie in 0 .. 1 all are below 1, and have three digits behind the point."""
+    return f"{value:.{digits if abs(value) >= 1 or value == 0 else max(digits, 3)}f}"
+
+
 def split_rows(rows: Mapping[str, Row | Missing]) -> dict[str, Any]:
     """What was measured under ``rows``, the reasons why not under ``left_out``."""
     return {

@@ -9,18 +9,21 @@ from reference_trainer.errors import printable
 from reference_trainer.evaluation.features import PooledLatents
 from reference_trainer.evaluation.learned import reading
 from reference_trainer.evaluation.manifest import in_words
+from reference_trainer.evaluation.rows import in_digits
 
 NAME = 32
 """Width of the first column."""
+DISTANCE = "distance"
+"""In the place of a format: ``in_digits``."""
 IMAGES = (
     ("n", "n", 6, "d"),
-    ("frechet", "Frechet", 10, ".2f"),
+    ("frechet", "Frechet", 10, DISTANCE),
     ("kernel_x1000", "kernel", 9, ".2f"),
-    ("frechet_rec", "Frechet rec", 13, ".2f"),
+    ("frechet_rec", "Frechet rec", 13, DISTANCE),
     ("kernel_rec_x1000", "kernel rec", 12, ".2f"),
     ("precision", "precision", 11, ".3f"),
     ("recall", "recall", 8, ".3f"),
-    ("frechet_held_out", "held-out", 10, ".2f"),
+    ("frechet_held_out", "held-out", 10, DISTANCE),
 )
 """Key of a row, heading, width, format."""
 SURE = ("sure_digits", "p >= .9", 9, ".3f")
@@ -29,7 +32,7 @@ MOST_CLASSES = 20
 """Lines about classes."""
 LATENTS = (
     ("n", "n", 6, "d"),
-    ("whitened_frechet", "Frechet", 10, ".2f"),
+    ("whitened_frechet", "Frechet", 10, DISTANCE),
     ("kernel_x1000", "kernel", 9, ".2f"),
     ("precision", "precision", 11, ".3f"),
     ("recall", "recall", 8, ".3f"),
@@ -76,10 +79,17 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
     return lines + [f"note: {note}" for note in evaluation.get("notes", [])]
 
 
+def formatted(value: float | None, form: str) -> str:
+    """``value`` by the format of its column; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return in_digits(value) if form == DISTANCE else f"{value:{form}}"
+
+
 def _lines(rows: Mapping[str, Mapping[str, float]], columns: tuple[Column, ...]) -> list[str]:
     lines = [" " * NAME + "".join(f"{heading:>{width}}" for _, heading, width, _ in columns)]
     for name, row in rows.items():
-        cells = (f"{row[key]:{width}{form}}" if key in row else f"{'-':>{width}}" for key, _, width, form in columns)
+        cells = (f"{formatted(row.get(key), form):>{width}}" for key, _, width, form in columns)
         lines.append(f"{name:{NAME}}" + "".join(cells))
     return lines
 
