@@ -61,8 +61,9 @@ def match_moments(samples: Tensor, mean: Tensor, covariance: Tensor) -> MomentMa
     Raises:
         ValueError: no more samples than numbers in one, shapes that do not fit, numbers that are not finite, or samples
             that are all the same.
-    Source: Olkin and Pukelsheim 1982, "The distance between two random vectors with given dispersion matrices", from
-        memory; its use behind a few-step sampler: ours, measured in docs/evidence.md.
+    Source: the formula as POT's ``ot.gaussian.bures_wasserstein_mapping`` states it (Peyré and Cuturi 2019, arXiv
+        1803.00567, Remark 2.31), to which a test compares; here only along directions that vary, and with one root.
+        Its use behind a few-step sampler: ours, measured in docs/evidence.md.
     """
     x = samples.detach().flatten(1).double().cpu()
     n, d = x.shape
