@@ -113,9 +113,11 @@ def test_without_a_measurement_sample_says_how_to_make_it(run: RunFolder, capsys
     assert f"measure them first, with evaluate {run.root} --match-moments" in capsys.readouterr().err
 
 
-def test_of_all_averages_at_once_it_is_refused(run: RunFolder, capsys: pytest.CaptureFixture[str]):
-    assert main(["evaluate", str(run.root), "--match-moments", "--averages"]) == 2
-    assert "--match-moments is for one average" in capsys.readouterr().err
+@pytest.mark.parametrize(("other", "says"), [("--averages", "one average"), ("--new-data", "what the run was made")])
+def test_it_does_not_go_with(run: RunFolder, other: str, says: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(run.root), "--match-moments", other]) == 2
+    assert says in capsys.readouterr().err
+    assert not run.moments_file.exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("step", 2), ("average", "decay 0.9"), ("guidance", 1.5)])

@@ -80,6 +80,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise UserError(f"--samples must be at least 2, got {options.samples}")
     if options.match_moments and options.averages:
         raise UserError("--match-moments is for one average: leave out --averages, or name one with --average")
+    if options.match_moments and options.new_data:
+        raise UserError("--match-moments takes the moments of what the run was made from: leave out --new-data")
     run, device = RunFolder(options.run), own_device(device_of(options.device))
     average = None if options.average is None else read_average(options.average)
     config = run.config()
@@ -93,7 +95,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         if options.guidance is not None:
             model = model.guided(options.guidance)
         if options.match_moments and ranks.leads:
-            latents, _ = latents_of_run(config, run, images, cache_folder(), device, options.new_data)
+            latents, _ = latents_of_run(config, run, images, cache_folder(), device)
             model = matched(model, latents)
             save_moments(run, model)
         elif options.match_moments:
