@@ -283,5 +283,5 @@ def test_figures_of_an_earlier_version_are_dashes_and_its_evaluations_can_be_cut
     row = {"n": 40, "frechet": 0.15, "kernel_x1000": 0.0, "precision": 1.0, "recall": 1.0}
     old = {"step": 3, "seed": 0, "features": "some", "reference": "these", "rows": {"1 evaluation": row}}
     line = as_table(old).splitlines()[3]
-    assert line.split() == ["1", "evaluation", "40", "0.15", "0.00", "-", "-", "1.000", "1.000", "-"]
+    assert line.split() == ["1", "evaluation", "40", "0.150", "0.00", "-", "-", "1.000", "1.000", "-"]
     assert brief(old) == {key: old[key] for key in ("step", "seed", "features", "rows")}
