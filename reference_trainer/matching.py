@@ -25,7 +25,7 @@ from robustcm.moments import MomentMap, match_moments
 EVALUATIONS = (1, 2)
 """Numbers of network evaluations a map is measured for."""
 DRAWN, AN_ELEMENT = 10_000, 4
-"""Samples a map is measured on: so many, and at least so many an element of the latents."""
+"""Samples a map is measured on: as many as in docs/evidence.md, and at least so many an element of the latents."""
 SEED = 2**40 + 1
 """Of these samples; far from the seeds that people take, so that no sample is moved by a map made of itself."""
 

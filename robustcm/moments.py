@@ -55,8 +55,8 @@ class MomentMap:
 def match_moments(samples: Tensor, mean: Tensor, covariance: Tensor) -> MomentMap:
     """The map for ``samples [n, ...]`` and the moments of data, ``mean [d]`` and ``covariance [d, d]``.
 
-    Take several samples for each of the d numbers: at n = 20 d the covariance of what comes out is off by some percent
-    in the smallest directions.
+    Take several samples for each of the d numbers: measured on n = 20 d of them (d = 512), further ones came out with
+    up to 1.05 times the variance (docs/evidence.md, faces).
 
     Raises:
         ValueError: no more samples than numbers in one, shapes that do not fit, numbers that are not finite, or samples

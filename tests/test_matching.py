@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,16 @@ def test_what_is_kept_moves_the_same_to_the_bit(run: RunFolder):
 
 
 def test_the_commands(run: RunFolder, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(run.root)]) == 0
+    before = json.loads((run.root / "evaluation.json").read_text())["latents"]["rows"]["1 evaluation"]
+    capsys.readouterr()
     assert main(["evaluate", str(run.root), "--match-moments"]) == 0
     table = capsys.readouterr().out
     assert "note: samples are moved to the mean and the covariance of the latents" in table
     assert f"wrote {run.root / 'evaluation-matched.json'}" in table
     found = json.loads((run.root / "evaluation-matched.json").read_text())
     row = found["latents"]["rows"]["1 evaluation"]
-    # Against the 38 latents that are there: what 38 samples of them would have by chance is not asked for.
-    assert abs(row["variance_first_4"] - 1) < 0.6
+    assert abs(row["variance_first_4"] - 1) < 0.5 * abs(before["variance_first_4"] - 1)
     assert main(["sample", str(run.root), "--n", "4", "--match-moments"]) == 0
     out = capsys.readouterr().out
     assert "4 images, NFE 1, moments matched" in out
@@ -148,7 +149,7 @@ def test_a_model_that_has_diverged_is_said(run: RunFolder):
     for weights in model.network.parameters():
         weights.fill_(torch.nan)
     with pytest.raises(UserError, match="--match-moments: samples has numbers that are NaN"):
-        matched(replace(model), latents())
+        matched(model, latents())
 
 
 def latent_row(first: float, rest: float) -> dict[str, dict[str, float]]:

@@ -48,7 +48,8 @@ from reference_trainer.ranks import Ranks
 from reference_trainer.run import EVALUATIONS, RunFolder
 
 OFF = 1.15
-"""Times the variance of the latents, or a part of it: from there on a note says so."""
+"""Times the variance of the latents, or 1 over that: beyond it a note says so. The recipe itself is up to 1.14 off
+(docs/evidence.md, larger latents)."""
 
 
 def choose_features(given: Features | None, model: TrainedModel) -> Features:
