@@ -19,7 +19,7 @@ from robustcm.noise import NoiseRange
 from robustcm.preconditioning import Network as Network
 from robustcm.preconditioning import Preconditioned as Preconditioned
 from robustcm.preconditioning import Preconditioning as Preconditioning
-from robustcm.shapes import one_a_sample, over_samples, same_shape
+from robustcm.shapes import level_of_all, one_a_sample, over_samples, same_shape
 
 ConsistencyFunction: TypeAlias = Callable[..., Tensor]
 """``f(x_t [b, ...], t [b], **conditions) -> [b, ...]``: the clean sample at the end of the path through x_t."""
@@ -93,11 +93,15 @@ _DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 def replayed_rng(device: torch.device) -> Iterator[None]:
     """Restore torch's random state (CPU and, if ``device`` is an accelerator, its own) on leaving the block.
 
-    What follows the block then draws the same numbers as the block did: two passes share their dropout mask.
+    What follows the block then draws the same numbers as the block did: two passes share their dropout mask. Nor does
+    it find the weights that a caller's autocast converted in the block: torch before 2.10 kept those of a pass without
+    gradient for the pass behind it, whose weights then got none.
     """
     kind = "cuda" if device.type == "cpu" else device.type
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=kind):
         yield
+    if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -123,7 +127,8 @@ def sample(
         noise: the range f is made for; None: its own (``f.noise``, as ``Preconditioned`` has it), else the default.
         generator: draws the fresh noise on its own device; needed for more than one evaluation, so that no
             sample depends on an ambient generator.
-        coupler: pairs the fresh noise with the estimate it is added to, as f saw them paired in training; None: not.
+        coupler: pairs the fresh noise with the estimate it is added to, as f saw them paired in training; it is given
+            no labels, so not ``WithinClasses``. None: not.
         conditions: keyword arguments of f, such as ``class_labels``.
     Raises:
         ValueError: levels that do not fall or lie outside the range, or no generator where one is needed.
@@ -142,11 +147,11 @@ def sample(
     if len(sigmas) > 1 and generator is None:
         raise ValueError("more than one evaluation draws fresh noise: pass a torch.Generator as generator=")
     given = conditions or {}
-    x = f(sigmas[0] * z, z.new_full((len(z),), sigmas[0]), **given)
+    x = f(sigmas[0] * z, level_of_all(sigmas[0], z), **given)
     for t in sigmas[1:]:
         assert generator is not None
         fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
         if coupler is not None:
-            fresh = fresh[coupler(x, fresh)]
-        x = f(x + (t**2 - noise.sigma_min**2) ** 0.5 * fresh, z.new_full((len(z),), t), **given)
-    return x
+            fresh = fresh[coupler(x, fresh, generator=generator)]
+        x = f(x + (t**2 - noise.sigma_min**2) ** 0.5 * fresh, level_of_all(t, z), **given)
+    return x.to(z.dtype)

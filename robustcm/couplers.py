@@ -131,7 +131,7 @@ class Entropic:
         uniform = np.full(b, 1 / b)
         halvings = max(0, math.ceil(-math.log2(self.reg)))
         temperatures = [self.reg * 2.0**k for k in range(halvings, -1, -1)]
-        potentials, iterations, error = None, 0, math.inf
+        potentials, iterations, solved = None, 0, math.inf
         for temperature in temperatures:
             if iterations >= self.max_iterations:
                 break
@@ -148,10 +148,10 @@ class Entropic:
                     log=True,
                     warmstart=potentials,
                 )
-            iterations += log["niter"] + 1
+            iterations, solved = iterations + log["niter"] + 1, temperature
             potentials = 2 * log["log_u"], 2 * log["log_v"]  # in units of a temperature that is about to halve
         error = float(np.abs(b * weights.sum(0) - 1).max())
-        return Plan(weights, error, temperature == self.reg and error <= self.tolerance, iterations, gain)
+        return Plan(weights, error, solved == self.reg and error <= self.tolerance, iterations, gain)
 
     def __call__(
         self, x: Tensor, z: Tensor, *, labels: Tensor | None = None, generator: torch.Generator | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustcm.checks import LARGEST, need_real
+from robustcm.losses import element_r2
 from robustcm.schedules import LevelPairs
 
 
@@ -38,7 +39,7 @@ class EarlyDiffusion:
 
     def __call__(self, student: Tensor, x: Tensor, pairs: LevelPairs) -> Tensor:
         """``student = f(x_t, t_hi) [b, ...]``, clean ``x`` of the same shape -> ``[b]``, not weighted by the level."""
-        squared = (student.float() - x.float()).square().flatten(1)
+        squared = element_r2(student, x).flatten(1)
         per_sample = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
         return self.weight * torch.where(pairs.depth >= self.start, per_sample, 0.0)
 

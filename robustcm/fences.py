@@ -50,6 +50,8 @@ class TukeyClip:
             ValueError: a channel without a finite value.
         """
         boxes = box_statistics_along(raw_latents, 1)
+        if empty := [channel for channel, box in enumerate(boxes) if not box.count]:
+            raise ValueError(f"channel {empty[0]} of the latents has no finite value to clip it by: leave it out")
         reach = [self.k * box.iqr if box.iqr > 0 else float("inf") for box in boxes]
         low = [box.q1 - r for box, r in zip(boxes, reach, strict=True)]
         high = [box.q3 + r for box, r in zip(boxes, reach, strict=True)]

@@ -22,12 +22,12 @@ from torch import Tensor
 from robustcm.checks import LARGEST, SMALLEST, need_real
 from robustcm.consistency import Network, shared_mask
 from robustcm.flow_targets import FlowMap, FlowPoint, FlowTarget, TwoPoint
-from robustcm.gates import OfFlowTime, of_flow_time
+from robustcm.gates import OfDataTime, OfFlowTime, of_flow_time
 from robustcm.noise import FlowRange, flow_time
 from robustcm.objective import Batch, FewStepObjective
 from robustcm.randomness import two_of
 from robustcm.schedules import LevelPairs, PairLaw, PairWeight, equal_weight
-from robustcm.shapes import one_a_sample, over_samples, same_shape
+from robustcm.shapes import level_of_all, one_a_sample, over_samples, same_shape
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ class FlowMapObjective(FewStepObjective):
     """What u is compared with."""
 
     num_times: ClassVar[int] = 2
+    range_of_levels: ClassVar[type] = FlowRange
 
     def __post_init__(self) -> None:
-        if isinstance(self.gate, OfFlowTime):
+        super().__post_init__()
+        if isinstance(self.gate, (OfFlowTime, OfDataTime)):
             raise ValueError("the gate of a flow map is given in sigma, gate=Above(1.0): flow time is its own business")
 
     def function_of(self, network: Network) -> PreconditionedFlowMap:
@@ -146,7 +148,8 @@ class FlowMapObjective(FewStepObjective):
     def _compared(self, f: FlowMap, batch: Batch, teacher: FlowMap | None) -> tuple[Tensor, Tensor]:
         x, z, (t, r, _, _), conditions, progress = batch[:5]
         same_shape(x=x, z=z)
-        z_t, v = torch.lerp(x, z, over_samples(one_a_sample("t", t, len(x)), x)), z - x
+        way, dtype = over_samples(one_a_sample("t", t, len(x)), x), torch.promote_types(x.dtype, z.dtype)
+        z_t, v = torch.lerp(x.to(dtype), z.to(dtype), way.to(dtype)), z - x
         with shared_mask(f, x.device):
             student = f(z_t, t, r, **conditions)
         with torch.no_grad():
@@ -183,6 +186,7 @@ def sample_flow_map(
         times = [1 - i / steps for i in range(steps + 1)]
     if len(times) < 2 or times[0] != 1 or times[-1] != 0 or any(t <= r for t, r in pairwise(times)):
         raise ValueError(f"times must fall from 1 to 0, got {list(times)}")
+    z_t = z
     for t, r in pairwise(times):
-        z = z - (t - r) * u(z, z.new_full((len(z),), t), z.new_full((len(z),), r), **(conditions or {}))
-    return z
+        z_t = z_t - (t - r) * u(z_t, level_of_all(t, z), level_of_all(r, z), **(conditions or {}))
+    return z_t.to(z.dtype)

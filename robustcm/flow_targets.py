@@ -121,7 +121,9 @@ class TwoPoint:
 
     def __call__(self, u: FlowMap, at: FlowPoint) -> Tensor:
         """See ``FlowTarget``."""
-        share = self.share(torch.as_tensor(at.progress, dtype=at.t.dtype, device=at.t.device))
+        progress = at.progress
+        progress = progress.to(at.t) if isinstance(progress, Tensor) else at.t.new_full((), progress)
+        share = self.share(progress)
         step = share * (at.t - at.r)
         there = at.z_t - over_samples(step, at.z_t) * at.v
         with torch.no_grad():

@@ -18,18 +18,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from robustcm.checks import LARGEST, SMALLEST, need_real
+from robustcm.checks import LARGEST, SMALLEST, need_finite, need_real
 from robustcm.couplers import Coupler, exact
 from robustcm.noise import sigma_of_flow_time
 from robustcm.shapes import one_a_sample, over_samples, same_shape
 
 Gate: TypeAlias = Callable[[Tensor, float], Tensor]
 """``gate(t [b] in units of sigma, progress in [0, 1]) -> [b]`` in [0, 1]."""
-
-
-def _check(gate: Gate, **conditions: bool) -> None:
-    if wrong := [name for name, holds in conditions.items() if not holds]:
-        raise ValueError(f"{', '.join(wrong)} out of range: {gate}")
 
 
 def everywhere(t: Tensor, progress: float) -> Tensor:
@@ -120,7 +115,7 @@ class AboveExplained:
         """The gate for data ``x [n, ...]``; a few thousand samples of a larger set serve.
 
         Raises:
-            ValueError: fewer than two samples, or all the same.
+            ValueError: fewer than two samples, all the same or not all finite.
         """
         return Above(explained_below(x, self.share))
 
@@ -234,11 +229,12 @@ def recognisable_below(
         share: see above.
         sigma_max: returned where the samples are told apart even there.
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two samples, or values that are not finite.
     Source: ours.
     """
     if len(x) < 2:
         raise ValueError(f"need at least two samples to tell apart, got {len(x)}")
+    need_finite(x=x)
     flat = x.detach().flatten(1).double().cpu()
     chosen = torch.randperm(len(flat), generator=generator)[:probes]
     z = torch.randn(len(chosen), flat.shape[1], generator=generator, dtype=torch.float64)
@@ -273,13 +269,14 @@ def explained_below(x: Tensor, share: float = 0.5) -> float:
             variance lies in few directions (of white data the level then comes out too high).
         share: in (0, 1).
     Raises:
-        ValueError: fewer than two samples, or all the same, or a share out of range.
+        ValueError: fewer than two samples, all the same or not all finite, or a share out of range.
     Source: ours; the denoiser is Wiener's.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1), got {share}")
     if len(x) < 2:
         raise ValueError(f"need at least two samples to know what varies, got {len(x)}")
+    need_finite(x=x)
     flat = x.detach().flatten(1).double().cpu()
     if (flat == flat[0]).all():
         raise ValueError(f"all {len(x)} samples are the same: nothing varies")

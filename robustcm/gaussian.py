@@ -128,7 +128,7 @@ def wiener_gain(t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:
 
 
 def scalar_gain(t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:
-    """c_skip for every component, whatever its variance: the usual skip, but for the data's mean."""
+    """c_skip of data of std 0.5 for every component, whatever its variance: the usual skip, but for their mean."""
     return Preconditioning(noise=noise).c_skip(t)[:, None].expand(-1, len(variances))
 
 

@@ -223,8 +223,11 @@ class LikeSquares:
 
     def __call__(self, student: Tensor, teacher: Tensor, c: Scale) -> Tensor:
         """``[b, ...], [b, ...] -> [b]``, in units of r^2."""
-        r2 = sample_r2(student, teacher)
-        small = 1e-6 * torch.as_tensor(c, dtype=r2.dtype, device=r2.device) ** 2  # deep in the quadratic zone
+        r2, c = operands(sample_r2(student, teacher), c)
+        smallest = 1e3 * _range_of_c(r2.dtype)[0]
+        # A number is filled in there: a tensor made of it would wait for the device.
+        bounded = c.clamp(min=smallest) if isinstance(c, Tensor) else r2.new_full((), max(c, smallest))
+        small = 1e-6 * bounded**2  # deep in the quadratic zone, and a normal number
         return self.rho(r2, c) * (small / self.rho(small, c))
 
 

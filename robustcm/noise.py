@@ -73,7 +73,7 @@ def flow_time(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowRange:
-    """The levels of flow time, ``x_t = (1 - t) x + t z``: all of [0, 1]; ``depth`` is ``1 - t``."""
+    """The levels of flow time, ``x_t = (1 - t) x + t z``: all of [0, 1]; a depth is ``1 - t``, see ``flow_time``."""
 
     sigma_min: ClassVar[float] = 0.0
     sigma_max: ClassVar[float] = float("inf")

@@ -103,7 +103,7 @@ class NonScalingLayerNorm(nn.Module):
             y = _normalise_samples(x, self.eps)
             return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))
         if x.is_nested:  # padded tokens inside torch's TransformerEncoder; layer_norm wants a weight there
-            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+            return F.layer_norm(x, self.shape, self.weight.to(x.device), self.bias, self.eps)
         if x.shape[-len(self.shape) :] != self.shape:
             raise ValueError(f"expected [..., {', '.join(map(str, self.shape))}], got {tuple(x.shape)}")
         if self.bias is None or self.bias.dtype == x.dtype:

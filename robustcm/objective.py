@@ -92,7 +92,10 @@ class Batch(NamedTuple):
 
 
 def _there(value: Any, device: torch.device | str) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    # Not towards the CPU: nothing there waits until the values have come.
+    return value.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 class Terms(NamedTuple):
@@ -142,6 +145,15 @@ class FewStepObjective:
 
     num_times: ClassVar[int] = 1
     """How many times the network is told beside its input."""
+    range_of_levels: ClassVar[type] = NoiseRange
+    """What the noise levels are measured in: sigma, or flow time."""
+
+    def __post_init__(self) -> None:
+        made_for = getattr(self.levels, "noise", None)
+        if isinstance(made_for, (NoiseRange, FlowRange)) and not isinstance(made_for, self.range_of_levels):
+            in_flow = self.range_of_levels is FlowRange
+            wanted = "flow time, as LogitNormalTimes()" if in_flow else "sigma, as LevelGrid()"
+            raise ValueError(f"the levels of {type(self).__name__} are in {wanted}, got {self.levels}")
 
     def init(self, device: torch.device | str | None = None) -> Tensor:
         """The state before the first step."""

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from robustcm.checks import LARGEST, SMALLEST, need_real
 from robustcm.noise import NoiseRange
 from robustcm.shapes import one_a_sample, over_samples
 
@@ -30,7 +31,12 @@ class Preconditioning:
     """
 
     sigma_data: float = 0.5
+    """Standard deviation of the data, above 0."""
     noise: NoiseRange = NoiseRange()
+    """The levels f is made for."""
+
+    def __post_init__(self) -> None:
+        need_real(self, "sigma_data", least=SMALLEST, most=LARGEST)
 
     def c_skip(self, t: Tensor) -> Tensor:
         # Not sigma_data^2 / (... + sigma_data^2): torch takes the reciprocal first, which need not give 1 at sigma_min.
@@ -48,12 +54,14 @@ class Preconditioning:
 
 @dataclass(frozen=True)
 class ScalarSkip:
-    """The usual ``Skip``, ``c_skip(t) x_t``, by name."""
+    """The usual ``Skip``, ``c_skip(t) x_t`` of ``Preconditioning``, by name."""
 
     noise: NoiseRange = NoiseRange()
+    sigma_data: float = 0.5
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return over_samples(Preconditioning(noise=self.noise).c_skip(t), x_t) * x_t
+        usual = Preconditioning(sigma_data=self.sigma_data, noise=self.noise)
+        return over_samples(usual.c_skip(t), x_t) * x_t
 
     def to(self, device: torch.device | str) -> ScalarSkip:
         """Itself: it holds no tensor."""

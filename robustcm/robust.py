@@ -55,15 +55,29 @@ def robust_distance(
         distance: a ``PerToken`` or ``PerElement`` is given c divided by the root of its norms a sample, the scale of
             one of them where the residual is spread evenly.
         seen: counts of the whole step, where this batch is a part of it; used only while ``state`` is empty.
+    Raises:
+        ValueError: shapes that do not fit, or fewer than two levels.
     """
+    need_levels(num_levels)
     r = sample_r2(student.detach(), teacher.detach()).sqrt()
     own = c.count(r, depth, num_levels)
-    scale = c(state, own if seen is None else seen, depth, num_levels, student[0].numel())
+    scale = c(state, own if seen is None else seen, depth, num_levels, student.shape[1:].numel())
     return Measured(_at(scale, distance, student, teacher), r, scale, own)
 
 
 def _at(c: Scale, distance: Distance, student: Tensor, teacher: Tensor) -> Tensor:
     return distance(student, teacher, c / norms_per_sample(distance, student) ** 0.5)
+
+
+def need_levels(num_levels: int) -> int:
+    """``num_levels``, if a student and a teacher have a level each.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if num_levels < 2:
+        raise ValueError(f"num_levels must be at least 2, a student's and a teacher's, got {num_levels}")
+    return num_levels
 
 
 def norms_per_sample(distance: Distance, x: Tensor) -> int:
@@ -88,7 +102,8 @@ class RobustLoss(nn.Module):
     Every call in training mode with a student that has a gradient counts its residuals; those of the calls of one
     optimizer step are observed together, once. So c of a step comes from the steps before it. (In the first step there
     are none: there every call takes c from its own residuals and those of the calls before it; ``look`` at all
-    micro-batches first where even that step has to be the same for any number of them.)
+    micro-batches first where even that step has to be the same for any number of them.) Other calls, of a validation
+    say, count nothing and wait for no other rank.
 
     The value stays where it is while residuals and c fall together: watch ``scales``, or the error you always watched.
     ``LikeSquares(cauchy_of_r2)`` is r^2 itself for r << c, so a trainer's weights, clip and learning rate go on meaning
@@ -154,15 +169,18 @@ class RobustLoss(nn.Module):
             closes: whether this call is the last of its optimizer step (``accelerator.sync_gradients``); None: by
                 ``accumulation``.
         Raises:
-            ValueError: shapes that do not fit, or ``t`` without ``axis``, or ``axis`` without ``t``.
+            ValueError: shapes that do not fit, ``t`` without ``axis``, ``axis`` without ``t``, or fewer than two
+                levels.
         """
+        num_levels = need_levels(num_levels or 2)
         depth = self._depth(student, t)
+        counts = self.training and student.requires_grad
         with torch.no_grad():
-            seen = self.pending + self._count(student, teacher, depth, num_levels)
+            seen = self.pending + self._count(student, teacher, depth, num_levels, self.group if counts else None)
             basis = torch.where(self.first.sum() > 0, self.first, seen)
-            c = self.c(self.state, basis, depth, num_levels or 2, student[0].numel())
+            c = self.c(self.state, basis, depth, num_levels, student.shape[1:].numel())
         distance = _at(c, self.distance, student, teacher)
-        if self.training and student.requires_grad:
+        if counts:
             self._observe(seen, closes)
         return distance if weight is None else one_a_sample("weight", weight, len(student)) * distance
 
@@ -171,7 +189,8 @@ class RobustLoss(nn.Module):
 
         For a first step in several micro-batches: look at all of them, then train on them as always.
         """
-        self.first.add_(self._count(student, teacher, self._depth(student, t), num_levels))
+        num_levels = need_levels(num_levels or 2)
+        self.first.add_(self._count(student, teacher, self._depth(student, t), num_levels, self.group))
 
     def scales(self, d: int, num_levels: int = 2) -> Tensor:
         """c of each range of noise levels in the next step, from the largest noise to the smallest, ``[bins]``.
@@ -180,17 +199,18 @@ class RobustLoss(nn.Module):
 
         Args:
             d: elements of a sample.
+            num_levels: as the calls have it: c of a consistency run is N - 1 times too large without.
         """
         depth = (torch.arange(self.bins, device=self.state.device) + 0.5) / self.bins
         c = self.c(self.state, self.pending, depth, num_levels, d)
         return torch.as_tensor(c, device=self.state.device).expand(self.bins)
 
     @torch.no_grad()
-    def _count(self, student: Tensor, teacher: Tensor, depth: Tensor, num_levels: int | None) -> Tensor:
-        """Of all ranks; whole numbers, so their sum does not depend on the order."""
+    def _count(self, student: Tensor, teacher: Tensor, depth: Tensor, num_levels: int, group: Any) -> Tensor:
+        """Of all ranks of ``group``; whole numbers, so their sum does not depend on the order."""
         r = sample_r2(student.detach(), teacher.detach()).sqrt()
-        counts = self.c.count(r, depth, num_levels or 2)
-        group = self.group() if callable(self.group) else self.group
+        counts = self.c.count(r, depth, num_levels)
+        group = group() if callable(group) else group
         if group is not None:
             torch.distributed.all_reduce(counts, group=group)
         return counts
@@ -202,6 +222,16 @@ class RobustLoss(nn.Module):
         self.state.copy_(torch.where(closed, self.c.observe(self.state, seen), self.state))
         self.pending.copy_(torch.where(closed, 0.0, seen))
         self.calls.copy_(torch.where(closed, 0, calls))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RobustLoss:
+        """``to``, ``half`` and the like: the counts move along, and stay float64, which they need to fade slowly."""
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
 
     def _depth(self, student: Tensor, t: Tensor | None) -> Tensor:
         if self.axis is None:

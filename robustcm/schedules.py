@@ -31,9 +31,11 @@ class LevelPairs(NamedTuple):
     t_lo: Tensor
     """Teacher level ``[b]``, float32, ``t_lo < t_hi``. (Of a flow map the end of the span, which may be empty.)"""
     depth: Tensor
-    """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N."""
+    """Position of the student level, ``[b]`` in [0, 1): 0 is sigma_max, near 1 the smallest noise. On a grid: i / N, a
+    little less than ``NoiseRange.depth``, which is i / (N - 1)."""
     num_levels: int
-    """N of the current stage. For ``RatioLevels`` the N of the Karras grid with the same mean step in depth."""
+    """N of the current stage. For ``RatioLevels`` that of the Karras grid whose step in depth is theirs at the median
+    level."""
 
 
 def _need_lognormal(law: LognormalLaw | RatioLevels) -> None:
@@ -189,7 +191,7 @@ class LevelGrid:
 
     def nearest(self, sigma: float, step: int, total_steps: int) -> float:
         """See ``PairLaw``."""
-        levels = self.noise.levels(self.curriculum(step, total_steps))
+        levels = self.noise.levels(self.curriculum(step, total_steps))[:-1]  # at the last f is the identity
         return float(levels[(levels.log() - math.log(sigma)).abs().argmin()])
 
 
@@ -237,7 +239,7 @@ class RatioLevels:
 
     def nearest(self, sigma: float, step: int, total_steps: int) -> float:
         """``sigma``, within the range of levels: all of them are trained at."""
-        return min(max(sigma, self.noise.sigma_min), self.noise.sigma_max)
+        return min(max(sigma, self._lowest), self.noise.sigma_max)
 
     @property
     def _lowest(self) -> float:
@@ -266,6 +268,9 @@ class DenoiseFirst:
     In the first part t_hi is drawn as at the end of ``then``, t_lo is sigma_min, where f is the identity, and N is 2.
     ``then`` has the rest of the steps for all of its stages.
 
+    Beside a ``MeasuredC``: the residuals of the first part are those of a denoiser, not of neighbours, which shrink
+    like 1 / (N - 1). Behind the turn c is too small for about a halflife of its counts (measured once: 5 times).
+
     Source: a start from a diffusion model, as Geng et al. 2024 (ECT), arXiv 2406.14548, have it; here of the same run.
     """
 
@@ -292,11 +297,11 @@ class DenoiseFirst:
     def nearest(self, sigma: float, step: int, total_steps: int) -> float:
         """See ``PairLaw``."""
         first, rest = self._parts(total_steps)
-        return self.then.nearest(sigma, step - first if step >= first else rest - 1, rest)
+        return self.then.nearest(sigma, step - first if first <= step and first < total_steps else rest - 1, rest)
 
     def _parts(self, total_steps: int) -> tuple[int, int]:
         first = round(self.share * total_steps)
-        return first, max(1, total_steps - first)
+        return first, total_steps - first or total_steps  # a share of 1 leaves none
 
 
 # --- Weights of a pair: (t_hi, t_lo) -> [b] ---------------------------------------------------------------------------

@@ -41,9 +41,8 @@ class Pairing:
             raise ValueError(f"z must be noise of the samples' shape {list(self.x.shape[1:])}, got {list(z.shape)}")
         need_finite(z=z)
         flat = self.x.flatten(1)
-        return torch.cat(
-            [(part.flatten(1) @ flat.T + self.potential).argmax(1) for part in torch.split(z, _rows(len(flat)))]
-        )
+        parts = torch.split(z.flatten(1).to(flat.dtype), _rows(len(flat)))
+        return torch.cat([(part @ flat.T + self.potential).argmax(1) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +75,20 @@ class Semidiscrete:
     def fit(
         self, x: Tensor, generator: torch.Generator, on_step: Callable[[int], object] = lambda step: None
     ) -> Pairing:
-        """The pairing of ``x [n, ...]``, on its device.
+        """The pairing of ``x [n, ...]``, on its device, in float32.
 
         Args:
             generator: of the device of ``x``; draws the noise.
             on_step: called behind each step, for a progress bar.
         Raises:
-            ValueError: fewer than two samples, or values that are not finite.
+            ValueError: fewer than two samples, no axis beside theirs, or values that are not finite.
         """
         if len(x) < 2:
             raise ValueError(f"need at least two samples to pair with, got {len(x)}")
+        if x.dim() < 2:
+            raise ValueError(f"data to pair noise with must be [n, ...], got {list(x.shape)}")
         need_finite(x=x)
+        x = x.float()
         n, unit = len(x), _unit(x)
         draws = max(1, round(self.draws_a_sample * n))
         potential, average = (torch.zeros(n, device=x.device) for _ in range(2))

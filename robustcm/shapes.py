@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,11 @@ def same_shape(**tensors: Tensor) -> None:
 def over_samples(per_sample: Tensor, like: Tensor) -> Tensor:
     """``[b]`` as ``[b, 1, ...]``, to multiply ``like [b, ...]``."""
     return per_sample.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def level_of_all(t: float, z: Tensor) -> Tensor:
+    """``t`` for each sample of ``z [b, ...]``: ``[b]``, in at least float32, as levels are when training."""
+    return torch.full((len(z),), t, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
 
 
 def aligned(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:

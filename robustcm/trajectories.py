@@ -24,7 +24,7 @@ from robustcm.noise import NoiseRange
 from robustcm.objective import Batch, Draws, FewStepObjective
 from robustcm.randomness import two_of
 from robustcm.schedules import LevelGrid, PairLaw, PairWeight, inverse_gap
-from robustcm.shapes import one_a_sample, over_samples
+from robustcm.shapes import level_of_all, one_a_sample, over_samples
 from robustcm.teacher_input import TeacherInput
 
 Trajectory: TypeAlias = Callable[..., Tensor]
@@ -116,6 +116,7 @@ class TrajectoryObjective(FewStepObjective):
     num_times: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         need_real(self, "reach", least=0, most=1)
 
     def function_of(self, network: Network) -> PreconditionedTrajectory:
@@ -150,7 +151,8 @@ class TrajectoryObjective(FewStepObjective):
         s = self.ends(batch.pairs.t_lo, self.noise, two_of(draws.uniform)[1])
         if self.reach:
             depth = torch.lerp(self.noise.depth(batch.pairs.t_lo), self.noise.depth(s), self.reach)
-            batch = batch._replace(pairs=batch.pairs._replace(t_lo=torch.maximum(self.noise.at(depth), s)))
+            t_lo = torch.minimum(torch.maximum(self.noise.at(depth), s), batch.pairs.t_lo)  # rounded: never above
+            batch = batch._replace(pairs=batch.pairs._replace(t_lo=t_lo))
         batch = batch._replace(conditions={**batch.conditions, "s": s})
         return self._shown(batch, self.teacher_input, progress, paired)
 
@@ -205,9 +207,9 @@ def sample_trajectory(
     given, x = conditions or {}, levels[0] * z
     for t, lower in pairwise((*levels, low)):
         s = max((1 - gamma**2) ** 0.5 * lower, low)
-        x = G(x, z.new_full((len(z),), t), z.new_full((len(z),), s), **given)
+        x = G(x, level_of_all(t, z), level_of_all(s, z), **given)
         if s < lower:
             assert generator is not None
             fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
             x = x + (lower**2 - s**2) ** 0.5 * fresh
-    return x
+    return x.to(z.dtype)

@@ -206,7 +206,7 @@ def test_bounded_inverse_gap_bounds_what_inverse_gap_does_not():
 @given(sigma=st.floats(1e-3, 100), step=st.integers(0, 99))
 def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
     grid = LevelGrid(curriculum=DoublingCurriculum(s0=10, s1=40))
-    levels = NoiseRange().levels(grid.curriculum(step, 100)).tolist()
+    levels = NoiseRange().levels(grid.curriculum(step, 100)).tolist()[:-1]  # at the last f is the identity
     found = grid.nearest(sigma, step, 100)
     assert found in levels
     assert all(abs(math.log(found / sigma)) <= abs(math.log(t / sigma)) for t in levels)
@@ -214,7 +214,19 @@ def test_the_nearest_level_is_one_of_the_grid_and_none_is_nearer(sigma, step):
 
 def test_continuous_levels_take_every_level_of_their_range():
     levels = RatioLevels()
-    assert [levels.nearest(t, 0, 10) for t in (1e-4, 0.37, 500.0)] == [0.002, 0.37, 80.0]
+    lowest = levels(0, 10, torch.zeros(1)).t_hi.item()
+    assert [levels.nearest(t, 0, 10) for t in (1e-4, 0.37, 500.0)] == [pytest.approx(lowest), 0.37, 80.0]
+
+
+@pytest.mark.parametrize("then", [LevelGrid(), RatioLevels()])
+def test_a_run_that_only_denoises_has_the_levels_of_one_that_nearly_does(then, rng):
+    uniform = torch.rand(2000, generator=rng)
+    only, nearly = (DenoiseFirst(share=s, then=then)(3, 10_000, uniform) for s in (1.0, 0.99))
+    torch.testing.assert_close(only.t_hi, nearly.t_hi, rtol=1e-3, atol=0)
+    assert only.num_levels == 2
+    assert (only.t_lo == then.noise.sigma_min).all()
+    found = [DenoiseFirst(share=s, then=then).nearest(0.821, 10_000, 10_000) for s in (1.0, 0.99)]
+    assert found == pytest.approx([found[0]] * 2)
 
 
 @pytest.mark.parametrize(("p_mean", "nearest"), [(-100.0, -1), (100.0, 0), (0.1, None)])

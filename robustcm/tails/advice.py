@@ -318,8 +318,7 @@ def _clean_bound(x: Array) -> float:
 
 def _normalised_elements(td: Tensor | Array, usable: Array, level: Array) -> Array:
     """Elements of all usable samples about the median of their level, in units of the median |distance| from it."""
-    values = td.detach().cpu().numpy() if isinstance(td, Tensor) else np.asarray(td)
-    values, parts = values[usable].reshape(len(level), -1), []
+    values, parts = _array(td)[usable].reshape(len(level), -1), list[Array]()
     for label in np.unique(level):
         x = values[level == label].ravel().astype(np.float32)
         x = x - np.median(x)
@@ -342,7 +341,16 @@ def _box_or_none(elements: Array | None) -> BoxStatistics | None:
 
 
 def _flat(values: Tensor | Array) -> Array:
-    return (values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)).reshape(-1)
+    return _array(values).reshape(-1)
+
+
+def _array(values: Tensor | Array) -> Array:
+    """For numpy, which has no bfloat16."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    array: Array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return array
 
 
 def _name(distance: Any) -> str:

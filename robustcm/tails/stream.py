@@ -93,7 +93,7 @@ class TailStream:
         slot = self.histogram.cells(size).add_(1).clamp_(0, bins)  # 0: nearer to the centre than the first bin
         sign = d.view(torch.int64) >> 63  # -1 below the centre, else 0: (slot ^ sign) - sign is +-slot
         slot.bitwise_xor_(sign).sub_(sign).masked_fill_(~(size < math.inf), bins + 1)
-        index = slot.add_((label * self._width + bins)[:, None]).view(-1)
+        index = slot.add_((label * self._width + bins)[:, None]).reshape(-1)
         one = torch.ones((), dtype=torch.float64, device=x.device)
         state.view(-1).scatter_add_(0, index, one.expand_as(index))
         d.nan_to_num_(0.0, 0.0, 0.0)
