@@ -44,6 +44,16 @@ class ImageSet:
         return self.pixels[~self.is_held_out]
 
     @property
+    def train_places(self) -> Tensor:
+        """int64 ``[n_train]``: which of ``pixels`` are ``train``, without a copy of those."""
+        return torch.nonzero(~self.is_held_out).squeeze(1)
+
+    @property
+    def held_out_places(self) -> Tensor:
+        """int64 ``[n_held_out]``."""
+        return torch.nonzero(self.is_held_out).squeeze(1)
+
+    @property
     def num_train(self) -> int:
         """Images that are trained on."""
         return len(self.is_held_out) - int(self.is_held_out.sum())
@@ -73,7 +83,7 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Changes when a pixel or the split changes, whatever the files are called; names caches."""
-        digest = hashlib.sha256(self.pixels.numpy().tobytes())
+        digest = hashlib.sha256(self.pixels.contiguous().numpy().data)  # no copy of all pixels
         digest.update(self.is_held_out.numpy().tobytes())
         digest.update(repr(tuple(self.pixels.shape)).encode())
         return digest.hexdigest()[:16]

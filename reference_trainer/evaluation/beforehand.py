@@ -25,7 +25,7 @@ from reference_trainer.evaluation.sets import (
     without_training,
 )
 from reference_trainer.evaluation.statistics import Statistics
-from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet
+from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, held_out_images
 from reference_trainer.model import TrainedModel
 
 
@@ -54,7 +54,7 @@ class Beforehand:
         cache: Path | None = None,
     ) -> Beforehand:
         """Arguments as those of ``evaluate``; of ``model`` the weights are not looked at."""
-        train, held_out = TrainingSet.of(images, seed, n, model.device), images.held_out[:MAX_IMAGES]
+        train, held_out = TrainingSet.of(images, seed, n, model.device), held_out_images(images, seed)
         reference = Reference.of(model, train, features, kept_of(cache, train, features))
         held_out_real = attempt(lambda: gathered(features, held_out.split(BATCH)))
         rows, of_latents = Rows(), Rows()

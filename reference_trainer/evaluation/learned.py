@@ -24,6 +24,7 @@ from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode, not_finite
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.metrics import precision_recall
+from reference_trainer.evaluation.training_set import held_out_order
 from reference_trainer.model import TrainedModel
 from robustcm.gaussian import Gaussian, LinearSkip
 from robustcm.noise import NoiseRange
@@ -53,10 +54,11 @@ def what_was_learned(model: TrainedModel, images: ImageSet, latents: Tensor, see
     held_out = int(images.is_held_out.sum()) >= LEAST
     labels = None if model.classes is None or images.labels is None else images.labels
     if held_out:
-        x = model.space.normalise(encode(model.space.codec, images.held_out[:SAMPLES], model.device))
-        told, data = None if labels is None else labels[images.is_held_out], latents
+        order = held_out_order(images, seed)[:SAMPLES]
+        x = model.space.normalise(encode(model.space.codec, images.pixels[order], model.device))
+        told, data = None if labels is None else labels[order], latents
     else:
-        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(images.train_places), generator=torch.Generator().manual_seed(seed))
         x, data = latents[: len(latents) // 2][:SAMPLES], latents[len(latents) // 2 :]
         told = None if labels is None else labels[~images.is_held_out][order]
     if min(len(x), len(data)) < 8:

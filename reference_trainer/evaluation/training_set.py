@@ -28,8 +28,20 @@ def training_images(images: ImageSet, seed: int, n: int = MAX_IMAGES) -> Tensor:
 
     Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
     """
-    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    return images.train[order[: min(n, MAX_IMAGES)]]
+    places = images.train_places
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+    return images.pixels[places[order[: min(n, MAX_IMAGES)]]]
+
+
+def held_out_order(images: ImageSet, seed: int) -> Tensor:
+    """Places ``[n]`` of the held-out images among all, shuffled: data come sorted by class."""
+    places = images.held_out_places
+    return places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))]
+
+
+def held_out_images(images: ImageSet, seed: int, n: int = MAX_IMAGES) -> Tensor:
+    """At most ``n`` of them, uint8 ``[n, ch, h, w]``, in ``held_out_order``."""
+    return images.pixels[held_out_order(images, seed)[:n]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class TrainingSet:
     def of(images: ImageSet, seed: int, n: int = MAX_IMAGES, device: torch.device | None = None) -> TrainingSet:
         """As many as there are, at most ``n``."""
         first = training_images(images, seed, n)
-        there = len(images.store.latents("train")) if isinstance(images, StoredImages) else len(images.train)
+        there = len(images.store.latents("train")) if isinstance(images, StoredImages) else images.num_train
         return TrainingSet(images, first, max(len(first), min(n, there)), seed, device or torch.device("cpu"))
 
     def rest(self) -> Iterator[Tensor]:
@@ -63,7 +75,7 @@ class TrainingSet:
             for part in order.split(BATCH):
                 yield images.decoded_at(part, self.device)
         else:
-            places = torch.nonzero(~images.is_held_out).squeeze(1)  # images.train would copy all of them
+            places = images.train_places
             order = places[torch.randperm(len(places), generator=generator)][len(self.first) : self.count]
             for part in order.split(BATCH):
                 yield images.pixels[part]
