@@ -310,7 +310,7 @@ class TrainConfig:
         """
         if not isinstance(self.network, FromDiffusers):
             return self
-        network = noted(self.network)
+        network = self.network if self.network.sha256 else noted(self.network)  # that of a run is noted already
         if network.diffusion is not None and self.statistics is None:
             raise UserError(
                 "a diffusion model knows its data in one scale for all channels: give statistics=GivenStatistics for "

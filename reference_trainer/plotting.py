@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from reference_trainer.errors import UserError
+from reference_trainer.files import write_atomically
 
 OWN_PICTURE = {"Software": "robustcm reference_trainer"}
 """Text in every PNG of the trainer: by it a folder of images knows which are none of the user's."""
@@ -37,10 +38,12 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tupl
 
 
 def save_figure(figure: Figure, file: Path) -> Path:
-    """PNG, or a ``UserError`` that says why not; returns the file."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=130, metadata=OWN_PICTURE)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    """PNG, whole or not at all; returns the file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata=OWN_PICTURE)
+    write_atomically(file, picture.getvalue())
     return file

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,20 @@ class Ranks:
         with self._together():
             dist.all_reduce(found)
         return bool(found)
+
+    def require_same(self, number: int, what: str, needed: str) -> None:
+        """See that ``number``, of ``what``, is the same on every rank.
+
+        Raises:
+            UserError: it is not, on all of them; says what is ``needed``.
+        """
+        if self.world == 1:
+            return
+        numbers: list[Any] = [None] * self.world
+        with self._together():
+            dist.all_gather_object(numbers, number)
+        if len(set(numbers)) > 1:
+            raise UserError(f"the {self.world} processes found another {what} each ({numbers}): give {needed}")
 
     def wait(self) -> None:
         """Until all are here."""

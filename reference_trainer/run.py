@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import require_elsewhere
 from reference_trainer.errors import UserError
 from reference_trainer.files import as_json, load_tensors, remove_unfinished, save_tensors, write_atomically
 from reference_trainer.options import differences, filled, from_json, strange_fields, to_json
@@ -66,7 +67,7 @@ class RunFolder:
             except OSError as error:  # some network file systems
                 tqdm.write(f"{self.root} is not locked ({error.strerror}): start no second process in it")
             else:
-                for folder in (self.root, self.root / "checkpoints", self.bad_folder):
+                for folder in (self.root, *(self.root / name for name in ("checkpoints", "snapshots", "bad"))):
                     remove_unfinished(folder)
             yield
 
@@ -101,16 +102,18 @@ class RunFolder:
         """The configuration of the run.
 
         Raises:
-            UserError: no run here, or no configuration in its config.json.
+            UserError: no run here, no configuration in its config.json, or code in this folder for its autoencoder.
         """
         file = self.root / "config.json"
         if not file.exists():
             raise UserError(f"no run at {self.root}: it has no config.json; train one there first")
         data = self._json(file)
         try:
-            return from_json(data)
+            found = from_json(data)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
+        require_elsewhere(found.autoencoder, self.root)
+        return found
 
     @property
     def space_file(self) -> Path:

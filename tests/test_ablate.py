@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 from of_diffusers import saved
 
 from reference_trainer.__main__ import main
-from reference_trainer.ablation import ablate
+from reference_trainer.ablation import ablate, budget
 from reference_trainer.ablation.ablate import jobs_of, training_seconds
 from reference_trainer.ablation.comparison import ONE, TWO
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm
@@ -32,8 +33,12 @@ from reference_trainer.errors import UserError
 from reference_trainer.loading import Place
 from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
+from reference_trainer.training.batches import Batches
 from reference_trainer.words import NAMES
 from robustcm.gates import Above
+from robustcm.objective import Batch
+
+CPU = torch.device("cpu")
 
 THERE = ", ".join(NAMES)
 TINY = [
@@ -239,11 +244,69 @@ def test_a_budget_in_seconds_gives_each_arm_its_steps_and_remembers_them(command
     command += ["--arms", "ours", "--seeds", "0", "--seconds", "0.2"]
     assert main(command) == 0
     timing = json.loads((tmp_path / "out" / "timing.json").read_text())
-    assert timing.keys() == {BASELINE, "ours"}
+    timed = {key.partition(",")[0]: seconds for key, seconds in timing.items()}
+    assert timed.keys() == {BASELINE, "ours"}
     runs = json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]
     assert {run["arm"]: run["steps"] for run in runs} == {
-        arm: max(1, round(0.2 / seconds)) for arm, seconds in timing.items()
+        arm: max(1, round(0.2 / seconds)) for arm, seconds in timed.items()
     }
+
+
+def test_the_time_of_an_arm_is_that_of_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = list[str]()
+
+    def timed(arms: Sequence[tuple[str, TrainConfig]], *_: object) -> dict[str, float]:
+        asked.extend(name for name, _ in arms)
+        return {name: 0.01 * len(asked) for name, _ in arms}
+
+    monkeypatch.setattr(budget, "seconds_per_step", timed)
+    latents, file = torch.zeros(4, 2, 4, 4), tmp_path / "timing.json"
+    configs = digits(), replace(digits(), batch_size=64), replace(digits(), seed=7)
+    found = [budget.steps_within(0.2, [("ours", config)], latents, None, file, CPU)["ours"] for config in configs]
+    assert found == [20, 10, 20]
+    assert asked == ["ours", "ours"]
+
+
+def test_a_step_in_micro_batches_is_timed_whole(monkeypatch: pytest.MonkeyPatch):
+    asked = list[int]()
+
+    class Noted(Batches):
+        def __call__(self, step: int, part: int = 0) -> Batch:
+            asked.append(part)
+            return super().__call__(step, part)
+
+    monkeypatch.setattr(budget, "Batches", Noted)
+    config = replace(digits(), batch_size=8, micro_batches=4, coupling_pool=1)
+    budget.seconds_per_step([("ours", config)], torch.randn(16, 2, 4, 4), None, CPU, turns=1)
+    assert asked == [0, 1, 2, 3] * 5
+
+
+@pytest.mark.parametrize("features", [None, "wavelets"])
+def test_only_the_evaluation_of_the_last_step_by_these_features_ends_a_run(features: str | None, tmp_path: Path):
+    config = replace(digits(), steps=20)
+    job = ablate.Job("clean", "ours", 0, config, RunFolder(tmp_path), True, features)
+    file = tmp_path / "evaluation.json"
+    assert not job.finished()
+    for step, by, ends in ((10, "wavelets", False), (20, "wavelets", True), (20, "inception", features is None)):
+        file.write_text(json.dumps({"step": step, "features": by}))
+        assert job.finished() == ends
+    file.write_text('{"step": 20')
+    assert not job.finished()
+
+
+def test_an_error_stops_the_runs_that_are_under_way():
+    class Child:
+        def __init__(self) -> None:
+            self.got = list[int]()
+
+        def send_signal(self, number: int) -> None:
+            self.got.append(number)
+
+    children, child = ablate.Children(), Child()
+    children.__enter__()._running.add(child)
+    children.__exit__(UserError, UserError("a full disk"), None)
+    assert children.stopping
+    assert child.got == [signal.SIGINT]
 
 
 def test_a_pretrained_network_is_loaded_once_for_all_arms(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from reference_trainer.evaluation.digit_classifier import load_digit_classifier
 from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
+from reference_trainer.training import loop
 
 CPU = torch.device("cpu")
 
@@ -259,12 +261,20 @@ def test_a_run_by_class_continues_bit_exactly(train: Callable[..., int], tmp_pat
 
 
 def test_other_labels_are_seen_and_taken_if_asked(
-    train: Callable[..., int], animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., int],
+    animals: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     assert train("--brief") == 0
     (animals / "cat").rename(animals / "bat")
     assert train("--brief") == 2
     assert "begun with other labels or names of classes: bring those back" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # new images that do not fit leave all as it was
+        patch.setattr(loop, "latents_of_run", Mock(side_effect=UserError("latents of another size")))
+        assert train("--brief", "--new-data") == 2
+    assert Classes.load(tmp_path / "run" / "classes.json").names == ("cat", "emu")
     assert train("--brief", "--new-data") == 0
     assert Classes.load(tmp_path / "run" / "classes.json").names == ("bat", "emu")
     (animals / "owl").mkdir()

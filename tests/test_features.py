@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.codecs import Foreign
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.digit_classifier import load_digit_classifier
 from reference_trainer.evaluation.features import Imported, PooledLatents, tried, vectors_of
+from reference_trainer.evaluation.reference import at_once
+from reference_trainer.evaluation.rows import Missing
 
 PIXELS = torch.arange(4 * 12, dtype=torch.uint8).reshape(4, 3, 2, 2)
 
@@ -138,3 +142,23 @@ def test_the_features_of_the_trainer_pass_the_same_trial():
     assert tried(classifier, digits) is classifier
     codec = PixelSpace().build(3, {})
     assert vectors_of(PIXELS, PooledLatents(codec, torch.device("cpu"))).shape == (4, 48)
+
+
+def test_code_of_the_users_is_entered_by_one_thread_at_a_time():
+    inside, most = 0, 0
+
+    def counted(values: Tensor) -> Tensor:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+        return values.flatten(1).float()
+
+    features, pixels = Imported("mine", counted, batch=2), torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    codec = Foreign("mine", SimpleNamespace(encode=lambda x: counted(x)[:, :, None, None], decode=lambda x: x))
+    codec.PIXELS = 1
+    both = {"features": lambda: features(pixels), "latents": lambda: codec.encode(pixels.float())}
+    found = at_once(both | {f"{name} again": maker for name, maker in both.items()}, "both")
+    assert not any(isinstance(one, Missing) for one in found.values())
+    assert most == 1

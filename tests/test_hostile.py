@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reference_trainer.__main__ import main
-from reference_trainer.data.autoencoders import PixelSpace
+from reference_trainer.data.autoencoders import PixelSpace, PretrainedAutoencoder, require_elsewhere
 from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.origin import KeptSpace
 from reference_trainer.data.shards import about_shard
@@ -26,6 +27,7 @@ from reference_trainer.data.store import Store
 from reference_trainer.data.stored import autoencoder_from_dict, load_codec
 from reference_trainer.errors import UserError
 from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
@@ -234,3 +236,34 @@ def test_a_path_that_no_file_can_have_is_a_mistake_in_the_words(name: str, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert "is no path" in line
     assert len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("load", "code", "data", "refused"),
+    [
+        ("downloaded.vae:load", "downloaded/vae.py", "downloaded", True),  # a package without __init__.py
+        ("vae:load", "downloaded/vae.py", "downloaded", True),  # by somebody who works in that folder
+        ("downloaded.vae:load", "downloaded/vae.py", "downloaded/store", True),
+        ("my_vae:load", "my_vae.py", "downloaded", False),
+        ("nowhere_to_be_found:load", "my_vae.py", "downloaded", False),  # importing it says so
+        ("torch:zeros", "my_vae.py", "downloaded", False),
+    ],
+)
+def test_code_that_comes_with_data_is_not_imported(
+    load: str, code: str, data: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / code).parent.mkdir(exist_ok=True)
+    (tmp_path / code).write_text("raise SystemExit('executed')\n")
+    monkeypatch.syspath_prepend(tmp_path / "downloaded" if load.startswith("vae") else tmp_path)
+    asked = PretrainedAutoencoder(load=load)
+    if not refused:
+        require_elsewhere(asked, tmp_path / data)
+        return
+    with pytest.raises(UserError, match="whose code lies beside it: if you trust"):
+        require_elsewhere(asked, tmp_path / data)
+    run = RunFolder(tmp_path / data)
+    run.claim(replace(digits(), autoencoder=asked))
+    with pytest.raises(UserError, match="whose code lies beside it"):
+        run.config()
+    with pytest.raises(UserError, match="whose code lies beside it"):
+        load_codec(tmp_path / data, asked, torch.device("cpu"))

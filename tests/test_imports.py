@@ -16,7 +16,8 @@ MAY_BE_IMPORTED_BY_THE_CORE = {"robustcm", "torch", "numpy", "einops", "ot", "sc
 ABOVE_THE_TRAINER = {"analysis", "benchmarks", "tests", "conftest"}
 FLOORS = (
     {"errors"},
-    {"command", "files", "machine", "manual", "plotting", "networks", "ranks", "loading"},
+    {"files"},
+    {"command", "machine", "manual", "plotting", "networks", "ranks", "loading"},
     {"data", "computing", "sharding", "pretrained"},
     {"config"},
     {"published"},

@@ -19,8 +19,9 @@ from reference_trainer.data.images import ImageFolder
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_features, evaluate
 from reference_trainer.files import load_tensors, save_tensors
-from reference_trainer.model import load_model
+from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.networks import UNet
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches
@@ -260,9 +261,32 @@ def test_evaluations_behind_the_restored_checkpoint_are_dropped_and_made_again(
             with pytest.raises(CrashError):
                 run(config, crashed.root)
         assert [row["step"] for row in crashed.evaluations()] == steps
+        if step == 5:  # that of step 4, which was saved to be evaluated, is damaged
+            crashed.checkpoints()[0].write_bytes(b"")
     run(config, crashed.root)
     assert crashed.evaluations() == whole.evaluations()
     assert [row["step"] for row in whole.evaluations()] == [4, 8]
+
+
+def test_what_is_evaluated_is_saved_before(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = list[tuple[int, str]]()
+
+    def judged(self: Evaluator, model: TrainedModel) -> None:
+        seen.append((model.step, self.run.checkpoints()[0].stem))
+
+    monkeypatch.setattr(Evaluator, "__call__", judged)
+    run(replace(config, evaluate_every=5, save_every=10**6), tmp_path / "run")
+    assert seen == [(5, "step_00000005"), (10, "step_00000010")]
+
+
+def test_ranks_that_found_other_checkpoints_do_not_go_on(monkeypatch: pytest.MonkeyPatch):
+    def gathered(into: list[int], own: int) -> None:
+        into[:] = [own, 4]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    Ranks(0, 2).require_same(4, "checkpoint", "one folder")
+    with pytest.raises(UserError, match=r"found another checkpoint each .*6, 4.*give one folder"):
+        Ranks(0, 2).require_same(6, "checkpoint", "one folder")
 
 
 def test_a_finished_run_ends_with_its_final_evaluation_once(

@@ -24,6 +24,7 @@ from reference_trainer.matching import matched, save_moments, with_kept_moments
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.networks import DiT
 from reference_trainer.run import RunFolder
+from reference_trainer.training import start
 from reference_trainer.training.loop import train
 
 CPU = torch.device("cpu")
@@ -142,6 +143,18 @@ def test_too_few_latents_are_said_before_anything_is_drawn(run: RunFolder, monke
     monkeypatch.setattr(TrainedModel, "latents", lambda *_, **__: pytest.fail("drew samples"))
     with pytest.raises(UserError, match="--match-moments: 16 latents are too few for the covariance of 16 numbers"):
         matched(model_of(run), latents(16))
+    monkeypatch.setattr(matching, "MOST_ELEMENTS", 15)
+    with pytest.raises(UserError, match="--match-moments: latents of 16 elements, and covariances are of 15 at most"):
+        matched(model_of(run), latents())
+
+
+def test_what_cannot_be_matched_is_said_before_anything_is_encoded(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(start, "latents_of_run", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(matching, "MOST_ELEMENTS", 15)
+    assert main(["evaluate", str(run.root), "--match-moments"]) == 2
+    assert "covariances are of 15 at most" in capsys.readouterr().err
 
 
 def test_a_model_that_has_diverged_is_said(run: RunFolder):

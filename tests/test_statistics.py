@@ -20,6 +20,7 @@ from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.errors import UserError
+from reference_trainer.evaluation import evaluate as whole_evaluation
 from reference_trainer.evaluation import reference, sets, training_set
 from reference_trainer.evaluation.evaluate import evaluate
 from reference_trainer.evaluation.features import Imported
@@ -123,7 +124,7 @@ class Counted:
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 324 training images only 250 are held at a time."""
-    for module in (training_set, sets):
+    for module in (training_set, sets, whole_evaluation):
         monkeypatch.setattr(module, "MAX_IMAGES", 250)
     for module in (training_set, reference):
         monkeypatch.setattr(module, "BATCH", 50)

@@ -30,6 +30,7 @@ from reference_trainer.ablation.joined import joined
 from reference_trainer.ablation.ladder import ARMS, BASELINE, SUITES, Arm, Suite, arm_from_words
 from reference_trainer.command import did_you_mean
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.latents import encode_once
 from reference_trainer.data.origin import reopen
@@ -61,8 +62,13 @@ class Job:
     """As ``train`` takes it."""
 
     def finished(self) -> bool:
-        """Whether its evaluation is there."""
-        return (self.run.root / "evaluation.json").exists()
+        """Whether its evaluation is there: that of its last step, by the features asked for."""
+        file = self.run.root / "evaluation.json"
+        try:
+            found = json.loads(file.read_text()) if file.exists() else {}
+        except (OSError, ValueError):
+            return False
+        return found.get("step") == self.config.steps and self.features in (None, found.get("features"))
 
 
 def jobs_of(
@@ -115,6 +121,7 @@ def run_jobs(
         with job.run.locked():
             job.run.claim(job.config)
     children = Children()
+    # The children inside: an error here stops them before the pool waits for what it runs.
     with tqdm(total=len(jobs), desc="runs", unit="run") as bar, ThreadPoolExecutor(workers) as pool, children:
         results: dict[int, Result] = {}
 
@@ -160,7 +167,6 @@ class Children:
     def __init__(self) -> None:
         self.stopping, self.number = False, signal.SIGINT
         self._running: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Children:
         self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -169,14 +175,19 @@ class Children:
                 signal.signal(number, self._stop)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # such as a full disk: the runs save, those that wait do not begin
+            self._stop_all(signal.SIGINT)
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
     def _stop(self, number: int, _: object) -> None:
-        self.stopping, self.number = True, signal.Signals(number)
         tqdm.write("stopping: the runs are saved; the same command goes on with them")
+        self._stop_all(number)
+
+    def _stop_all(self, number: int) -> None:
+        self.stopping, self.number = True, signal.Signals(number)
         for child in list(self._running):
             child.send_signal(number)
 
@@ -194,7 +205,7 @@ class Children:
                 *(["--brief"] if job.brief else []),
                 *([f"--features={job.features}"] if job.features else []),
             ]
-            with (job.run.root / "log.txt").open("w") as log, self._lock:
+            with (job.run.root / "log.txt").open("w") as log:
                 # A session of its own: the terminal's Ctrl-C reaches this process, which passes it on once.
                 child = subprocess.Popen(
                     command,
@@ -205,6 +216,8 @@ class Children:
                     start_new_session=True,
                 )
                 self._running.add(child)
+            if self.stopping:  # since it was looked at: whoever stopped all has not seen this one
+                child.send_signal(self.number)
             child.wait()
             self._running.discard(child)
             if child.returncode and self.stopping:
@@ -279,7 +292,9 @@ def fit_autoencoders(jobs: Sequence[Job], cache: Path, device: torch.device) -> 
             reopen(job.run.space_file, job.run.config().autoencoder, images, device)
         elif not job.finished() and key not in fitted and not isinstance(images, StoredImages):
             fitted.add(key)
-            encode_once(job.config.autoencoder.fit(images, device, cache), images, device, cache)
+            codec = job.config.autoencoder.fit(images, device, cache)
+            if isinstance(codec, Foreign):  # of no other are latents kept
+                encode_once(codec, images, device, cache)
 
 
 def run_ablate(options: argparse.Namespace) -> int:

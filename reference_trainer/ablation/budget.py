@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.gaussian_skip import Scalar, skip_for
 from reference_trainer.data.latents import Latents
 from reference_trainer.files import as_json, write_atomically
+from reference_trainer.options import to_json
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.state import TrainState
 
@@ -34,10 +37,18 @@ def steps_within(
     The times go to ``file`` and are read from there the next time, so that a continued ablation is the same.
     """
     timed: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    if missing := [(name, config) for name, config in arms if name not in timed]:
-        timed |= seconds_per_step(missing, latents, labels, device)
+    keys = {name: f"{name}, {_digest(config, latents.shape, device)}" for name, config in arms}
+    if missing := [(name, config) for name, config in arms if keys[name] not in timed]:
+        found = seconds_per_step(missing, latents, labels, device)
+        timed |= {keys[name]: spent for name, spent in found.items()}
         write_atomically(file, (as_json(timed, indent=1) + "\n").encode())
-    return {name: max(1, round(seconds / timed[name])) for name, _ in arms}
+    return {name: max(1, round(seconds / timed[keys[name]])) for name, _ in arms}
+
+
+def _digest(config: TrainConfig, shape: Sequence[int], device: torch.device) -> str:
+    """Of what a time is of: the same arm of another network, size or device is timed anew."""
+    said = as_json([to_json(replace(config, seed=0)), list(shape), device.type])
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def seconds_per_step(
@@ -77,8 +88,9 @@ def _steps(
     skip = None if isinstance(asked, Scalar) else skip_for(asked, latents, config.objective.noise).to(device)
     f = config.preconditioned(passes.of(state.network.train()), skip)
     for step in count(config.steps // 2):
-        terms = config.objective(f, batches(step).to(device), state.c)
-        passes.backward(terms.loss)
+        for part in batches.parts:
+            terms = config.objective(f, batches(step, part).to(device), state.c)
+            passes.backward(terms.loss / config.micro_batches)
         state.optimizer_step(config.optimizer, 1e-4)
         state.update_ema(config.ema_decay)
         state.c = terms.state

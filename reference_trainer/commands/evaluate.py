@@ -29,7 +29,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples",
         type=whole,
-        default=5000,
         metavar="N",
         help="images to draw, and training images to compare them with, as far as there are so many (default 5000)",
     )
@@ -69,15 +68,18 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from reference_trainer.evaluation.averages import evaluate_averages
     from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_evaluation, write_report
     from reference_trainer.evaluation.table import as_table
+    from reference_trainer.evaluation.training_set import MAX_IMAGES
     from reference_trainer.machine import cache_folder, device_of
-    from reference_trainer.matching import matched, save_moments, with_kept_moments
+    from reference_trainer.matching import matched, require_matchable, save_moments, with_kept_moments
     from reference_trainer.model import load_model
     from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
     from reference_trainer.training.start import latents_of_run
 
-    if options.samples < 2:
+    if options.samples is not None and options.samples < 2:
         raise UserError(f"--samples must be at least 2, got {options.samples}")
+    if options.samples is not None and options.averages:
+        raise UserError("--averages compares 5000 samples of each: leave out --samples")
     if options.match_moments and options.averages:
         raise UserError("--match-moments is for one average: leave out --averages, or name one with --average")
     if options.match_moments and options.new_data:
@@ -95,6 +97,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         if options.guidance is not None:
             model = model.guided(options.guidance)
         if options.match_moments and ranks.leads:
+            require_matchable(model, images.num_train)
             latents, _ = latents_of_run(config, run, images, cache_folder(), device)
             model = matched(model, latents)
             save_moments(run, model)
@@ -107,13 +110,15 @@ def run_evaluate(options: argparse.Namespace) -> int:
         for line in evaluate_averages(run, model, images, chosen, options.seed):
             print(line, flush=True)
         return 0
-    evaluation = evaluate(model, images, chosen, options.seed, n=options.samples, cache=cache_folder(), ranks=ranks)
+    n = options.samples or MAX_IMAGES
+    evaluation = evaluate(model, images, chosen, options.seed, n=n, cache=cache_folder(), ranks=ranks)
     if not ranks.leads:
         return 0
     print(as_table(evaluation), flush=True)
-    if average is not None or options.match_moments:  # the report is of what samples by default
-        named = "" if average is None else f"-{in_file_name(average)}"
-        named += "-matched" if options.match_moments else ""
+    named = "" if average is None else f"-{in_file_name(average)}"
+    named += "" if options.guidance is None else f"-w{options.guidance:g}"
+    named += "-matched" if options.match_moments else ""
+    if named:  # the report is of what samples by default
         print(f"wrote {write_evaluation(run, evaluation, f'evaluation{named}.json')}")
         return 0
     files = write_report(run, model, images, evaluation)

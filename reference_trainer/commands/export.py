@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from reference_trainer.command import path, real
@@ -33,7 +34,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     from reference_trainer.averages import read_average
     from reference_trainer.export.card import CARD, PICTURE, RECIPE, card, recipe
-    from reference_trainer.export.folder import drawn, export, require_empty
+    from reference_trainer.export.folder import Exported, drawn, export, require_empty
     from reference_trainer.files import write_atomically
     from reference_trainer.machine import device_of
     from reference_trainer.model import load_model
@@ -45,13 +46,16 @@ def run_export(options: argparse.Namespace) -> int:
     torch.set_num_threads(model.config.threads)
     if options.guidance is not None:
         model = model.guided(options.guidance)
-    done = export(model, options.out)
-    if (pixels := drawn(done)) is not None:
-        save_picture(pixels, options.out / PICTURE, columns=len(pixels) // 4)
-    name = options.out.resolve().name
-    text = card(model, done, run, name, average, drawn=pixels is not None)
-    write_atomically(options.out / RECIPE, recipe(model.config))
-    write_atomically(options.out / CARD, text.encode())
+
+    def about(done: Exported, part: Path) -> None:
+        if (pixels := drawn(done)) is not None:
+            save_picture(pixels, part / PICTURE, columns=len(pixels) // 4)
+        name = options.out.resolve().name
+        text = card(model, done, run, name, average, drawn=pixels is not None)
+        write_atomically(part / RECIPE, recipe(model.config))
+        write_atomically(part / CARD, text.encode())
+
+    done = export(model, options.out, about)
     print(f"{options.out}: its samples differ from the run's by at most {done.difference:.1e} of their size")
     if done.left_out:
         print(done.left_out)

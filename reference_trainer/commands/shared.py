@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,12 +68,17 @@ def save_picture(pixels: Tensor, file: Path, called: Path | None = None, columns
     columns = columns or max(1, round(len(pixels) ** 0.5))
     padding = -len(pixels) % columns
     pixels = torch.cat([pixels, pixels.new_full((padding, *pixels.shape[1:]), 255)])
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")  # its ending says what is written
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         about = PngInfo()
         for key, text in OWN_PICTURE.items():
             about.add_text(key, text)
-        Image.fromarray(tile(pixels, columns)).save(file, pnginfo=about)
+        Image.fromarray(tile(pixels, columns)).save(temporary, pnginfo=about)
+        temporary.replace(file)
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(": ")
         raise UserError(f"cannot write {called or file}: {why}; give --out a place for a PNG") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

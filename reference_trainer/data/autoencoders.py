@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.outputs import described
 from reference_trainer.data.posterior import need_latents, sampled
-from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.errors import UserError, printable, type_and_message
 from reference_trainer.files import as_json, load_tensors, save_tensors
 from reference_trainer.networks import MOST_CHANNELS, halvings_fit, need_convolutions
 from robustcm.checks import need_real, need_seed, need_whole
@@ -95,6 +96,34 @@ class PretrainedAutoencoder:
         if not able:
             raise UserError(f"autoencoder {self.load}: {described(made)} has no encode and decode")
         return codec
+
+
+def require_elsewhere(autoencoder: Autoencoder, folder: Path) -> None:
+    """Refuse to import an autoencoder from ``folder``, a store or a run that names it: code that came with the data.
+
+    Looks where its module lies, without importing it.
+
+    Raises:
+        UserError: in that folder, or in a package that holds it.
+    """
+    if not isinstance(autoencoder, PretrainedAutoencoder):
+        return
+    top, inside = autoencoder.load.partition(":")[0].partition(".")[0], folder.resolve()
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return  # imported without a file, or not to be had: importing it will say why
+    if spec is None:
+        return
+    packages = [Path(place).resolve() for place in spec.submodule_search_locations or ()]
+    file = Path(spec.origin).resolve() if spec.has_location and spec.origin else None
+    if (file is not None and file.is_relative_to(inside)) or any(
+        package.is_relative_to(inside) or inside.is_relative_to(package) for package in packages
+    ):
+        raise UserError(
+            f"{printable(str(folder))} names the autoencoder {printable(autoencoder.load)}, whose code lies beside it: "
+            "if you trust that code, move it out of there, to your PYTHONPATH"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

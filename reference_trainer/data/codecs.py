@@ -5,6 +5,7 @@ Axes: images [n, ch, h, w] in -1 .. 1, latents [n, ch, h, w].
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -58,6 +59,10 @@ class Pixels:
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
+
+
+USERS_CODE = threading.RLock()
+"""Held while code of the user's runs: it may not be made for two threads, or draw from torch's own generators."""
 
 
 class Foreign:
@@ -123,7 +128,8 @@ class Foreign:
             while done < len(values):
                 part = values[done : done + max(1, self._budget[method] // each)]
                 try:
-                    out = self._called(method, part, seed + done)
+                    with USERS_CODE:
+                        out = self._called(method, part, seed + done)
                 except MemoryError as error:
                     if len(part) == 1:
                         raise self._failed(method, part, error) from error

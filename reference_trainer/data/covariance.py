@@ -12,6 +12,7 @@ from tqdm import tqdm
 from reference_trainer.data.latents import Changed, Latents, LatentSpace
 from reference_trainer.data.statistics import MOST_ELEMENTS, Statistics
 from reference_trainer.data.store import StoredLatents, in_pieces
+from reference_trainer.errors import UserError
 
 
 def mean_and_covariance(latents: Latents, space: LatentSpace | None = None) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,11 @@ def _kept(latents: Latents, space: LatentSpace | None) -> tuple[Tensor, Tensor] 
     """Mean and covariance that the store of ``latents`` keeps of the same ones, normalised."""
     if space is None or not isinstance(latents, Changed) or not isinstance(latents.latents, StoredLatents):
         return None
-    found = latents.latents.second_moments()
+    try:
+        found = latents.latents.second_moments()
+    except UserError as error:  # it can be had from the latents
+        tqdm.write(f"measuring the covariance anew: {error}")
+        return None
     if found is None:
         return None
     mean, covariance = found

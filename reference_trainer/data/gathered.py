@@ -84,6 +84,7 @@ def gather(root: Path, files: Sequence[Path], recipe: str, held_out_every: int) 
 
 def tidy(root: Path) -> None:
     """Behind the index: take away what was kept to go on with, and what killed writers of shards left."""
-    for file in (root / GATHERED, *root.glob(".*.safetensors.*.tmp")):
+    left = (*root.glob(".*.safetensors.*.tmp"), *(root / GATHERED).parent.glob(f".{GATHERED.name}.*.tmp"))
+    for file in (root / GATHERED, *left):
         with suppress(OSError):
             file.unlink(missing_ok=True)

@@ -135,7 +135,7 @@ class Origin:
 
     @staticmethod
     def of(images: ImageSet, probe: Probe, codec: Codec) -> Origin:
-        counts = len(images.train), len(images.held_out)
+        counts = len(images.train_places), len(images.held_out_places)
         kept = probe if isinstance(codec, Foreign) else None
         return Origin(images.fingerprint(), *counts, tuple(images.pixels.shape[1:]), kept, notes_of(codec))
 
@@ -143,7 +143,7 @@ class Origin:
         """What of ``images`` (if given) and ``codec`` is not what it was, in words."""
         said = []
         if images is not None and images.fingerprint() != self.fingerprint:
-            now = len(images.train), len(images.held_out)
+            now = len(images.train_places), len(images.held_out_places)
             if now == (self.train, self.held_out) and tuple(images.pixels.shape[1:]) == self.size:
                 said.append(f"its {self.train} + {self.held_out} images are as many as they were, but other pixels")
             else:

@@ -43,7 +43,7 @@ from reference_trainer.data.shards import (
 )
 from reference_trainer.data.statistics import Statistics, pieces_of
 from reference_trainer.errors import UserError, printable
-from reference_trainer.files import as_json, load_tensors, write_atomically
+from reference_trainer.files import as_json, check_layout, load_tensors, write_atomically
 
 CHECKED = Path("statistics", "checked.json")
 SETTLED = 2.0
@@ -225,7 +225,14 @@ class Store:
         """
         if (about := self.statistics["covariance"]) is None:
             return None
-        tensors, _ = load_tensors(self.root / about["file"])
+        file, d = self.root / about["file"], math.prod(self.index.shape)
+        tensors, _ = load_tensors(file)
+        of = torch.empty(1, dtype=torch.float64, device="meta")  # takes no memory
+        wanted = {"mean": of.new_empty(d), "covariance": of.new_empty(d, d)}
+        try:
+            check_layout(tensors, wanted)
+        except UserError as error:
+            raise UserError(f"{shown(file)}: {error}") from error
         return tensors["mean"], tensors["covariance"]
 
     def fingerprint(self) -> str:

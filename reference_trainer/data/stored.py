@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
+from reference_trainer.data.autoencoders import (
+    Autoencoder,
+    KLAutoencoder,
+    PixelSpace,
+    PretrainedAutoencoder,
+    require_elsewhere,
+)
 from reference_trainer.data.codecs import Codec, notes_of
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_pixels
@@ -62,6 +68,7 @@ def load_codec(root: Path, autoencoder: Autoencoder, device: torch.device) -> tu
         UserError: it cannot be read or built, or an autoencoder of the user's no longer makes of a few images what it
             made of them.
     """
+    require_elsewhere(autoencoder, root)
     tensors, about = load_tensors(root / CODEC)
     weights = {name.removeprefix("codec/"): tensor for name, tensor in tensors.items() if name.startswith("codec/")}
     with as_written(root / CODEC):

@@ -107,7 +107,7 @@ def evaluate(
     train, reference = done.train, done.reference
     if drawn is None:
         further = further_samples(model, train.count, seed)
-        drawn = Drawn.of(model, features, samplers(model, len(train.first), seed), further)
+        drawn = Drawn.of(model, features, samplers(model, min(train.count, MAX_IMAGES), seed), further)
     rows = image_rows(drawn.vectors, reference, done.held_out_real)
     rows = with_as_asked(rows, drawn.vectors, model, features, seed) | done.rows
     of_latents = latent_rows(drawn.latents, reference, bounds=False) | done.of_latents
@@ -136,7 +136,7 @@ def evaluate(
         else:
             out["learned"] = learned
     if model.classes is not None:
-        out["classes"] = about_classes(model, drawn.vectors, features, len(train.first), seed)
+        out["classes"] = about_classes(model, drawn.vectors, features, min(train.count, MAX_IMAGES), seed)
     if isinstance(features, DigitClassifier) and images.labels is not None:
         labels = images.labels[images.is_held_out]
         out["classifier_accuracy_held_out"] = features.accuracy(images.held_out, labels)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference_trainer.data.codecs import Codec
+from reference_trainer.data.codecs import USERS_CODE, Codec
 from reference_trainer.data.images import to_unit
 from reference_trainer.data.latents import not_finite
 from reference_trainer.errors import UserError, type_and_message
@@ -92,7 +92,8 @@ class Imported:
     def _vectors(self, pixels: Tensor) -> Tensor:
         where = f"--features {self.name}: on images {list(pixels.shape)}"
         try:
-            output = self.function(pixels)
+            with USERS_CODE:
+                output = self.function(pixels)
             given = output
             if isinstance(output, (tuple, list)) and len(output):
                 output = output[0]

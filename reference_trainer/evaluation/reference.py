@@ -152,7 +152,8 @@ def decoded(model: TrainedModel, latents: Tensor | Missing) -> Tensor:
 def at_once(makers: Mapping[str, Callable[[], T]], what: str) -> dict[str, T | Missing]:
     """What each of ``makers`` returns, or why it does not; two at a time, under a bar that says ``what``.
 
-    Each is a function of its own, without ambient randomness, so two at a time change no digit.
+    Each is a function of its own, without ambient randomness, so two at a time change no digit; code of the user's,
+    which need not be, is entered by one of them at a time.
     """
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(attempt, makers.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,13 @@ class Exported:
     """What is not in the folder, in a line; empty: nothing."""
 
 
-def export(model: TrainedModel, folder: Path) -> Exported:
-    """Write ``model`` into ``folder``, whole or not at all; the card is not written.
+def export(
+    model: TrainedModel, folder: Path, beside: Callable[[Exported, Path], None] = lambda done, part: None
+) -> Exported:
+    """Write ``model`` into ``folder``, whole or not at all.
 
+    Args:
+        beside: writes what else belongs there, the card, into the folder that is about to become ``folder``.
     Raises:
         UserError: there is something in ``folder``; diffusers has no layers or scheduler for the run; it cannot be
             written; or what was written is not the same.
@@ -77,6 +82,8 @@ def export(model: TrainedModel, folder: Path) -> Exported:
                 f"the folder's samples differ from the run's by {difference:.2g}: nothing is written; this is a fault "
                 "of ours, or of this version of diffusers"
             )
+        done = Exported(again, sigmas, difference, left_out)
+        beside(done, part)
         if folder.is_dir():
             folder.rmdir()
         part.rename(folder)
@@ -84,7 +91,7 @@ def export(model: TrainedModel, folder: Path) -> Exported:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; give --out another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Exported(again, sigmas, difference, left_out)
+    return done
 
 
 def require_empty(folder: Path) -> None:

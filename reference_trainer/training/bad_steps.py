@@ -138,7 +138,7 @@ class BadSteps:
 
     def _called(self, sample: int) -> str:
         """A store's samples have no names, and are more than its images here."""
-        known = len(self.images.train) == len(self.batches.latents)
+        known = len(self.images.train_places) == len(self.batches.latents)
         return self.images.train_name(sample) if known else f"latent {sample}"
 
     def _keep(self, number: int, part: int, batch: Batch, indices: Tensor) -> str:

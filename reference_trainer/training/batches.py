@@ -96,6 +96,11 @@ class Batches:
         for batch in self._ahead.values():
             batch.result()
 
+    def close(self) -> None:
+        """What was to be made in the background is not made any more."""
+        for background in (self._reader, self._solver):
+            background.shutdown(wait=False, cancel_futures=True)
+
     def dropout_seed(self, step: int, part: int = 0) -> int:
         """For torch's own generators, which dropout draws from."""
         return self._seed(step, Stream.DROPOUT, part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +81,8 @@ def train(
             require_shardable(config.objective, config.micro_batches, ranks)
         classes = classes_of_run(config, run, images, new_data)
         latents, space = latents_of_run(config, run, images, cache, device, new_data)
+        if classes is not None and ranks.leads:
+            classes.save(run.classes_file)
         skip = skip_of_run(config, run, latents, space, device)
     batches = Batches(config, latents, images.train_labels, number_of(classes), parts)
     ch, h, w = latents.shape
@@ -92,6 +94,7 @@ def train(
         state.restore(*found)
         if state.step > config.steps:
             raise UserError(f"{run.root} has a checkpoint of step {state.step} of {config.steps}: it is of another run")
+    ranks.require_same(state.step, f"checkpoint in {run.root}", "one folder that all of them see")
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes, skip=skip)
     build = partial(build_network, config, (ch, h, w), number_of(classes))
     with ranks.first_leads():
@@ -114,7 +117,11 @@ def train(
         if shared and ranks.leads:
             stop_requested.may_break(partial(judge, model))
 
-    with logger_of(run, state.step, config.steps, ranks) as logger, stop_requests() as stop_requested:
+    with (
+        closing(batches),
+        logger_of(run, state.step, config.steps, ranks) as logger,
+        stop_requests() as stop_requested,
+    ):
         if judge and found and config.evaluates_at(state.step) and ranks.any(state.step not in evaluated(run)):
             show(judge)  # a stop came first
         while state.step < config.steps:
@@ -154,22 +161,22 @@ def train(
                 row |= meter.read(state.meter) | {"td": tail_meter.read(state.tails)}
                 logger.log(state.step, row | {"bad_steps": int(state.num_bad_steps)})
                 state.forget_sums()
-            if config.evaluates_at(state.step):  # before saving: its row comes first
-                bad_steps.look(state)
-                if judge and not ranks.any(bool(stop_requested)):
-                    show(judge)
             if config.keeps_snapshot_at(state.step):  # before saving, too
                 bad_steps.look(state)
                 snapshot = state.snapshot()
                 if ranks.leads:
                     run.save_snapshot(state.step, snapshot)
             last |= ranks.any(bool(stop_requested))
-            if state.step % config.save_every == 0 or last:
+            judged = judge is not None and config.evaluates_at(state.step) and not last
+            if state.step % config.save_every == 0 or judged or last:
                 bad_steps.look(state)
                 state.add_up_sums(ranks)
                 tensors = state.tensors()
                 if ranks.leads:
                     run.save_checkpoint(state.step, tensors, config.keep_checkpoints)
+            if judge and judged:  # behind saving: a stop leaves it, and a resumed run has it first
+                show(judge)
+                last = ranks.any(bool(stop_requested))
             logger.advance()
             if last:
                 break

@@ -102,7 +102,9 @@ def skip_of_run(
 
 
 def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_data: bool = False) -> Classes | None:
-    """The classes that ``run`` is trained on, kept with it; None where it is trained without.
+    """The classes that ``run`` is trained on; None where it is trained without.
+
+    They are kept with it once its latents are known to fit: ``Classes.save``.
 
     Raises:
         UserError: no labels, labels that are no class, or others than those the run was begun with.
@@ -125,7 +127,6 @@ def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_da
                 f"{run.root} was begun with other labels or names of classes: bring those back, give a new run another "
                 "--out, or add --new-data to go on with what is there now"
             )
-    now.save(file)
     return now
 
 
