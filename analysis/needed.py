@@ -18,7 +18,7 @@ for module in NEEDED:
     if find_spec(module) is None:
         print(
             f"error: {sys.executable} has no {module}: in a clone call .venv/bin/python, which `make install` makes, "
-            "or pip install 'robustcm[trainer]'",
+            "or pip install -e '.[trainer]' there",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -64,11 +64,13 @@ def run(words: list[str]) -> int:
         if module in OF_THE_CORE:
             raise UserError(
                 f"{sys.executable} has no {module}: in a clone call .venv/bin/python, which `make install` makes, or "
-                "pip install 'robustcm[trainer]'"
+                "pip install -e '.[trainer]' there"
             ) from error
         if module not in OF_THE_EXTRA:
             raise
-        raise UserError(f"the trainer needs {error.name}: pip install 'robustcm[trainer]' brings it") from error
+        raise UserError(
+            f"the trainer needs {error.name}: the extra trainer brings it, in a clone pip install -e '.[trainer]'"
+        ) from error
 
 
 def parser() -> Parser:

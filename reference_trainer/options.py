@@ -56,6 +56,9 @@ def field_of(owner: Any, name: str, path: str) -> Any:
         UserError: it has no such field; ``path`` is what was asked for.
     """
     fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if owner is None:
+        part = path.rpartition(f".{name}")[0]
+        raise UserError(f"unknown option {path}: {part} is None here; give {part}=... first")
     if name not in fields:
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"{_name(owner)} has {', '.join(fields) or 'no fields'}"

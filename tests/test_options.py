@@ -149,6 +149,7 @@ def test_a_part_around_what_was_there_keeps_it_and_takes_nothing_else_over(optio
         ("steps={[]: 1}", "must be int"),
         ("optimizer.betas=(0.9,)", "must be tuple"),
         ("=3", "unknown option"),
+        ("classes.dropout=0.2", "unknown option classes.dropout: classes is None here; give classes=... first"),
         ("..=3", "unknown option"),
         ("objective=ilct", "unknown name ilct"),
     ],

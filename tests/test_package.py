@@ -165,7 +165,7 @@ def test_the_core_alone_says_what_the_trainer_needs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train, "run_train", without_tqdm)
     assert main(["--show"]) == 2
     assert capsys.readouterr().err == (
-        "error: the trainer needs tqdm.auto: pip install 'robustcm[trainer]' brings it\n"
+        "error: the trainer needs tqdm.auto: the extra trainer brings it, in a clone pip install -e '.[trainer]'\n"
     )
 
 

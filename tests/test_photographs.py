@@ -116,7 +116,7 @@ def test_a_missing_package_and_another_file_are_one_line_that_names_the_extra(mo
         monkeypatch.setattr(photographs, "PHOTOGRAPHS", (replace(PHOTOGRAPHS[0], **change),))
         with pytest.raises(UserError, match=message) as caught:
             Photographs().load()
-        assert "robustcm[natural]" in str(caught.value)
+        assert "the extra natural" in str(caught.value)
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(photographs, "PHOTOGRAPHS", (replace(PHOTOGRAPHS[0], file="data/nothing.png"),))
     with pytest.raises(UserError, match="no data/nothing"):

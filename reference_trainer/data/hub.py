@@ -136,7 +136,7 @@ class HubImages:
         except ImportError as error:
             shown = printable(self.path)
             what = f"{shown} is a Hugging Face dataset" if self._is_here() else f"there is no {shown} here"
-            raise UserError(f"{what}; to read datasets, also from the hub: pip install robustcm[hub]") from error
+            raise UserError(f"{what}; to read datasets, also from the hub: pip install datasets") from error
         return datasets
 
     def _is_here(self) -> bool:

@@ -55,14 +55,15 @@ class Photograph:
         spec = find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f'the photographs lie in {self.package}, which is not installed: pip install "robustcm[natural]"'
+                f"the photographs lie in {self.package}, which is not installed: pip install {self.package}, or in a "
+                "clone the extra natural, pip install -e '.[natural]'"
             )
         path = Path(spec.submodule_search_locations[0]) / self.file
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest()[:16] != self.digest:
             raise UserError(
                 f"{self.package} has {'another' if content else 'no'} {self.file} than the photographs are cut from: "
-                'install the versions of "robustcm[natural]"'
+                "install the version that the extra natural in pyproject.toml names"
             )
         with Image.open(path) as opened:
             return rearrange(torch.from_numpy(np.array(opened.convert("RGB"))), "h w ch -> ch h w")
