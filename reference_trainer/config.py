@@ -232,7 +232,8 @@ class TrainConfig:
     """Steps between two checkpoints, 1 or more."""
     evaluate_every: int = 0
     """Steps between two looks at the samples of the averaged weights, a row of evaluations.jsonl each; 0: only at the
-    end. Takes time (a few thousand samples each), changes no weight."""
+    end. Takes time (a few thousand samples each), changes no weight. Such a step is saved first, as one of
+    ``save_every`` is."""
     most_bad_steps: int = 10
     """So many steps in a row that are not finite end the run at the next log, with advice; 1 or more. See
     ``optimizer.on_nonfinite``."""

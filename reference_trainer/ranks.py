@@ -116,7 +116,7 @@ class Ranks:
         with self._together():
             dist.all_gather_object(numbers, number)
         if len(set(numbers)) > 1:
-            raise UserError(f"the {self.world} processes found another {what} each ({numbers}): give {needed}")
+            raise UserError(f"the {self.world} processes found different {what}, {numbers}: give {needed}")
 
     def wait(self) -> None:
         """Until all are here."""

@@ -77,8 +77,10 @@ class RunFolder:
         A field that an earlier version did not have counts there as its default now.
 
         Raises:
-            UserError: it belongs to another configuration or to another version, or its config.json is none.
+            UserError: it belongs to another configuration or to another version, its config.json is none, or code for
+                the autoencoder lies here.
         """
+        require_elsewhere(config.autoencoder, self.root)  # else it could be trained, and never opened again
         file = self.root / "config.json"
         asked = json.loads(as_json(to_json(config)))
         if file.exists():

@@ -100,8 +100,8 @@ class Reconstruction(NamedTuple):
     coefficients: np.ndarray
     """float64 ``[n]``, adding up to 1, some of them negative."""
     error: float
-    """Distance of the profile that is had from that wanted, as a share of the latter's norm: 0 or more, below 1e-7
-    0. It may be above 1 where nothing stored lies near."""
+    """Distance of the profile that is had from that wanted, as a share of the latter's norm: 0 or more, as good
+    as 0 below 1e-7, above 1 where nothing stored lies near."""
 
 
 def reconstruct(stored: Sequence[Profile], wanted: Profile) -> Reconstruction:

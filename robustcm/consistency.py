@@ -94,12 +94,19 @@ def replayed_rng(device: torch.device) -> Iterator[None]:
     """Restore torch's random state (CPU and, if ``device`` is an accelerator, its own) on leaving the block.
 
     What follows the block then draws the same numbers as the block did: two passes share their dropout mask. Nor does
-    it find the weights that a caller's autocast converted in the block: torch before 2.10 kept those of a pass without
-    gradient for the pass behind it, whose weights then got none.
+    it find the weights that a caller's autocast converted in the block, see ``forget_casts``.
     """
     kind = "cuda" if device.type == "cpu" else device.type
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=kind):
         yield
+    forget_casts(device)
+
+
+def forget_casts(device: torch.device) -> None:
+    """Behind a pass without gradient: what the caller's autocast converted for it is not taken for a pass with one.
+
+    torch before 2.10 takes it, and the weights then get no gradient.
+    """
     if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device.type):
         torch.clear_autocast_cache()
 
@@ -127,8 +134,9 @@ def sample(
         noise: the range f is made for; None: its own (``f.noise``, as ``Preconditioned`` has it), else the default.
         generator: draws the fresh noise on its own device; needed for more than one evaluation, so that no
             sample depends on an ambient generator.
-        coupler: pairs the fresh noise with the estimate it is added to, as f saw them paired in training; it is given
-            no labels, so not ``WithinClasses``. None: not.
+        coupler: pairs the fresh noise with the estimate it is added to, as f saw them paired in training; called as
+            ``coupler(x, fresh, generator=generator)``, without labels, so not ``WithinClasses``. One that draws,
+            ``Entropic``, needs a CPU generator. None: not.
         conditions: keyword arguments of f, such as ``class_labels``.
     Raises:
         ValueError: levels that do not fall or lie outside the range, or no generator where one is needed.
@@ -147,11 +155,11 @@ def sample(
     if len(sigmas) > 1 and generator is None:
         raise ValueError("more than one evaluation draws fresh noise: pass a torch.Generator as generator=")
     given = conditions or {}
-    x = f(sigmas[0] * z, level_of_all(sigmas[0], z), **given)
+    x = f(sigmas[0] * z, level_of_all(sigmas[0], z), **given).to(z.dtype)
     for t in sigmas[1:]:
         assert generator is not None
         fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
         if coupler is not None:
             fresh = fresh[coupler(x, fresh, generator=generator)]
-        x = f(x + (t**2 - noise.sigma_min**2) ** 0.5 * fresh, level_of_all(t, z), **given)
-    return x.to(z.dtype)
+        x = f(x + (t**2 - noise.sigma_min**2) ** 0.5 * fresh, level_of_all(t, z), **given).to(z.dtype)
+    return x

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robustcm.checks import LARGEST, SMALLEST, need_real
-from robustcm.consistency import Network, shared_mask
+from robustcm.consistency import Network, forget_casts, shared_mask
 from robustcm.flow_targets import FlowMap, FlowPoint, FlowTarget, TwoPoint
 from robustcm.gates import OfDataTime, OfFlowTime, of_flow_time
 from robustcm.noise import FlowRange, flow_time
@@ -62,7 +62,8 @@ class PreconditionedFlowMap:
         # (s(t) - s(r)) / (t - r), divided out: finite at r = t
         c_skip = ((1 + sd2) * (t + r) - 2 * sd2) / (at_t + torch.sqrt(at_t * at_r))
         scale = torch.rsqrt(at_t)
-        output = self.network(over_samples(scale, z_t) * z_t, 250 * t, 250 * (t - r), **conditions)
+        scaled = (over_samples(scale, z_t) * z_t).to(z_t.dtype)  # t is float32 also where the network is not
+        output = self.network(scaled, 250 * t, 250 * (t - r), **conditions)
         return over_samples(c_skip, z_t) * z_t + over_samples(self.sigma_data * scale, z_t) * output
 
     def _variance(self, t: Tensor) -> Tensor:
@@ -153,7 +154,9 @@ class FlowMapObjective(FewStepObjective):
         with shared_mask(f, x.device):
             student = f(z_t, t, r, **conditions)
         with torch.no_grad():
-            return student, self.target(teacher or f, FlowPoint(z_t, v, t, r, student.detach(), progress, conditions))
+            target = self.target(teacher or f, FlowPoint(z_t, v, t, r, student.detach(), progress, conditions))
+        forget_casts(x.device)
+        return student, target
 
     def _coupled_at(self, t: Tensor, progress: float) -> Tensor:
         return of_flow_time(self.gate)(t, progress)
@@ -188,5 +191,6 @@ def sample_flow_map(
         raise ValueError(f"times must fall from 1 to 0, got {list(times)}")
     z_t = z
     for t, r in pairwise(times):
-        z_t = z_t - (t - r) * u(z_t, level_of_all(t, z), level_of_all(r, z), **(conditions or {}))
-    return z_t.to(z.dtype)
+        u_t = u(z_t, level_of_all(t, z), level_of_all(r, z), **(conditions or {}))
+        z_t = (z_t - (t - r) * u_t).to(z.dtype)
+    return z_t

@@ -94,6 +94,7 @@ class Preconditioned:
             ValueError: ``t`` is not one level a sample.
         """
         p, t = self.preconditioning, one_a_sample("t", t, len(x_t))
-        output = self.network(over_samples(p.c_in(t), x_t) * x_t, p.c_noise(t), **conditions)
+        scaled = (over_samples(p.c_in(t), x_t) * x_t).to(x_t.dtype)  # t is float32 also where the network is not
+        output = self.network(scaled, p.c_noise(t), **conditions)
         skipped = over_samples(p.c_skip(t), x_t) * x_t if self.skip is None else self.skip(x_t, t)
         return skipped + over_samples(p.c_out(t), x_t) * output

@@ -172,7 +172,7 @@ class RobustLoss(nn.Module):
             ValueError: shapes that do not fit, ``t`` without ``axis``, ``axis`` without ``t``, or fewer than two
                 levels.
         """
-        num_levels = need_levels(num_levels or 2)
+        num_levels = need_levels(2 if num_levels is None else num_levels)
         depth = self._depth(student, t)
         counts = self.training and student.requires_grad
         with torch.no_grad():
@@ -189,7 +189,7 @@ class RobustLoss(nn.Module):
 
         For a first step in several micro-batches: look at all of them, then train on them as always.
         """
-        num_levels = need_levels(num_levels or 2)
+        num_levels = need_levels(2 if num_levels is None else num_levels)
         self.first.add_(self._count(student, teacher, self._depth(student, t), num_levels, self.group))
 
     def scales(self, d: int, num_levels: int = 2) -> Tensor:

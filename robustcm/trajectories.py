@@ -207,9 +207,9 @@ def sample_trajectory(
     given, x = conditions or {}, levels[0] * z
     for t, lower in pairwise((*levels, low)):
         s = max((1 - gamma**2) ** 0.5 * lower, low)
-        x = G(x, level_of_all(t, z), level_of_all(s, z), **given)
+        x = G(x, level_of_all(t, z), level_of_all(s, z), **given).to(z.dtype)
         if s < lower:
             assert generator is not None
             fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
             x = x + (lower**2 - s**2) ** 0.5 * fresh
-    return x.to(z.dtype)
+    return x

@@ -287,11 +287,15 @@ def test_only_the_evaluation_of_the_last_step_by_these_features_ends_a_run(featu
     job = ablate.Job("clean", "ours", 0, config, RunFolder(tmp_path), True, features)
     file = tmp_path / "evaluation.json"
     assert not job.finished()
-    for step, by, ends in ((10, "wavelets", False), (20, "wavelets", True), (20, "inception", features is None)):
+    others = features is None
+    for step, by, ends in ((10, "wavelets", False), (20, "wavelets", True), (20, "inception (FID)", others)):
         file.write_text(json.dumps({"step": step, "features": by}))
         assert job.finished() == ends
-    file.write_text('{"step": 20')
-    assert not job.finished()
+    for spoilt in ('{"step": 20', "[20]"):
+        file.write_text(spoilt)
+        assert not job.finished()
+    file.write_text(json.dumps({"step": 20, "features": "inception (FID; kernel: KID)"}))
+    assert replace(job, features="inception").finished()
 
 
 def test_an_error_stops_the_runs_that_are_under_way():

@@ -157,7 +157,7 @@ def test_code_of_the_users_is_entered_by_one_thread_at_a_time():
 
     features, pixels = Imported("mine", counted, batch=2), torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
     codec = Foreign("mine", SimpleNamespace(encode=lambda x: counted(x)[:, :, None, None], decode=lambda x: x))
-    codec.PIXELS = 1
+    codec._budget["encode"] = 1  # an image at a time
     both = {"features": lambda: features(pixels), "latents": lambda: codec.encode(pixels.float())}
     found = at_once(both | {f"{name} again": maker for name, maker in both.items()}, "both")
     assert not any(isinstance(one, Missing) for one in found.values())

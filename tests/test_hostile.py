@@ -26,7 +26,8 @@ from reference_trainer.data.shards import about_shard
 from reference_trainer.data.store import Store
 from reference_trainer.data.stored import autoencoder_from_dict, load_codec
 from reference_trainer.errors import UserError
-from reference_trainer.files import load_tensors, save_tensors
+from reference_trainer.files import as_json, load_tensors, save_tensors
+from reference_trainer.options import to_json
 from reference_trainer.presets import digits
 from reference_trainer.run import RunFolder
 
@@ -259,11 +260,14 @@ def test_code_that_comes_with_data_is_not_imported(
     if not refused:
         require_elsewhere(asked, tmp_path / data)
         return
-    with pytest.raises(UserError, match="whose code lies beside it: if you trust"):
+    with pytest.raises(UserError, match="whose code lies in that folder or in a package around it"):
         require_elsewhere(asked, tmp_path / data)
     run = RunFolder(tmp_path / data)
-    run.claim(replace(digits(), autoencoder=asked))
-    with pytest.raises(UserError, match="whose code lies beside it"):
+    with pytest.raises(UserError, match="whose code lies in that folder"):
+        run.claim(replace(digits(), autoencoder=asked))
+    run.root.mkdir(exist_ok=True)
+    (run.root / "config.json").write_text(as_json(to_json(replace(digits(), autoencoder=asked))))
+    with pytest.raises(UserError, match="whose code lies in that folder"):
         run.config()
-    with pytest.raises(UserError, match="whose code lies beside it"):
+    with pytest.raises(UserError, match="whose code lies in that folder"):
         load_codec(tmp_path / data, asked, torch.device("cpu"))

@@ -284,9 +284,9 @@ def test_ranks_that_found_other_checkpoints_do_not_go_on(monkeypatch: pytest.Mon
         into[:] = [own, 4]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
-    Ranks(0, 2).require_same(4, "checkpoint", "one folder")
-    with pytest.raises(UserError, match=r"found another checkpoint each .*6, 4.*give one folder"):
-        Ranks(0, 2).require_same(6, "checkpoint", "one folder")
+    Ranks(0, 2).require_same(4, "checkpoints", "one folder")
+    with pytest.raises(UserError, match=r"found different checkpoints, \[6, 4\]: give one folder"):
+        Ranks(0, 2).require_same(6, "checkpoints", "one folder")
 
 
 def test_a_finished_run_ends_with_its_final_evaluation_once(

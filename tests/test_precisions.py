@@ -55,6 +55,20 @@ def test_a_sampler_tells_the_network_the_levels_it_was_trained_at_whatever_the_n
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+@pytest.mark.parametrize("kind", ["consistency", "trajectory", "flow map"])
+def test_a_network_of_any_floating_dtype_is_sampled(kind, dtype, rng):
+    linear, z = nn.Linear(6, 6).to(dtype), torch.randn(4, 6, generator=rng).to(dtype)
+
+    class Weighted(Seen):
+        def __call__(self, x: Tensor, *times: Tensor) -> Tensor:
+            return linear(super().__call__(x, *times))
+
+    found = drawn(kind, Weighted(), z)
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
 @pytest.mark.parametrize("objective", [Objective(), TrajectoryObjective(), FlowMapObjective()], ids=type)
 def test_an_objective_takes_data_of_any_floating_dtype(objective, dtype, rng):
     x = torch.randn(8, 6, generator=rng).to(dtype)

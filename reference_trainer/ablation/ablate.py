@@ -68,7 +68,10 @@ class Job:
             found = json.loads(file.read_text()) if file.exists() else {}
         except (OSError, ValueError):
             return False
-        return found.get("step") == self.config.steps and self.features in (None, found.get("features"))
+        if not isinstance(found, dict) or found.get("step") != self.config.steps:
+            return False
+        by = str(found.get("features"))  # "inception (FID; kernel: KID)" of "inception"
+        return self.features is None or by == self.features or by.startswith(f"{self.features} (")
 
 
 def jobs_of(

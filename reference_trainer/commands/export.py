@@ -49,7 +49,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     def about(done: Exported, part: Path) -> None:
         if (pixels := drawn(done)) is not None:
-            save_picture(pixels, part / PICTURE, columns=len(pixels) // 4)
+            save_picture(pixels, part / PICTURE, called=options.out / PICTURE, columns=len(pixels) // 4)
         name = options.out.resolve().name
         text = card(model, done, run, name, average, drawn=pixels is not None)
         write_atomically(part / RECIPE, recipe(model.config))

@@ -121,8 +121,8 @@ def require_elsewhere(autoencoder: Autoencoder, folder: Path) -> None:
         package.is_relative_to(inside) or inside.is_relative_to(package) for package in packages
     ):
         raise UserError(
-            f"{printable(str(folder))} names the autoencoder {printable(autoencoder.load)}, whose code lies beside it: "
-            "if you trust that code, move it out of there, to your PYTHONPATH"
+            f"{printable(str(folder))} names the autoencoder {printable(autoencoder.load)}, whose code lies in that "
+            "folder or in a package around it, as code does that came with it: keep runs and stores apart from your code"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder
+from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, require_elsewhere
 from reference_trainer.data.claims import Claims
 from reference_trainer.data.codecs import Codec, notes_of
 from reference_trainer.data.gathered import gather, tidy
@@ -190,6 +190,7 @@ def _codec(
     cache: Path,
 ) -> Codec:
     """The one kept at ``out`` by an encode that was interrupted, else fitted or imported, and kept there."""
+    require_elsewhere(encoding.autoencoder, out)  # else it could be written, and never opened again
     if (out / CODEC).exists():
         codec, of = load_codec(out, encoding.autoencoder, device)
         if of == recipe:

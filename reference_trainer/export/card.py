@@ -142,7 +142,10 @@ def _shortened(text: str) -> str:
 
 def _measured(model: TrainedModel, run: RunFolder, average: Average | None) -> str:
     """The run's evaluation of these weights, with its manifest; or that there is none."""
-    file = run.root / ("evaluation.json" if average is None else f"evaluation-{in_file_name(average)}.json")
+    classes = model.config.classes
+    named = "evaluation" if average is None else f"evaluation-{in_file_name(average)}"
+    asked = [] if classes is None else [f"{named}-w{classes.guidance:g}"]  # evaluate --guidance
+    file = next(file for name in (*asked, named) if (file := run.root / f"{name}.json").exists() or name == named)
     evaluation = _read(file)
     if not evaluation or evaluation.get("step") != model.step:
         return "These weights were not evaluated before the export."

@@ -94,7 +94,7 @@ def train(
         state.restore(*found)
         if state.step > config.steps:
             raise UserError(f"{run.root} has a checkpoint of step {state.step} of {config.steps}: it is of another run")
-    ranks.require_same(state.step, f"checkpoint in {run.root}", "one folder that all of them see")
+    ranks.require_same(state.step, f"checkpoints in {run.root}, of steps", "one folder that all of them see")
     averaged = TrainedModel(config, state.ema, space, (ch, h, w), state.step, device, classes=classes, skip=skip)
     build = partial(build_network, config, (ch, h, w), number_of(classes))
     with ranks.first_leads():

@@ -104,7 +104,7 @@ def skip_of_run(
 def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_data: bool = False) -> Classes | None:
     """The classes that ``run`` is trained on; None where it is trained without.
 
-    They are kept with it once its latents are known to fit: ``Classes.save``.
+    Kept with it: the first ones here, others by the caller once the new latents are known to fit.
 
     Raises:
         UserError: no labels, labels that are no class, or others than those the run was begun with.
@@ -127,6 +127,8 @@ def classes_of_run(config: TrainConfig, run: RunFolder, images: ImageSet, new_da
                 f"{run.root} was begun with other labels or names of classes: bring those back, give a new run another "
                 "--out, or add --new-data to go on with what is there now"
             )
+    else:
+        now.save(file)  # before the space, which says that they are there
     return now
 
 
