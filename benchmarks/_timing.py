@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from reference_trainer.machine import describe_machine
+from reference_trainer.run import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -103,12 +106,25 @@ def peak_beyond(call: Callable[[], object]) -> float:
     return (_field(status, "VmHWM") - before) / 1e3
 
 
+class Unsaved(RunFolder):
+    """A run that keeps no checkpoint: the trainer saves what it is about to evaluate, and here that is every round."""
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
+        """Nothing."""
+
+
 def write_json(theme: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> Path:
-    """Writes ``results/<theme>_<machine>_<date>.json``; ``about`` is ``describe_machine()`` from before the work."""
+    """Writes ``results/<theme>_<machine>_<date>.json``, or ``..._2.json`` where that is there, and so on.
+
+    Args:
+        about: ``describe_machine()`` from before the work.
+    """
     about = about or describe_machine()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['gpu'] or about['cpu']} {about['cores']}c".lower()).strip("-")
-    path = RESULTS / f"{theme}_{slug}_{about['date']}.json"
-    path.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    names = chain([""], (f"_{number}" for number in count(2)))
+    paths = (RESULTS / f"{theme}_{slug}_{about['date']}{name}.json" for name in names)
+    path = next(path for path in paths if not path.exists())  # the same theme may have been asked something else
     plain = [{k: asdict(v) if isinstance(v, Timing) else v for k, v in row.items()} for row in rows]
     path.write_text(json.dumps({"machine": about, "rows": plain}, indent=1) + "\n")
     return path

@@ -5,7 +5,7 @@
 Each OUT is a folder of `ablate` with runs without the coupling and with it: 'iLCT' and 'iLCT + gated coupling', or
 'ours, no coupling' and 'ours'. A suite in it is one set. Its measure is that of `analysis/non_gaussian.py` at the level
 of the gate, the error of a mixture's denoiser over the linear one's, on the latents of the first run with the coupling;
-it is kept as OUT/non_gaussian_SUITE.json. Its gain is the ratio of the distances with and without the coupling,
+it is kept as OUT/non_gaussian_SUITE_ARM.json. Its gain is the ratio of the distances with and without the coupling,
 geometric mean over seeds, at one evaluation; below 1 is better. A measure that foretells gives a rank correlation near
 1: the less Gaussian, the smaller both. The p-value counts all orders of the sets: the share that correlates as much
 or more, either way. What the set's measure is was fixed before: other levels (--at) are another question.
@@ -114,7 +114,7 @@ def points_of(out: Path, without: str, with_it: str, at: float | None) -> list[P
 def measure_of(out: Path, suite: str, result: Result, at: float | None) -> float:
     """The measure on the latents of the run of ``result``, at the level ``at`` or the gate's; kept in ``out``."""
     run = run_root(out, suite, result.arm, result.seed)
-    kept = out / f"non_gaussian_{run.parents[1].name}.json"
+    kept = out / f"non_gaussian_{run.parents[1].name}_{run.parents[0].name}.json"
     if not kept.is_file():
         if not run.is_dir():
             raise UserError(f"neither {kept} nor the run {run}: a set needs one of them")
@@ -134,10 +134,15 @@ def report_on(points: Sequence[Point], pair: tuple[str, str]) -> dict[str, Any]:
     print(f"\n{pair[1]} over {pair[0]}\n{'measure':>8} {'gain':>6} {'seeds':>6}  set")
     for point in sorted(points, key=lambda p: p.measure):
         print(f"{point.measure:8.3f} {math.exp(point.log_gain):6.2f} {point.seeds:6}  {point.name}")
-    rho, p = rank_correlation([p.measure for p in points], [p.log_gain for p in points])
+    report = {"pair": pair, "points": [asdict(point) for point in points]}
+    try:
+        rho, p = rank_correlation([p.measure for p in points], [p.log_gain for p in points])
+    except UserError as error:  # the other pair may have more
+        print(f"no correlation: {error}")
+        return report
     few = "" if len(points) >= ENOUGH else f"; fewer than {ENOUGH} sets: no answer yet"
     print(f"Spearman's rho {rho:.2f}, exact p {p:.3g} (two-sided), sets: {len(points)}{few}")
-    return {"pair": pair, "rho": rho, "p": p, "points": [asdict(point) for point in points]}
+    return report | {"rho": rho, "p": p}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

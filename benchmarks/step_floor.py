@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _timing import write_json
+from _timing import Unsaved, write_json
 from authors_step import AuthorsStep, num_bytes
 from torch import Tensor
 
@@ -34,7 +34,6 @@ from reference_trainer.model import TrainedModel
 from reference_trainer.networks import DiT, UNet
 from reference_trainer.presets import digits
 from reference_trainer.published import DIT_S2
-from reference_trainer.run import RunFolder
 from reference_trainer.training.loop import train
 from reference_trainer.training.state import TrainState
 from robustcm.consistency import add_noise
@@ -173,7 +172,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
     x = 0.5 * torch.randn(case.batch_size, *case.shape, generator=torch.Generator().manual_seed(0))
     turns = Turns({"floor": floor, "authors": lambda: authors(x)}, case.steps)
     with TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder) / "run")
+        run = Unsaved(Path(folder) / "run")
         with run.locked():
             run.claim(config)
             train(config, run, images, Path(folder), CPU, turns)

@@ -4,7 +4,7 @@
 
 Encoding a folder of images, and training the default recipe on the digits at one global batch of two micro-batches: by
 one process and by two, in turns, so that a machine that is slow for a while is so for both. Timed from where all have
-met to where the last is done, of training from the first log to the last; what every process does alone at its start
+met to where the last is done, of training well behind its start; what every process does alone at its start
 is no part of it. Prints the seconds of each round and the ratio of one process to two, median and range; writes
 results/two_processes_*.json. Needs two cores that are idle.
 
@@ -28,20 +28,22 @@ from tempfile import TemporaryDirectory
 
 import torch
 from _processes import CPU, in_processes, make_images
-from _timing import write_json
+from _timing import Unsaved, write_json
 from tqdm import tqdm
 
 from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.encode import Encoding, encode_folder
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.machine import describe_machine
+from reference_trainer.model import TrainedModel
 from reference_trainer.presets import digits
 from reference_trainer.ranks import Ranks
-from reference_trainer.run import RunFolder
 from reference_trainer.training.loop import train
 from reference_trainer.training.state import TrainState
 
 GOAL = 1.8
+Spent = tuple[float, float]
+"""Seconds of the wall, and of the CPU by all threads of this process."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Size:
     images: int
     steps: int
     log_every: int
-    """A divisor of steps, smaller than it."""
+    """A third of steps at most: between two looks at the clocks."""
     passes: int
 
 
 FULL = Size(images=3000, steps=550, log_every=50, passes=400)
-TINY = Size(images=60, steps=4, log_every=2, passes=4)
+TINY = Size(images=60, steps=6, log_every=2, passes=4)
 
 
 def main() -> None:
@@ -104,53 +106,79 @@ def all_works(ranks: Ranks, root: Path, at: Path, size: Size) -> None:
         (at / "spent.json").write_text(json.dumps(spent))
 
 
-def watched(ranks: Ranks, work: Callable[[], float]) -> dict[str, float]:
-    """The seconds that ``work`` says it took; CPU seconds of all ranks in all of it; and those over the clock's."""
+def watched(ranks: Ranks, work: Callable[[], Spent]) -> dict[str, float]:
+    """The seconds that ``work`` says it took; CPU seconds of all ranks in that time; and these over the others."""
     ranks.wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    seconds = work()
-    ranks.wait()
-    wall, total = time.perf_counter() - wall, torch.tensor([time.process_time() - cpu], dtype=torch.float64)
+    seconds, cpu = work()
+    total = torch.tensor([cpu], dtype=torch.float64)
     ranks.add_up([total])
-    return {"seconds": seconds, "cpu": float(total), "share": float(total) / wall}
+    return {"seconds": seconds, "cpu": float(total), "share": float(total) / max(seconds, 1e-9)}
 
 
-def nothing_shared(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
+def clocks() -> Spent:
+    """Of the wall, and of all threads of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Spent, ended: Spent | None = None) -> Spent:
+    """Seconds, until now."""
+    wall, cpu = (now - then for now, then in zip(ended or clocks(), began, strict=True))
+    return wall, cpu
+
+
+def nothing_shared(ranks: Ranks, root: Path, at: Path, size: Size) -> Spent:
     """Seconds for passes through the default network, there and back, that the processes share out and that is all."""
     config = digits()
     f = config.preconditioned(TrainState.create(config, (2, 4, 4), CPU).network)
     x = torch.randn(128, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     ranks.wait()
-    started = time.perf_counter()
+    began = clocks()
     for _ in range(size.passes // ranks.world):
         f(x, torch.ones(len(x))).sum().backward()
     ranks.wait()
-    return time.perf_counter() - started
+    return since(began)
 
 
-def encoding(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
+def encoding(ranks: Ranks, root: Path, at: Path, size: Size) -> Spent:
     """Seconds for all images; the autoencoder comes out of the cache."""
     source = ImageFolder(path=str(root / "images"), resolution=64)
     autoencoder = KLAutoencoder(steps=10, block_out_channels=(32, 64), latent_channels=4)
     shard = max(1, size.images // 20)
     ranks.wait()
-    started = time.perf_counter()
+    began = clocks()
     encode_folder(Encoding(source=source, autoencoder=autoencoder, shard=shard), at / "store", CPU, root / "cache")
     ranks.wait()
-    return time.perf_counter() - started
+    return since(began)
 
 
-def training(ranks: Ranks, root: Path, at: Path, size: Size) -> float:
-    """Seconds for the steps behind the first log."""
+def training(ranks: Ranks, root: Path, at: Path, size: Size) -> Spent:
+    """Seconds for the steps between the first and the last look of ``Watch``."""
     config = replace(digits(), steps=size.steps, log_every=size.log_every, save_every=size.steps, micro_batches=2)
-    config = replace(config, autoencoder=replace(config.autoencoder, steps=10))
-    run = RunFolder(at / "run")
+    config = replace(config, autoencoder=replace(config.autoencoder, steps=10), evaluate_every=size.log_every)
+    run, watch = Unsaved(at / "run"), Watch()
     if ranks.leads:
         run.root.mkdir()
         run.claim(config)
-    train(config, run, config.load_images(CPU), root / "cache", CPU, ranks=ranks)
-    rows = run.metrics() if ranks.leads else [{"seconds": 0.0}]
-    return float(rows[-1]["seconds"] - rows[0]["seconds"])
+    train(config, run, config.load_images(CPU), root / "cache", CPU, watch, ranks=ranks)
+    return since(watch.looks[0], watch.looks[-1])
+
+
+class Watch:
+    """Reads the clocks of each rank where the trainer would evaluate."""
+
+    def __init__(self) -> None:
+        self.looks: list[Spent] = []
+
+    def prepare(self, model: TrainedModel) -> None:
+        """Nothing to try."""
+
+    def share(self, model: TrainedModel, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
+        self.looks.append(clocks())
+        return True
+
+    def __call__(self, model: TrainedModel) -> None:
+        if not torch.distributed.is_initialized():  # else ``share`` did
+            self.looks.append(clocks())
 
 
 WORKS = (nothing_shared, encoding, training)

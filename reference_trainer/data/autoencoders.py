@@ -122,7 +122,7 @@ def require_elsewhere(autoencoder: Autoencoder, folder: Path) -> None:
     ):
         raise UserError(
             f"{printable(str(folder))} names the autoencoder {printable(autoencoder.load)}, whose code lies in that "
-            "folder or in a package around it, as code does that came with it: keep runs and stores apart from your code"
+            "folder or in a package around it, as code does that came with it: keep your own apart from runs and stores"
         )
 
 
