@@ -71,7 +71,9 @@ def ablation(
     out.mkdir()
     (out / "ablation.json").write_text(json.dumps({"runs": [asdict(run) for run in runs]}))
     levels = [{"t": 0.7, "ratio": 1 - measure}, {"t": 1.6, "ratio": measure}]
-    (out / "non_gaussian_clean.json").write_text(json.dumps({"latents": {"gate": 1.6, "levels": levels}}))
+    (out / "non_gaussian_clean_ilct-gated-coupling.json").write_text(
+        json.dumps({"latents": {"gate": 1.6, "levels": levels}})
+    )
     return out
 
 
@@ -102,6 +104,6 @@ def test_what_is_missing_is_one_line(script: ModuleType, tmp_path: Path, capsys:
     assert script.main([str(others)]) == 2
     assert "none of these has both arms of a pair" in capsys.readouterr().err
     unmeasured = ablation(tmp_path / "unmeasured", 0.9, 0.5)
-    (unmeasured / "non_gaussian_clean.json").unlink()
+    (unmeasured / "non_gaussian_clean_ilct-gated-coupling.json").unlink()
     assert script.main([str(unmeasured)]) == 2
     assert "clean/ilct-gated-coupling/seed-0" in capsys.readouterr().err
