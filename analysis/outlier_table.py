@@ -84,7 +84,13 @@ def look(options: argparse.Namespace) -> int:
 def sets_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Name and figures of the set measured in the folder ``path``, or of those of an earlier table."""
     if path.is_file():
-        return list(json.loads(path.read_text()).items())
+        try:
+            sets: dict[str, dict[str, Any]] = json.loads(path.read_text())
+            for found in sets.values():
+                _ = [found["box"][name] for name in BOX]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no table of this script: give folders of td_outliers.py") from error
+        return list(sets.items())
     return [(path.resolve().name, figures_of(path))]
 
 

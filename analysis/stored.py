@@ -89,5 +89,5 @@ def run_on_store(
     some = Some.of(latents_of_run(config, run, images, cache, device)[0], images, limit)
     network = network_of(config, run, model.shape, device)
     origin = f"run {run.root.resolve().name} ({model.step} steps)"
-    trained = Trained(config, network, some.values, origin, device, some.labels)
+    trained = Trained(config, network, some.values, origin, device, some.labels, model.skip)
     return space_of_run(model, trained, own=True, num_levels=num_levels, count=count, notes=[some.note])

@@ -17,7 +17,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
-from reference_trainer.data.latents import SIGMA_DATA, LatentSpace
+from reference_trainer.data.latents import SIGMA_DATA, GivenStatistics, LatentSpace
 from reference_trainer.errors import UserError
 from reference_trainer.model import TrainedModel, build_network, kept_classes, load_model, number_of
 from reference_trainer.run import RunFolder
@@ -120,7 +120,7 @@ def noise_levels(config: TrainConfig, codec: Codec, raw: Tensor) -> NoiseLevels 
     """What training with ``config`` measures on the latents ``raw [n, ch, h, w]``; or why it would refuse them."""
     try:
         prepared = config.prepare_latents(raw)
-        space = LatentSpace.of(codec, prepared)
+        space = LatentSpace.of(codec, prepared, config.statistics)
         x = space.normalise(prepared)
         return NoiseLevels(
             recognised=space.recognised_at,
@@ -187,8 +187,13 @@ class Trained:
         a level grid (``RatioLevels``) are looked at on the default one.
 
         Raises:
-            UserError: a single sample, or all the same, and a gate that asks the data; or none is finite.
+            UserError: a single sample, or all the same, and a gate that asks the data; none is finite; or it is no
+                consistency function.
         """
+        if not isinstance(self.config.objective, Objective):
+            raise UserError(
+                f"those of a {type(self.config.objective).__name__} are not: they are of consistency functions"
+            )
         objective = replace(self.config.objective, coupler=self.config.coupler)
         objective = with_measured_parts(objective, self.data, self.labels)
         f = self.config.preconditioned(self.network, self.skip)
@@ -282,7 +287,9 @@ def space_of_run(
             notes.append(f"images behind the temporal differences: only {len(trained.data)}")
     except UserError as error:
         notes.append(f"no temporal differences: {error}")
-    levels = noise_levels(replace(config, outliers=None, clip=None), model.space.codec, trained.data)
+    # The data are normalised already, whatever the run's statistics: as they are, std 0.5 or not.
+    measured = replace(config, outliers=None, clip=None, statistics=GivenStatistics())
+    levels = noise_levels(measured, model.space.codec, trained.data)
     if own and isinstance(levels, NoiseLevels):
         levels = replace(levels, recognised=model.space.recognised_at)
     return Space(name, trained.data, found, tuple(notes), levels)

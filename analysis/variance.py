@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # before what a Python may lack is imported
     runpy.run_path(str(Path(__file__).with_name("needed.py")))
@@ -18,11 +18,12 @@ if __name__ == "__main__":  # before what a Python may lack is imported
 import torch
 from torch import Tensor
 
-from analysis.command import add_common, add_data, check_common, run_command
+from analysis.command import add_data, add_images, run_command
 from analysis.drawing import draw_variance
-from analysis.inputs import configuration, load_images, some_of_images
+from analysis.inputs import GivenAutoencoder, configuration, load_images, some_of_images
 from reference_trainer.command import Parser
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.latent_space import GROUPS
 from reference_trainer.files import write_atomically
@@ -68,13 +69,14 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="trained and evaluated runs")
     add_data(p, "a folder of images, or photographs (default: the digits)")
-    add_common(p)
+    add_images(p)
     return p
 
 
 def look(options: argparse.Namespace) -> int:
     """Measure, foretell, draw, say."""
-    check_common(options)
+    if options.images < 2:
+        raise UserError(f"--images must be at least 2, got {options.images}")
     names = [root.name for root in options.runs]
     measured = {
         name if names.count(name) == 1 else str(root): measured_of(RunFolder(root))
@@ -98,9 +100,13 @@ def look(options: argparse.Namespace) -> int:
 
 def covariance_of(config: TrainConfig, limit: int, device: torch.device) -> tuple[CovarianceKept, Gate]:
     """How the latents of ``config`` vary, how their coupled noise goes with them, and where its gate lies."""
-    assert isinstance(config.objective, Objective)
-    images = some_of_images(load_images(config.data), limit)
+    all_images = load_images(config.data)
+    images = some_of_images(all_images, limit)
+    if not isinstance(images, StoredImages):  # fitted to all of them, as training has it
+        codec = config.autoencoder.fit(all_images, device, cache_folder())
+        config = replace(config, autoencoder=cast(Any, GivenAutoencoder(repr(config.autoencoder), codec)))
     latents, _ = new_latents(config, images, cache_folder(), device)
+    assert isinstance(config.objective, Objective)
     asked = replace(config.objective, teacher_input=KeepCovariance(components=math.prod(latents.shape)))
     batches = Batches(replace(config, objective=asked), latents, images.train_labels)
     found = batches.objective

@@ -29,8 +29,8 @@ from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
 from robustcm.averages import Exponential, PowerFunction
 from robustcm.consistency import add_noise
-from robustcm.couplers import exact
-from robustcm.objective import Batch, draw
+from robustcm.couplers import exact, independent
+from robustcm.objective import Batch, Objective, draw
 
 CPU = torch.device("cpu")
 FLOOR = "floor"
@@ -111,16 +111,21 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         "clip and optimiser": optimise,
         "is the step bad": bookkeeping,
         "EMA": partial(state.update_ema, config.ema_decay, good),
-        "EMA and four further averages": partial(averaging.update_ema, config.ema_decay),
+        "EMA and four further averages": partial(averaging.update_ema, config.ema_decay, good),
         "level meter": partial(LevelMeter().add, state.meter, terms, batch.pairs),
         "tail meter": partial(tails.add, state.tails, terms, batch.pairs),
         "whole step": whole,
     }
 
 
+def has_all(config: TrainConfig) -> bool:
+    """Whether a step of it has all parts that are timed."""
+    return isinstance(config.objective, Objective) and config.coupler is not independent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS], default="digits")
+    parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS if has_all(p())], default="digits")
     parser.add_argument("--latents", type=int, nargs=3, default=[2, 4, 4], metavar=("CH", "H", "W"))
     parser.add_argument("--threads", type=int, help="of torch; without it those of the preset")
     parser.add_argument("--whole", choices=["kept", "given back"], help=argparse.SUPPRESS)

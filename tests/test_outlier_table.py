@@ -77,6 +77,14 @@ def test_what_cannot_be_tabled_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "two sets have one name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"latents": {"data": {}}}', '{"set": 3}'])
+def test_a_file_that_is_no_table_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "td_outliers.json"
+    file.write_text(content)
+    assert outlier_table.main([str(file), "--out", str(tmp_path)]) == 2
+    assert "is no table of this script: give folders of td_outliers.py" in capsys.readouterr().err
+
+
 def test_the_evidence_says_what_its_json_says():
     sets = json.loads((EVIDENCE / "natural_outliers.json").read_text())
     said = (ROOT / "docs" / "evidence.md").read_text().splitlines()

@@ -23,6 +23,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -40,6 +41,8 @@ from reference_trainer.data.squares import extensions
 
 SECONDS = 120
 """In which a case has to end."""
+INTERRUPTED = 130
+"""Status of a command that Ctrl-C ended."""
 COLUMNS = ("cases", "one line", "status 2", "executed", "overwritten", "harmless")
 
 
@@ -52,13 +55,17 @@ def digests(*roots: Path) -> dict[Path, str]:
     return found
 
 
+class OutOfTimeError(BaseException):
+    """Not an Exception: what is tried here may catch those."""
+
+
 def out_of_time(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError("not done in time")
+    raise OutOfTimeError("not done in time")
 
 
 def run(words: list[str], seconds: int = SECONDS) -> tuple[int, str]:
     """Status of a command and what it said; -1: it raised, or took longer."""
-    said = io.StringIO()
+    said, began = io.StringIO(), time.monotonic()
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(seconds)
     try:
@@ -66,11 +73,18 @@ def run(words: list[str], seconds: int = SECONDS) -> tuple[int, str]:
             status = command_line(words)
     except SystemExit as left:  # of --help
         status = int(left.code or 0)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         status = -1
         said.write(f"raised {error!r}")
     finally:
         signal.alarm(0)
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if seconds and time.monotonic() - began > seconds:  # whatever became of the alarm
+        status = -1
+        said.write("not done in time")
     return status, said.getvalue()
 
 
