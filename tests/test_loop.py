@@ -21,7 +21,6 @@ from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_featu
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.networks import UNet
-from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches
@@ -277,16 +276,6 @@ def test_what_is_evaluated_is_saved_before(config: TrainConfig, tmp_path: Path, 
     monkeypatch.setattr(Evaluator, "__call__", judged)
     run(replace(config, evaluate_every=5, save_every=10**6), tmp_path / "run")
     assert seen == [(5, "step_00000005"), (10, "step_00000010")]
-
-
-def test_ranks_that_found_other_checkpoints_do_not_go_on(monkeypatch: pytest.MonkeyPatch):
-    def gathered(into: list[int], own: int) -> None:
-        into[:] = [own, 4]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
-    Ranks(0, 2).require_same(4, "checkpoints", "one folder")
-    with pytest.raises(UserError, match=r"found different checkpoints, \[6, 4\]: give one folder"):
-        Ranks(0, 2).require_same(6, "checkpoints", "one folder")
 
 
 def test_a_finished_run_ends_with_its_final_evaluation_once(

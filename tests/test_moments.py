@@ -88,6 +88,18 @@ def test_further_samples_of_the_same_source_come_near_the_moments():
     assert torch.linalg.matrix_norm(there - covariance) < 0.15 * torch.linalg.matrix_norm(covariance)
 
 
+@pytest.mark.parametrize(("an_element", "over"), [(4, 1.166), (20, 1.029)])
+def test_measured_on_few_samples_further_ones_are_spread_too_far(an_element: int, over: float):
+    """Total variance of further samples over the data's: why the trainer takes 20 samples an element."""
+    generator, variances = torch.Generator().manual_seed(0), torch.logspace(0, -2, 128, dtype=torch.float64)
+    measured, further = (
+        torch.randn(n, 128, generator=generator, dtype=torch.float64) * variances.sqrt()
+        for n in (an_element * 128, 20_000)
+    )
+    moved = match_moments(measured, torch.zeros(128, dtype=torch.float64), torch.diag(variances))(further)
+    assert float(moved.double().var(0).sum() / variances.sum()) == pytest.approx(over, abs=0.005)
+
+
 def test_directions_without_variance_stay_as_they_are():
     x, data = drawn(50, 4, 0), drawn(50, 4, 1)
     x[:, 2] = 7.0

@@ -290,3 +290,13 @@ def test_no_two_blocks_share_a_number():
     blocks = [draw(seed, step, (64,), block) for seed in range(3) for step in range(3) for block in range(3)]
     z = torch.cat([block.z for block in blocks])
     assert len(z.unique()) == len(z)
+
+
+def test_ranks_that_found_other_checkpoints_do_not_go_on(monkeypatch: pytest.MonkeyPatch):
+    def gathered(into: list[int], own: int) -> None:
+        into[:] = [own, 4]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    Ranks(0, 2).require_same(4, "checkpoints", "one folder")
+    with pytest.raises(UserError, match=r"found different checkpoints, \[6, 4\]: give one folder"):
+        Ranks(0, 2).require_same(6, "checkpoints", "one folder")
