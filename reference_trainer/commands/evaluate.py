@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="images to draw, and training images to compare them with, as far as there are so many (default 5000)",
     )
     parser.add_argument("--seed", type=whole, default=0)
-    parser.add_argument("--guidance", type=real, metavar="W", help=GUIDANCE)
+    parser.add_argument("--guidance", type=real, metavar="W", help=f"{GUIDANCE}; evaluation-wW.json")
     parser.add_argument(
         "--new-data",
         action="store_true",
