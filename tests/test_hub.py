@@ -250,7 +250,7 @@ def test_without_the_package_it_is_one_line(here: bool, said: str, tmp_path: Pat
         return imported(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=rf"{said}.*pip install robustcm\[hub\]$"):
+    with pytest.raises(UserError, match=rf"{said}.*pip install datasets$"):
         opened(folder)
 
 
