@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from reference_trainer.computing import Computing
-from reference_trainer.config import Adam, ConstantLR, CosineLR, RAdam, TrainConfig
+from reference_trainer.config import ConstantLR, CosineLR, TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder, PixelSpace, PretrainedAutoencoder
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.from_diffusers import DiffusersAutoencoder
@@ -16,6 +16,7 @@ from reference_trainer.data.latents import GivenStatistics, ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.pretrained import FromDiffusers
 from reference_trainer.published import NETWORKS
 from robustcm import (
@@ -67,7 +68,7 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (TrainConfig, "classes"): (None, ByClass),
     (TrainConfig, "averages"): (averages.Exponential, averages.PowerFunction),
     (TrainConfig, "computing"): (Computing,),
-    (TrainConfig, "optimizer"): (Adam, RAdam),
+    (TrainConfig, "optimizer"): (Adam, RAdam, Muon),
     (TrainConfig, "learning_rate"): (CosineLR, ConstantLR),
     (objective.FewStepObjective, "distance"): (
         *(losses.pseudo_huber, losses.cauchy, losses.geman_mcclure, losses.fair, losses.squared_l2, barron.Barron),

@@ -18,8 +18,9 @@ from reference_trainer.data.images import Digits, ImageFolder, ImageSet
 from reference_trainer.data.latents import GivenStatistics, ImpulsiveOutliers
 from reference_trainer.data.photographs import Photographs
 from reference_trainer.data.stored import LatentStore
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, require
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.pretrained import FromDiffusers
 from robustcm.averages import Average, PowerFunction
 from robustcm.couplers import Coupler, WithinClasses, exact, independent
@@ -40,11 +41,6 @@ Data: TypeAlias = Digits | Photographs | ImageFolder | LatentStore
 MOST_THREADS = 1024
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 class LearningRate(Protocol):
     """``(step, total_steps) -> learning rate``."""
 
@@ -61,7 +57,7 @@ class ConstantLR:
     """Steps in which it rises linearly to ``lr``."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf and self.warmup_steps >= 0, f"need lr > 0, warmup_steps >= 0, got {self}")
+        require(0 < self.lr < math.inf and self.warmup_steps >= 0, f"need lr > 0, warmup_steps >= 0, got {self}")
 
     def __call__(self, step: int, total_steps: int) -> float:
         return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -79,7 +75,7 @@ class CosineLR:
     """Learning rate of the last step as a share of the peak, 0 to 1."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.lr < math.inf and self.warmup_steps >= 0 and 0 <= self.final <= 1,
             f"need lr > 0, warmup_steps >= 0 and 0 <= final <= 1, got {self}",
         )
@@ -88,73 +84,6 @@ class CosineLR:
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / total_steps))
         return self.lr * warm * (self.final + (1 - self.final) * cosine)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adam:
-    """torch's fused AdamW, with gradients clipped at ``max_norm``.
-
-    On a CPU the fused kernel is several times faster than RAdam's many passes over the weights; behind a warm-up the
-    two update alike. ``eps`` and ``max_norm`` differ from torch's 1e-8 and the authors' 100; on the digits that
-    changes nothing measurable (docs/log.md).
-    """
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the averages of gradient and squared gradient, each in [0, 1)."""
-    eps: float = 1e-5
-    """Added to the root of the averaged squared gradient, above 0, at most 1."""
-    weight_decay: float = 0.0
-    """Share by which weights shrink a step, times the learning rate; 0 or more."""
-    max_norm: float = 1.0
-    """Norm at which the gradient is clipped, above 0; inf: not at all."""
-    on_nonfinite: Literal["skip", "zero", "stop"] = "skip"
-    """What a step with NaN or infinite data, loss or gradient does. ``skip``: nothing; weights, averages and c stay,
-    the next log names it, and ``most_bad_steps`` of them in a row end the run. ``zero`` is what the authors do: such
-    elements of the gradient count as 0 before clipping. ``stop``: the next log ends the run."""
-
-    def __post_init__(self) -> None:
-        _require(
-            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay < math.inf,
-            f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
-        )
-        _require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
-        _require(
-            self.on_nonfinite in ("skip", "zero", "stop"),
-            f"on_nonfinite is 'skip', 'zero' or 'stop', got {self.on_nonfinite!r}",
-        )
-
-    @property
-    def skips(self) -> bool:
-        """Whether a bad step changes nothing."""
-        return self.on_nonfinite != "zero"
-
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """The learning rate is set anew at every step."""
-        return torch.optim.AdamW(
-            parameters, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RAdam(Adam):
-    """torch's RAdam with decoupled weight decay: the authors' choice, with lr 1e-4 and weight decay up to 1e-4."""
-
-    eps: float = 1e-8
-    max_norm: float = 100.0
-
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """The learning rate is set anew at every step."""
-        parameters = list(parameters)
-        return torch.optim.RAdam(
-            parameters,
-            lr=0.0,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            decoupled_weight_decay=True,
-            foreach=True,
-            capturable=any(p.is_cuda for p in parameters),  # else it counts its steps on the CPU, see step_unless
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +123,7 @@ class TrainConfig:
     coupling_pool: int = 1
     """Micro-batches whose samples and noise are paired in one problem: the same part of so many steps. A larger pool
     pairs closer; an exact one of n samples takes time of order n^3 once in as many steps."""
-    optimizer: Adam | RAdam = Adam()
+    optimizer: Adam | RAdam | Muon = Adam()
     """How gradients become steps."""
     learning_rate: ConstantLR | CosineLR = CosineLR()
     """Its size over the run."""
@@ -251,39 +180,39 @@ class TrainConfig:
             "save_every",
             "keep_checkpoints",
         ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.most_bad_steps >= 1, f"most_bad_steps must be at least 1, got {self.most_bad_steps}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.most_bad_steps >= 1, f"most_bad_steps must be at least 1, got {self.most_bad_steps}")
+        require(
             self.batch_size % self.micro_batches == 0,
             f"micro_batches must divide batch_size = {self.batch_size}, got {self.micro_batches}",
         )
-        _require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
-        _require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
-        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        require(self.threads <= MOST_THREADS, f"threads must be at most {MOST_THREADS}, got {self.threads}")
+        require(self.evaluate_every >= 0, f"evaluate_every must be 0 (at the end) or more, got {self.evaluate_every}")
+        require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.classes is not None and self.classes.coupled_within:
-            _require(
+            require(
                 not isinstance(self.objective.coupler, Semidiscrete),
                 "objective.coupler=Semidiscrete pairs noise with images of any class: with classes=ByClass take exact "
                 "or Entropic, or classes.coupled_within=False",
             )
-        _require(
+        require(
             isinstance(self.network, (UNet, FromDiffusers)) or not self.computing.channels_last,
             "computing.channels_last is of convolutions: leave it out, or take network=UNet",
         )
-        _require(
+        require(
             isinstance(self.objective, Objective) or isinstance(self.preconditioning, Scalar),
             "preconditioning=GaussianSkip is of consistency functions: take Scalar with this objective",
         )
-        _require(
+        require(
             not isinstance(self.network, FromDiffusers) or isinstance(self.preconditioning, Scalar),
             "network=FromDiffusers is, or is made, F beside the scalar skip: take preconditioning=Scalar",
         )
-        _require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
-        _require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
+        require(len({*self.averages}) == len(self.averages), f"averages must differ, got {self.averages}")
+        require(self.snapshot_every >= 1, f"snapshot_every must be at least 1, got {self.snapshot_every}")
         if self.second_sigma is not None:
-            _require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
+            require(isinstance(self.objective, Objective), "second_sigma is of consistency functions: leave it None")
             low, high = self.objective.noise.sigma_min, self.objective.noise.sigma_max
-            _require(
+            require(
                 low < self.second_sigma < high,
                 f"second_sigma must be None or lie between {low} and {high}, got {self.second_sigma}",
             )

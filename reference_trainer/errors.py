@@ -114,3 +114,13 @@ def type_and_message(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     said = 2 if lines and lines[0].endswith(":") else 1
     return " ".join([type(error).__name__, *(line.strip() for line in lines[:said])])
+
+
+def require(condition: bool, message: str) -> None:
+    """Of the numbers of a configuration.
+
+    Raises:
+        ValueError: ``message``, where the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(message)

@@ -8,6 +8,7 @@ at 0: the network starts as the one without classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -385,3 +386,12 @@ class Patched(nn.Module):
         x = rearrange(x, "b ch (h p) (w q) -> b (ch p q) h w", p=p, q=p)
         x = self.network(x, c_noise[0], class_labels=told).sample
         return rearrange(x, "b (ch p q) h w -> b ch (h p) (w q)", p=p, q=p)
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The backbone's blocks, which are the modules of its lists."""
+    for module in network.children():
+        if isinstance(module, nn.ModuleList):
+            yield from (block for block in module if block is not None)  # diffusers puts None where no attention is
+        else:
+            yield from blocks(module)

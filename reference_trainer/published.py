@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from reference_trainer.config import ConstantLR, RAdam, TrainConfig
+from reference_trainer.config import ConstantLR, TrainConfig
 from reference_trainer.data.classes import ByClass
 from reference_trainer.data.stored import LatentStore
 from reference_trainer.networks import DiT, UNet
+from reference_trainer.optimizers import RAdam
 from robustcm.fences import TukeyClip
 from robustcm.schedules import DoublingCurriculum, LevelGrid
 

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from reference_trainer.errors import UserError
+from reference_trainer.networks import blocks
+from reference_trainer.optimizers import Adam, Muon
 from reference_trainer.ranks import Ranks
 from robustcm.flow_maps import FlowMapObjective
 from robustcm.flow_targets import Derivative
@@ -108,12 +110,12 @@ class Sharding:
         return like
 
 
-def require_shardable(objective: FewStepObjective, micro_batches: int, ranks: Ranks) -> None:
+def require_shardable(objective: FewStepObjective, optimizer: Adam, micro_batches: int, ranks: Ranks) -> None:
     """Refuse what cannot be trained in shards.
 
     Raises:
         UserError: one process; micro-batches that are not the same number for each; an objective that differentiates
-            the network forwards.
+            the network forwards; an optimizer that needs whole matrices.
     """
     if ranks.world == 1:
         raise UserError("--sharded needs several processes: start it with torchrun, or leave it out")
@@ -127,15 +129,10 @@ def require_shardable(objective: FewStepObjective, micro_batches: int, ranks: Ra
             "objective.target=Derivative() differentiates the network forwards, which FSDP2 has no means for: leave "
             "--sharded out, or take objective.target=TwoPoint()"
         )
-
-
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """What is whole at a time: each of the backbone's blocks, which are the modules of its lists."""
-    for module in network.children():
-        if isinstance(module, nn.ModuleList):
-            yield from (block for block in module if block is not None)  # diffusers puts None where no attention is
-        else:
-            yield from blocks(module)
+    if isinstance(optimizer, Muon):
+        raise UserError(
+            "optimizer=Muon() needs whole matrices, which --sharded cuts: leave --sharded out, or take optimizer=Adam()"
+        )
 
 
 def shard_of(tensor: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference_trainer.config import Adam, RAdam, TrainConfig
+from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.pictures import draw_losses
 from reference_trainer.files import load_tensors
 from reference_trainer.networks import DiT
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.run import RunFolder
 from reference_trainer.training import bad_steps, loop
 from reference_trainer.training.bad_steps import KEPT, BadSteps, not_finite
@@ -105,7 +106,7 @@ def only_the_loss_is_bad(state: TrainState) -> None:
 
 @pytest.mark.parametrize("make", [no_gradient_is_finite, only_the_loss_is_bad], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("before", [0, 1, 7])
-@pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), RAdam(weight_decay=0.1)])
+@pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), RAdam(weight_decay=0.1), Muon(weight_decay=0.1)])
 def test_a_skipped_step_is_as_if_it_had_not_been(
     optimizer: Adam, before: int, make: Callable[[TrainState], None], config: TrainConfig
 ):

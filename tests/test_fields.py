@@ -123,7 +123,7 @@ def one_step(config: TrainConfig) -> None:
         objective = replace(objective, teacher_input=objective.teacher_input.on(x))
     network, asked = Tiny(), config.preconditioning
     skip = None if isinstance(asked, Scalar) else skip_for(asked, x, objective.noise)
-    optimizer = config.optimizer.build(network.parameters())
+    optimizer = config.optimizer.build(list(network.parameters()), network)
     state = objective.init()
     for step in (0, 3):
         labels = torch.arange(len(x)) % 2

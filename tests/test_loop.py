@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from reference_trainer.__main__ import main
-from reference_trainer.config import Adam, ConstantLR, RAdam, TrainConfig
+from reference_trainer.config import ConstantLR, TrainConfig
 from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.data.images import ImageFolder
 from reference_trainer.errors import UserError
@@ -21,6 +21,7 @@ from reference_trainer.evaluation.evaluate import Evaluator, brief, choose_featu
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.networks import UNet
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.run import RunFolder
 from reference_trainer.training import loop
 from reference_trainer.training.batches import Batches
@@ -112,7 +113,7 @@ def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "Batches", Crashing)
 
 
-@pytest.mark.parametrize(("step", "optimizer"), [(1, Adam()), (3, Adam()), (7, RAdam()), (11, Adam())])
+@pytest.mark.parametrize(("step", "optimizer"), [(1, Adam()), (3, Adam()), (7, RAdam()), (11, Adam()), (3, Muon())])
 def test_a_run_that_crashed_continues_bit_exactly(
     step: int,
     optimizer: Adam,

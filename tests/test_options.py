@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from reference_trainer.__main__ import main
 from reference_trainer.choices import CHOICES, VOCABULARY
-from reference_trainer.config import MOST_THREADS, Adam, ConstantLR, CosineLR, RAdam, TrainConfig
+from reference_trainer.config import MOST_THREADS, ConstantLR, CosineLR, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.fields import describe_fields, docs_of
 from reference_trainer.options import (
@@ -30,6 +30,7 @@ from reference_trainer.options import (
     override,
     to_json,
 )
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.presets import PRESETS, digits, flow_map
 from reference_trainer.words import with_options
 from robustcm.barron import Barron, BarronOfR2
@@ -196,7 +197,7 @@ def said_by(call: Callable[[], Any], kind: type[Exception]) -> tuple[str, Any]:
 
 
 EDGES = [math.nan, math.inf, -math.inf, -1, -0.0, 0, 1, 5e-324, 1e308, 2**63 - 1, -(2**63)]
-OWNERS = [Adam(), RAdam(), ConstantLR(), CosineLR()]
+OWNERS = [Adam(), RAdam(), Muon(), ConstantLR(), CosineLR()]
 
 
 @pytest.mark.parametrize("value", EDGES, ids=str)
@@ -216,7 +217,7 @@ def test_a_number_works_or_is_refused_by_its_owner(owner, field: str, value: flo
         assert all(math.isfinite(rate) for rate in rates)
     else:
         weight = torch.nn.Parameter(torch.ones(2))
-        optimizer = part.build([weight])
+        optimizer = part.build([weight], torch.nn.Module())
         optimizer.param_groups[0]["lr"] = 0.1
         weight.grad = torch.tensor([1.0, -1.0])
         torch.nn.utils.clip_grad_norm_([weight], part.max_norm)

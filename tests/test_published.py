@@ -103,7 +103,7 @@ def test_a_network_takes_a_step_at_batch_1(name: str):
     terms.loss.backward()
     watched = [next(network.parameters()), list(network.parameters())[-1]]
     before = [parameter.detach().clone() for parameter in watched]
-    optimizer = config.optimizer.build(network.parameters())
+    optimizer = config.optimizer.build(list(network.parameters()), network)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate(0, config.steps)
     optimizer.step()

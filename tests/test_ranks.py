@@ -31,6 +31,7 @@ from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
+from reference_trainer.optimizers import Adam, Muon
 from reference_trainer.sharding import require_shardable
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
@@ -212,12 +213,16 @@ def test_a_network_is_not_sharded_over_one_process(config: TrainConfig, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changed", "micro_batches", "what"),
-    [({}, 3, "set micro_batches to a multiple of 2"), ({"target": Derivative()}, 4, "take objective.target=TwoPoint")],
+    ("changed", "optimizer", "micro_batches", "what"),
+    [
+        ({}, Adam(), 3, "set micro_batches to a multiple of 2"),
+        ({"target": Derivative()}, Adam(), 4, "take objective.target=TwoPoint"),
+        ({}, Muon(), 4, "take optimizer=Adam"),
+    ],
 )
-def test_what_cannot_be_sharded_is_refused(changed: dict[str, Any], micro_batches: int, what: str):
+def test_what_cannot_be_sharded_is_refused(changed: dict[str, Any], optimizer: Adam, micro_batches: int, what: str):
     with pytest.raises(UserError, match=what):
-        require_shardable(FlowMapObjective(**changed), micro_batches, Ranks(0, 2))
+        require_shardable(FlowMapObjective(**changed), optimizer, micro_batches, Ranks(0, 2))
 
 
 def test_two_processes_evaluate_to_the_digits_of_one(two: Path):

@@ -78,7 +78,7 @@ def train(
         check_batch_size(config, images.num_train)  # all before the autoencoder is fitted
         parts = ranks.parts(config.micro_batches)
         if sharded:
-            require_shardable(config.objective, config.micro_batches, ranks)
+            require_shardable(config.objective, config.optimizer, config.micro_batches, ranks)
         classes = classes_of_run(config, run, images, new_data)
         latents, space = latents_of_run(config, run, images, cache, device, new_data)
         if classes is not None and ranks.leads:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.averages import prefix
-from reference_trainer.config import Adam, TrainConfig
+from reference_trainer.config import TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.files import check_layout
 from reference_trainer.model import build_network
+from reference_trainer.optimizers import Adam, moments_like, step_unless
 from reference_trainer.ranks import Ranks
 from reference_trainer.training.meters import LevelMeter, TailMeter
-from reference_trainer.training.skip import step_unless
 from robustcm.averages import Average, PowerFunction
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class TrainState:
             weights=weights,
             ema=ema,
             further={average: [p.detach().clone() for p in weights] for average in config.averages},
-            optimizer=config.optimizer.build(weights),
+            optimizer=config.optimizer.build(weights, network),
             c=config.objective.init(device),
             meter=LevelMeter().init(device),
             tails=TailMeter().init(device),
@@ -227,8 +227,7 @@ class TrainState:
         moments = {name: _below(f"optimizer/{name}/", tensors) for name in names}
         try:
             check_layout(_others(tensors), _others(self._tensors()))
-            for name, found in moments.items():
-                like = {"step": torch.tensor(0.0), "exp_avg": names[name], "exp_avg_sq": names[name]}
+            for found, like in zip(moments.values(), moments_like(self.optimizer, list(names.values())), strict=True):
                 check_layout(found, like if found else {})  # a weight without a gradient has none
         except UserError as error:
             raise UserError(

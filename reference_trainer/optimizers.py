@@ -1,0 +1,217 @@
+"""How gradients become steps: Adam, RAdam, Muon; and a step that a flag on the device takes back."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reference_trainer.errors import require
+from reference_trainer.networks import blocks
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Of the odd polynomial that ``orthogonal`` applies; checked in Jordan's code."""
+RMS_OF_ADAM = 0.2
+"""Root mean square of an update over the learning rate, as Adam's is: Liu et al. (2502.16982), section 2.2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """torch's fused AdamW, with gradients clipped at ``max_norm``.
+
+    On a CPU the fused kernel is several times faster than RAdam's many passes over the weights; behind a warm-up the
+    two update alike. ``eps`` and ``max_norm`` differ from torch's 1e-8 and the authors' 100; on the digits that
+    changes nothing measurable (docs/log.md).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the averages of gradient and squared gradient, each in [0, 1)."""
+    eps: float = 1e-5
+    """Added to the root of the averaged squared gradient, above 0, at most 1."""
+    weight_decay: float = 0.0
+    """Share by which weights shrink a step, times the learning rate; 0 or more."""
+    max_norm: float = 1.0
+    """Norm at which the gradient is clipped, above 0; inf: not at all."""
+    on_nonfinite: Literal["skip", "zero", "stop"] = "skip"
+    """What a step with NaN or infinite data, loss or gradient does. ``skip``: nothing; weights, averages and c stay,
+    the next log names it, and ``most_bad_steps`` of them in a row end the run. ``zero`` is what the authors do: such
+    elements of the gradient count as 0 before clipping. ``stop``: the next log ends the run."""
+
+    def __post_init__(self) -> None:
+        require(
+            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay < math.inf,
+            f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
+        )
+        require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
+        require(
+            self.on_nonfinite in ("skip", "zero", "stop"),
+            f"on_nonfinite is 'skip', 'zero' or 'stop', got {self.on_nonfinite!r}",
+        )
+
+    @property
+    def skips(self) -> bool:
+        """Whether a bad step changes nothing."""
+        return self.on_nonfinite != "zero"
+
+    def build(self, weights: Sequence[Tensor], network: nn.Module) -> torch.optim.Optimizer:
+        """Of ``weights``, which are those of ``network``, or of each this process's shard, in its order.
+
+        The learning rate is set anew at every step.
+        """
+        return torch.optim.AdamW(
+            weights, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Adam):
+    """torch's RAdam with decoupled weight decay: the authors' choice, with lr 1e-4 and weight decay up to 1e-4."""
+
+    eps: float = 1e-8
+    max_norm: float = 100.0
+
+    def build(self, weights: Sequence[Tensor], network: nn.Module) -> torch.optim.Optimizer:
+        """The learning rate is set anew at every step."""
+        return torch.optim.RAdam(
+            weights,
+            lr=0.0,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
+            foreach=True,
+            capturable=any(p.is_cuda for p in weights),  # else it counts its steps on the CPU, see step_unless
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Adam):
+    """Muon for the matrices of the backbone's blocks, AdamW with the fields of ``Adam`` for all other weights.
+
+    Muon makes the averaged gradient of a matrix orthogonal: a step moves it as far in the directions whose gradient is
+    small as in those whose gradient is large. Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in
+    neural networks"; updates of Adam's size, so that one learning rate serves both: Liu et al. (2502.16982).
+
+    Biases, norms, convolutions, embeddings, the first and the last layer stay with AdamW.
+    """
+
+    momentum: float = 0.95
+    """Decay of the averaged gradient of a matrix, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+
+    def build(self, weights: Sequence[Tensor], network: nn.Module) -> torch.optim.Optimizer:
+        """``weights`` are those of ``network``, whole; the learning rate is set anew at every step."""
+        inside = matrices(network)
+        return MuonAndAdam(
+            weights,
+            [id(weight) in inside for weight in weights],
+            self.momentum,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+
+
+def matrices(network: nn.Module) -> set[int]:
+    """The ids of the weights of the linear layers in the blocks of ``network``."""
+    layers = (layer for block in blocks(network) for layer in block.modules())
+    return {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+
+
+class MuonAndAdam(torch.optim.AdamW):
+    """AdamW, but for those of its ``weights`` that are ``inside``, matrices, to which it does as Muon.
+
+    torch has a Muon of its own from 2.9 on. It computes in bfloat16, for which a CPU without such instructions takes
+    20 times as long as for float32, and it does not know ``found_inf``.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], inside: Sequence[bool], momentum: float, **adam: Any) -> None:
+        super().__init__(weights, lr=0.0, fused=True, **adam)
+        (group,) = self.param_groups
+        group["inside"], group["momentum"] = list(inside), momentum
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; nothing changes where ``found_inf`` (0-dim, set by whoever knows) is not 0."""
+        (group,) = self.param_groups
+        inside = [w for w, inside in zip(group["params"], group["inside"], strict=True) if inside]
+        gradients = {weight: weight.grad for weight in inside if weight.grad is not None}
+        for weight in gradients:
+            weight.grad = None  # AdamW passes over what has none
+        super().step()
+        same_shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for weight, gradient in gradients.items():
+            weight.grad = gradient
+            same_shapes[weight.shape].append(weight)
+        for weights in same_shapes.values():
+            self._move(weights, group)
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape, together: a few kernels in the place of a few each."""
+        skipped = getattr(self, "found_inf", None)
+        for weight in weights:
+            self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        gradient = torch.stack([weight.grad for weight in weights])
+        average = torch.stack([self.state[weight]["momentum"] for weight in weights])
+        average = average.lerp(gradient, 1 - group["momentum"])
+        update = orthogonal(gradient.lerp(average, group["momentum"]))  # Nesterov's: a step ahead
+        size = group["lr"] * RMS_OF_ADAM * math.sqrt(max(update.shape[-2:]))
+        for weight, momentum, direction in zip(weights, average, update, strict=True):
+            moved = weight * (1 - group["lr"] * group["weight_decay"]) - size * direction
+            for old, new in ((self.state[weight]["momentum"], momentum), (weight, moved)):
+                old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+
+
+def orthogonal(gradients: Tensor) -> Tensor:
+    """Matrices ``[..., rows, columns]`` with their singular values moved to about 1 (0.7 to 1.2), vectors kept.
+
+    Five steps of Newton and Schulz with coefficients of Jordan et al., which take singular values of a thousandth of
+    the norm or more there. 0 stays 0.
+    """
+    wide = gradients.shape[-2] <= gradients.shape[-1]
+    x = gradients if wide else gradients.mT
+    # twice, as squares of small gradients are 0 in float32
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1.0)
+    first, third, fifth = NEWTON_SCHULZ
+    for _ in range(5):
+        squared = x @ x.mT
+        x = first * x + (third * squared + fifth * squared @ squared) @ x
+    return x if wide else x.mT
+
+
+def moments_like(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """What ``optimizer`` keeps of each of its ``weights`` once it has had a gradient: names, and tensors so shaped."""
+    (group,) = optimizer.param_groups
+    inside = group.get("inside", [False] * len(weights))
+    adams = [{"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight} for weight in weights]
+    return [{"momentum": w} if muon else adam for w, muon, adam in zip(weights, inside, adams, strict=True)]
+
+
+@torch.no_grad()
+def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``; where ``skipped`` (0-dim bool) is true, weights, moments and step count stay as they are.
+
+    A fused optimizer looks at the flag in its kernel (``found_inf``, which torch's GradScaler sets, too), and so does
+    ``MuonAndAdam``. For others the step is taken and put back, which holds a copy of weights and moments meanwhile.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    before = [(p.clone(), {name: moment.clone() for name, moment in optimizer.state[p].items()}) for p in weights]
+    optimizer.step()
+    for p, (weight, moments) in zip(weights, before, strict=True):
+        p.copy_(torch.where(skipped, weight, p))
+        for name, moment in optimizer.state[p].items():
+            old = moments.get(name, torch.zeros_like(moment))  # nothing there: this was the first step
+            moment.copy_(torch.where(skipped, old, moment))
