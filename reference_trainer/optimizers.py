@@ -16,8 +16,6 @@ from reference_trainer.networks import blocks
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that ``orthogonal`` applies; checked in Jordan's code."""
-RMS_OF_ADAM = 0.2
-"""Root mean square of an update over the learning rate, as Adam's is: Liu et al. (2502.16982), section 2.2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +93,21 @@ class Muon(Adam):
 
     Muon makes the averaged gradient of a matrix orthogonal: a step moves it as far in the directions whose gradient is
     small as in those whose gradient is large. Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in
-    neural networks"; updates of Adam's size, so that one learning rate serves both: Liu et al. (2502.16982).
+    neural networks".
 
     Biases, norms, convolutions, embeddings, the first and the last layer stay with AdamW.
     """
 
     momentum: float = 0.95
     """Decay of the averaged gradient of a matrix, in [0, 1)."""
+    size: float = 8.0
+    """Spectral norm of an update over the learning rate, above 0; of a matrix with more rows than columns
+    sqrt(rows / columns) times as much. Behind Adam's 3e-3, 7 is Muon's usual 0.02."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+        require(0 < self.size <= 1000, f"size must be in (0, 1000], got {self.size}")
 
     def build(self, weights: Sequence[Tensor], network: nn.Module) -> torch.optim.Optimizer:
         """``weights`` are those of ``network``, whole; the learning rate is set anew at every step."""
@@ -113,7 +115,8 @@ class Muon(Adam):
         return MuonAndAdam(
             weights,
             [id(weight) in inside for weight in weights],
-            self.momentum,
+            momentum=self.momentum,
+            size=self.size,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
@@ -133,10 +136,10 @@ class MuonAndAdam(torch.optim.AdamW):
     20 times as long as for float32, and it does not know ``found_inf``.
     """
 
-    def __init__(self, weights: Sequence[Tensor], inside: Sequence[bool], momentum: float, **adam: Any) -> None:
+    def __init__(self, weights: Sequence[Tensor], inside: Sequence[bool], *, momentum: float, size: float, **adam: Any) -> None:
         super().__init__(weights, lr=0.0, fused=True, **adam)
         (group,) = self.param_groups
-        group["inside"], group["momentum"] = list(inside), momentum
+        group |= {"inside": list(inside), "momentum": momentum, "size": size}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -163,7 +166,8 @@ class MuonAndAdam(torch.optim.AdamW):
         average = torch.stack([self.state[weight]["momentum"] for weight in weights])
         average = average.lerp(gradient, 1 - group["momentum"])
         update = orthogonal(gradient.lerp(average, group["momentum"]))  # Nesterov's: a step ahead
-        size = group["lr"] * RMS_OF_ADAM * math.sqrt(max(update.shape[-2:]))
+        rows, columns = update.shape[-2:]
+        size = group["lr"] * group["size"] * math.sqrt(max(1.0, rows / columns))
         for weight, momentum, direction in zip(weights, average, update, strict=True):
             moved = weight * (1 - group["lr"] * group["weight_decay"]) - size * direction
             for old, new in ((self.state[weight]["momentum"], momentum), (weight, moved)):
