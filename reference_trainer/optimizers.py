@@ -32,7 +32,7 @@ class Adam:
     eps: float = 1e-5
     """Added to the root of the averaged squared gradient, above 0, at most 1."""
     weight_decay: float = 0.0
-    """Share by which weights shrink a step, times the learning rate; 0 or more."""
+    """Share by which weights shrink a step, times the learning rate; 0 to 100."""
     max_norm: float = 1.0
     """Norm at which the gradient is clipped, above 0; inf: not at all."""
     on_nonfinite: Literal["skip", "zero", "stop"] = "skip"
@@ -42,8 +42,8 @@ class Adam:
 
     def __post_init__(self) -> None:
         require(
-            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay < math.inf,
-            f"need betas in [0, 1), eps in (0, 1], weight_decay >= 0, got {self}",
+            all(0 <= beta < 1 for beta in self.betas) and 0 < self.eps <= 1 and 0 <= self.weight_decay <= 100,
+            f"need betas in [0, 1), eps in (0, 1], weight_decay in [0, 100], got {self}",
         )
         require(self.max_norm > 0, f"max_norm must be positive, got {self.max_norm}; inf switches clipping off")
         require(
@@ -136,7 +136,9 @@ class MuonAndAdam(torch.optim.AdamW):
     20 times as long as for float32, and it does not know ``found_inf``.
     """
 
-    def __init__(self, weights: Sequence[Tensor], inside: Sequence[bool], *, momentum: float, size: float, **adam: Any) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], inside: Sequence[bool], *, momentum: float, size: float, **adam: Any
+    ) -> None:
         super().__init__(weights, lr=0.0, fused=True, **adam)
         (group,) = self.param_groups
         group |= {"inside": list(inside), "momentum": momentum, "size": size}
@@ -155,14 +157,15 @@ class MuonAndAdam(torch.optim.AdamW):
             weight.grad = gradient
             same_shapes[weight.shape].append(weight)
         for weights in same_shapes.values():
-            self._move(weights, group)
+            self._move(weights, [gradients[weight] for weight in weights], group)
 
-    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """One step of matrices of one shape, together: a few kernels in the place of a few each."""
         skipped = getattr(self, "found_inf", None)
         for weight in weights:
-            self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        gradient = torch.stack([weight.grad for weight in weights])
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        gradient = torch.stack(gradients)
         average = torch.stack([self.state[weight]["momentum"] for weight in weights])
         average = average.lerp(gradient, 1 - group["momentum"])
         update = orthogonal(gradient.lerp(average, group["momentum"]))  # Nesterov's: a step ahead

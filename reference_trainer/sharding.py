@@ -7,7 +7,6 @@ a block at a time, while the network computes, and tensor by tensor in a checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch

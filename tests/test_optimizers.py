@@ -67,7 +67,8 @@ def test_the_singular_values_become_about_one_and_the_vectors_stay(shape: tuple[
     values = torch.linspace(1.0, 0.1, least, dtype=torch.float64)
     left, right = rotation(seed, rows)[:, :least], rotation(seed + 1, columns)[:, :least]
     after = left.mT @ orthogonal(left * values @ right.mT) @ right
-    assert (after.diagonal() > 0.65).all() and (after.diagonal() < 1.25).all()
+    assert (after.diagonal() > 0.65).all()
+    assert (after.diagonal() < 1.25).all()
     assert torch.allclose(after, after.diagonal().diag(), atol=1e-9)
 
 
@@ -110,7 +111,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_nothing_else():
 def test_of_a_backbone_it_has_matrices_alone_but_not_the_first_and_the_last(network: DiT | UNet):
     built = network.build((4, 8, 8), 0)
     own = {name: p for name, p in built.named_parameters() if id(p) in matrices(built)}
-    assert own and all(p.ndim == 2 for p in own.values())
+    assert own
+    assert all(p.ndim == 2 for p in own.values())
     assert not any(word in name for name in own for word in ("proj_out", "pos_embed", "timestep_embedder", "conv"))
 
 

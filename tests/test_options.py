@@ -22,6 +22,7 @@ from reference_trainer.choices import CHOICES, VOCABULARY
 from reference_trainer.config import MOST_THREADS, ConstantLR, CosineLR, TrainConfig
 from reference_trainer.errors import UserError
 from reference_trainer.fields import describe_fields, docs_of
+from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.options import (
     as_options,
     describe,
@@ -30,7 +31,6 @@ from reference_trainer.options import (
     override,
     to_json,
 )
-from reference_trainer.optimizers import Adam, Muon, RAdam
 from reference_trainer.presets import PRESETS, digits, flow_map
 from reference_trainer.words import with_options
 from robustcm.barron import Barron, BarronOfR2

@@ -16,7 +16,8 @@ from reference_trainer.data import photographs
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.photographs import PHOTOGRAPHS, SIDE, Corner, Photographs, held_out_corner, reduced, spreads
 from reference_trainer.errors import UserError
-from reference_trainer.presets import digits, ilct, on_folder, on_images
+from reference_trainer.optimizers import Muon, RAdam
+from reference_trainer.presets import ilct, on_folder, on_images
 from reference_trainer.presets import photographs as preset
 
 NAME = re.compile(r"(\w+), 1:(\d), row (\d+), column (\d+)")
@@ -127,11 +128,12 @@ def test_the_preset_is_that_of_a_folder_but_for_the_images():
     assert replace(preset(), data=None) == replace(on_folder(type(preset())(), "photos"), data=None)
 
 
-def test_images_in_colour_have_a_larger_c_and_a_smaller_eps_than_digits_but_a_c_of_one_s_own_stays():
-    ours, mine = preset(), ilct()
-    assert (ours.objective.c.multiple, ours.optimizer.eps) == (2.0, 1e-8)
-    assert digits().optimizer.eps > ours.optimizer.eps
+def test_images_in_colour_have_muon_and_a_larger_c_than_digits_but_what_is_one_s_own_stays():
+    ours, mine = preset(), replace(ilct(), optimizer=RAdam())
+    assert (ours.objective.c.multiple, ours.optimizer) == (2.0, Muon(eps=1e-8))
+    assert on_images(ilct(), Photographs()).optimizer == ours.optimizer  # one optimizer for both sides of a comparison
     assert on_images(mine, Photographs()).objective.c == mine.objective.c
+    assert on_images(mine, Photographs()).optimizer == RAdam()
 
 
 def test_every_photograph_states_its_terms():

@@ -29,9 +29,9 @@ from reference_trainer.evaluation.evaluate import Evaluator, evaluate
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.model import load_model
 from reference_trainer.networks import UNet
+from reference_trainer.optimizers import Adam, Muon
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
-from reference_trainer.optimizers import Adam, Muon
 from reference_trainer.sharding import require_shardable
 from reference_trainer.training.batches import Batches
 from reference_trainer.training.loop import train
