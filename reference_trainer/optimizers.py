@@ -163,8 +163,9 @@ class MuonAndAdam(torch.optim.AdamW):
         """One step of matrices of one shape, together: a few kernels in the place of a few each."""
         skipped = getattr(self, "found_inf", None)
         for weight in weights:
-            if "momentum" not in self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            if not self.state[weight]:  # AdamW looks for steps in what it loads
+                self.state[weight] = {"step": weight.new_zeros(()), "momentum": torch.zeros_like(weight)}
+            self.state[weight]["step"] += 1 if skipped is None else skipped == 0
         gradient = torch.stack(gradients)
         average = torch.stack([self.state[weight]["momentum"] for weight in weights])
         average = average.lerp(gradient, 1 - group["momentum"])
@@ -199,8 +200,10 @@ def moments_like(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) ->
     """What ``optimizer`` keeps of each of its ``weights`` once it has had a gradient: names, and tensors so shaped."""
     (group,) = optimizer.param_groups
     inside = group.get("inside", [False] * len(weights))
-    adams = [{"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight} for weight in weights]
-    return [{"momentum": w} if muon else adam for w, muon, adam in zip(weights, inside, adams, strict=True)]
+    names = [("momentum",) if muon else ("exp_avg", "exp_avg_sq") for muon in inside]
+    return [
+        {"step": torch.tensor(0.0)} | dict.fromkeys(own, weight) for own, weight in zip(names, weights, strict=True)
+    ]
 
 
 @torch.no_grad()
