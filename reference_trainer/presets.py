@@ -135,12 +135,12 @@ def on_images(config: TrainConfig, data: ImageFolder | Photographs) -> TrainConf
 
     Many tokens a sample where the digits have one, so smaller batches, and the coupling's pool kept. A larger c, too:
     latents of photographs are a mixture of flat patches and rich ones, whose residuals a small c takes for outliers.
-    Gradients of this distance are small then, so that Adam's eps has to be. Muon, which learns more in as many steps;
-    the digits keep Adam: beside a network of one token Muon is half of a step.
+    Gradients of this distance are small then, so that the optimizer's eps has to be. Muon, which learns more in as many
+    steps. A c, an optimizer or an autoencoder that is not that of `digits` stays.
     """
     config = replace(config, data=data, batch_size=64, coupling_pool=4)
     if config.optimizer == DIGITS.optimizer:
-        config = replace(config, optimizer=Muon(eps=1e-8))
+        config = replace(config, optimizer=Muon())
     if config.objective.c == DIGITS.objective.c:
         c = MeasuredC(multiple=2.0, bins=8, at_least_pooled=True)
         config = replace(config, objective=replace(config.objective, c=c))

@@ -95,7 +95,8 @@ class RunFolder:
             if changed := list(differences(json.loads(as_json(filled(there))), asked)):
                 shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
                 raise UserError(
-                    f"{self.root} holds a run of another configuration ({shown}): give --out another folder"
+                    f"{self.root} holds a run of another configuration ({shown}): give --out another folder, or '--out "
+                    f"{self.root}' alone, without data or options, to go on with that one"
                 )
             return
         write_atomically(file, (as_json(asked, indent=2) + "\n").encode())

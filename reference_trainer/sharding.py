@@ -130,7 +130,8 @@ def require_shardable(objective: FewStepObjective, optimizer: Adam, micro_batche
         )
     if isinstance(optimizer, Muon):
         raise UserError(
-            "optimizer=Muon() needs whole matrices, which --sharded cuts: leave --sharded out, or take optimizer=Adam()"
+            "optimizer=Muon() needs whole matrices, which --sharded cuts: leave --sharded out, or take "
+            "optimizer='Adam(eps=1e-8)'"
         )
 
 

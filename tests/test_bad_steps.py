@@ -129,7 +129,11 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
     assert_same(without.tensors(), with_it.tensors() | {"num_bad_steps": without.num_bad_steps})
 
 
-def test_nothing_waits_for_the_device_between_two_looks(config: TrainConfig, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("optimizer", [Adam(), Muon()])
+def test_nothing_waits_for_the_device_between_two_looks(
+    optimizer: Adam, config: TrainConfig, tmp_path: Path, monkeypatch
+):
+    config = replace(config, optimizer=optimizer)
     state = TrainState.create(config, (3, 16, 16), CPU)
     x = torch.randn(8, 3, 16, 16)
     batch = config.objective.prepare(x, draw(0, 0, x.shape), 0, 12)

@@ -11,7 +11,7 @@ import torch
 from reference_trainer.computing import Computing
 from reference_trainer.config import TrainConfig
 from reference_trainer.networks import DiT
-from reference_trainer.presets import PRESETS, digits
+from reference_trainer.presets import PRESETS, digits, photographs
 from reference_trainer.training.meters import LevelMeter, TailMeter
 from reference_trainer.training.state import TrainState
 from robustcm.gates import Above
@@ -64,7 +64,7 @@ def stepper(state: TrainState, config: TrainConfig, batch: Batch) -> Callable[[]
     "computing",
     [Computing(precision="float32"), Computing(precision="tf32"), Computing(), Computing(checkpointing=True)],
 )
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", [*PRESETS, photographs], ids=lambda preset: preset.__name__)
 def test_a_step_waits_for_the_device_nowhere(preset, computing, request):
     config = replace(small(preset()), computing=computing)
     step = stepper(TrainState.create(config, SHAPE, CUDA), config, batch_of(config, CUDA))

@@ -101,14 +101,16 @@ def in_a_config(part: Any) -> TrainConfig:
 
 
 class Tiny(nn.Module):
-    """A network with one weight, told one time or two."""
+    """A network with one weight and one matrix in a block, told one time or two."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(()))
+        self.blocks = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+        nn.init.eye_(self.blocks[0].weight)
 
     def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
-        return self.gain * x + 0.001 * torch.tanh(sum(c_noise)).reshape(-1, 1, 1, 1)
+        return self.gain * self.blocks[0](x) + 0.001 * torch.tanh(sum(c_noise)).reshape(-1, 1, 1, 1)
 
 
 def one_step(config: TrainConfig) -> None:
@@ -137,7 +139,7 @@ def one_step(config: TrainConfig) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(step, 4)
         optimizer.step()
-    assert network.gain.isfinite()
+    assert all(weight.isfinite().all() for weight in network.parameters())
 
 
 def attempt(build: Callable[[], Any]) -> tuple[Any, str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference_trainer.networks import DiT, UNet
-from reference_trainer.optimizers import Adam, Muon, MuonAndAdam, matrices, orthogonal, step_unless
+from reference_trainer.optimizers import Adam, Muon, MuonAndAdam, matrices, orthogonal, said_of_muon, step_unless
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
@@ -111,14 +111,35 @@ def test_muon_has_the_matrices_of_the_blocks_and_nothing_else():
 def test_of_a_backbone_it_has_matrices_alone_but_not_the_first_and_the_last(network: DiT | UNet):
     built = network.build((4, 8, 8), 0)
     own = {name: p for name, p in built.named_parameters() if id(p) in matrices(built)}
-    assert own
     assert all(p.ndim == 2 for p in own.values())
-    assert not any(word in name for name in own for word in ("proj_out", "pos_embed", "timestep_embedder", "conv"))
+    of_attention = {"to_q", "to_k", "to_v", "to_out.0"}
+    expected = of_attention | ({"ff.net.0.proj", "ff.net.2"} if isinstance(network, DiT) else {"time_emb_proj"})
+    assert {ending for ending in expected if any(name.endswith(f"{ending}.weight") for name in own)} == expected
+    assert all(name.removesuffix(".weight").endswith(tuple(expected)) for name in own)
+
+
+def test_a_matrix_that_is_used_outside_the_blocks_too_is_adams():
+    network = Blocks()
+    last = nn.Linear(8, 8)
+    last.weight = network.inside[0].weight
+    network.last = last
+    assert id(last.weight) not in matrices(network)
+    assert len(matrices(network)) == 2
+
+
+def test_a_run_says_how_much_muon_moves():
+    assert said_of_muon(Blocks()) == "Muon moves 3 matrices, 78% of the weights; AdamW moves the others"
+    assert "nothing to move" in said_of_muon(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_weights_that_are_not_the_networks_are_no_weights_for_muon():
+    with pytest.raises(AssertionError, match="another network"):
+        Muon().build(list(Blocks().parameters()), Blocks())
 
 
 def test_what_is_outside_is_adams_to_the_bit():
     """One step: in the next the gradients differ, since the matrices do."""
-    adam, muon = steps(Adam(weight_decay=0.1), 1), steps(Muon(weight_decay=0.1), 1)
+    adam, muon = steps(Adam(weight_decay=0.1, eps=1e-8), 1), steps(Muon(weight_decay=0.1), 1)
     inside = matrices(muon)
     for (name, p), q in zip(muon.named_parameters(), adam.parameters(), strict=True):
         assert torch.equal(p, q) != (id(p) in inside), name

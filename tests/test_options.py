@@ -216,14 +216,18 @@ def test_a_number_works_or_is_refused_by_its_owner(owner, field: str, value: flo
         assert all(0 <= rate <= float(part.lr) for rate in rates)
         assert all(math.isfinite(rate) for rate in rates)
     else:
-        weight = torch.nn.Parameter(torch.ones(2))
-        optimizer = part.build([weight], torch.nn.Module())
+        network = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
+        weights = list(network.parameters())
+        optimizer = part.build(weights, network)
         optimizer.param_groups[0]["lr"] = 0.1
-        weight.grad = torch.tensor([1.0, -1.0])
-        torch.nn.utils.clip_grad_norm_([weight], part.max_norm)
+        for weight in weights:
+            weight.data.fill_(1.0)
+            weight.grad = torch.eye(2)[: weight.ndim].reshape_as(weight) - 0.5
+        torch.nn.utils.clip_grad_norm_(weights, part.max_norm)
         optimizer.step()
-        assert not weight.isnan().any()
-        assert field != "eps" or (weight != 1).all()  # one without bound would hold every weight
+        for weight in weights:
+            assert not weight.isnan().any()
+            assert field != "eps" or (weight != 1).all()  # one without bound would hold every weight
 
 
 @pytest.mark.parametrize("betas", [(math.nan, 0.9), (0.9, 1), (-0.1, 0.9), (0.9, math.inf)])

@@ -28,7 +28,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import Evaluator, evaluate
 from reference_trainer.files import load_tensors, save_tensors
 from reference_trainer.model import load_model
-from reference_trainer.networks import UNet
+from reference_trainer.networks import DiT, UNet
 from reference_trainer.optimizers import Adam, Muon
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
@@ -78,6 +78,12 @@ def run(config: TrainConfig, root: Path, ranks: Ranks, sharded: bool = False) ->
     train(config, folder, images, root / "cache", CPU, Evaluator(folder, images), ranks=ranks, sharded=sharded)
 
 
+def with_muon(config: TrainConfig) -> TrainConfig:
+    """``config`` with Muon, and a network most of whose weights it moves."""
+    network = DiT(width=16, layers=1, heads=2, patch=8)
+    return replace(config, optimizer=Muon(), network=network, evaluate_every=0)
+
+
 def kill_behind_step_4(root: Path, copy: Path) -> None:
     """``copy``: the run as it was when its last checkpoint but one was saved."""
     shutil.copytree(root, copy)
@@ -100,6 +106,7 @@ def one_of_two(rank: int, root: Path, config: TrainConfig) -> None:
         if ranks.leads:
             kill_behind_step_4(root / "two", root / "then sharded")
     run(config, root / "then sharded", ranks, sharded=True)
+    run(with_muon(config), root / "muon", ranks)
     ranks.wait()
     figures = evaluate(load_model(RunFolder(root / "two"), CPU), many(), Thumbs(), bounds=False, ranks=ranks)
     (root / f"figures of rank {rank}").write_text(json.dumps(figures))
@@ -178,6 +185,13 @@ def test_two_processes_train_as_one_does(config: TrainConfig, two: Path, tmp_pat
         assert row["r"] == pytest.approx(its["r"], rel=1e-5)
 
 
+def test_two_processes_train_with_muon_as_one_does(config: TrainConfig, two: Path, tmp_path: Path):
+    run(with_muon(config), tmp_path / "alone", Ranks())
+    tensors = tensors_of(tmp_path / "alone")
+    assert_close(tensors_of(two / "muon"), tensors)
+    assert len([name for name in tensors if name.endswith("/momentum")]) == 6
+
+
 def test_two_processes_continue_to_the_same_bits(two: Path):
     whole, after = tensors_of(two / "two"), tensors_of(two / "continued")
     assert [name for name in whole if not torch.equal(whole[name], after[name])] == []
@@ -217,7 +231,7 @@ def test_a_network_is_not_sharded_over_one_process(config: TrainConfig, tmp_path
     [
         ({}, Adam(), 3, "set micro_batches to a multiple of 2"),
         ({"target": Derivative()}, Adam(), 4, "take objective.target=TwoPoint"),
-        ({}, Muon(), 4, "take optimizer=Adam"),
+        ({}, Muon(), 4, "take optimizer='Adam"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(changed: dict[str, Any], optimizer: Adam, micro_batches: int, what: str):

@@ -68,7 +68,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--sharded",
         action="store_true",
         help="of several processes (torchrun) each holds its share of weights, averages and moments, for networks that "
-        "do not fit on one GPU; a run may change between with and without",
+        "do not fit on one GPU; a run may change between with and without. Not with Muon, the default with --data: "
+        "optimizer='Adam(eps=1e-8)'",
     )
     parser.set_defaults(run_command=run_train)
     return parser
@@ -175,6 +176,10 @@ def run_train(options: argparse.Namespace) -> int:
             if config.classes is not None:
                 Classes.of(images)
             features = named_features(options.features, images, device)
+            if options.sharded:
+                from reference_trainer.sharding import require_shardable
+
+                require_shardable(config.objective, config.optimizer, config.micro_batches, ranks)
             if ranks.leads:
                 held.enter_context(run.locked())
                 run.claim(config)

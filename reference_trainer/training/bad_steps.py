@@ -16,6 +16,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.files import save_tensors
+from reference_trainer.optimizers import Muon
 from reference_trainer.ranks import LeaderError, Ranks
 from reference_trainer.run import BAD_STEPS, RunFolder
 from reference_trainer.training.batches import Batches
@@ -95,10 +96,11 @@ class BadSteps:
         if (most := self._most) is not None and longest >= most:
             if not self.ranks.leads:
                 raise LeaderError
+            step = "optimizer.size" if isinstance(self.config.optimizer, Muon) else "optimizer.max_norm"
             often = "a bad step" if longest == 1 else f"{longest} bad steps in a row"
             raise UserError(
                 f"{often}, at {causes[-1]} (batches: {self.run.bad_folder}). The checkpoints are good. If it is the "
-                "data, mend them; else lower learning_rate.lr or optimizer.max_norm (in a new --out)"
+                f"data, mend them; else lower learning_rate.lr or {step} (in a new --out)"
             )
 
     @property

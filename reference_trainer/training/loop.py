@@ -21,6 +21,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import Terminated, UserError
 from reference_trainer.model import TrainedModel, build_network, number_of
+from reference_trainer.optimizers import Muon, said_of_muon
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training.bad_steps import BadSteps, not_finite
@@ -104,6 +105,8 @@ def train(
             run.keep_rows_until(state.step)
             run.keep_snapshots_until(state.step)
             say_how_it_computes(passes, run, state.step, config.steps)
+            if begin and isinstance(config.optimizer, Muon):
+                tqdm.write(said_of_muon(state.network))
         else:
             state.forget_sums()
     objective = config.objective
