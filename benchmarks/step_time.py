@@ -1,10 +1,12 @@
 """Where does the time of a training step of the preset `digits` go, and what does keeping freed memory save?
 
     python benchmarks/step_time.py [--preset digits] [--latents 2 4 4] [--threads 1]
+    python benchmarks/step_time.py --preset photographs --latents 8 8 8
 
 Each part is timed alone on the same batch, on random latents, as CPU time and as a share of the first: the floor,
-which is teacher, student, backward and optimizer. `step_floor.py` has the trainer itself beside it. The whole step runs
-twice, each time in a process of its own: as the trainer runs it, and with glibc's own way with freed memory.
+which is teacher, student, backward and optimizer. Adam and Muon are both timed. `step_floor.py` has the trainer itself
+beside it. The whole step runs twice, each time in a process of its own: as the trainer runs it, and with glibc's own way
+with freed memory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from _timing import Timing, measure, write_json
 
 from reference_trainer.config import TrainConfig
 from reference_trainer.machine import describe_machine, keep_freed_memory
-from reference_trainer.presets import PRESETS
+from reference_trainer.optimizers import Adam, Muon
+from reference_trainer.presets import PRESETS, photographs
 from reference_trainer.training.bad_steps import not_finite
 from reference_trainer.training.batches import with_measured_parts
 from reference_trainer.training.meters import LevelMeter, TailMeter
@@ -34,6 +37,7 @@ from robustcm.objective import Batch, Objective, draw
 
 CPU = torch.device("cpu")
 FLOOR = "floor"
+TIMED = (*PRESETS, photographs)
 FURTHER = (
     *(Exponential(decay=0.9), Exponential(decay=0.999)),
     *(PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.1)),
@@ -92,10 +96,16 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         state.meter = LevelMeter().add(state.meter, done, prepared.pairs)
         state.tails = tails.add(state.tails, done, prepared.pairs)
 
-    def optimise() -> None:
-        for parameter in state.network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        state.optimizer_step(config.optimizer, 1e-4)
+    def optimise(optimizer: Adam) -> Callable[[], object]:
+        own = TrainState.create(replace(config, optimizer=optimizer), shape, CPU)
+        gradients = [torch.randn_like(parameter) for parameter in own.network.parameters()]
+
+        def step() -> None:
+            for parameter, gradient in zip(own.network.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            own.optimizer_step(optimizer, 1e-4)
+
+        return step
 
     tails = TailMeter()
     tails.add(state.tails, terms, batch.pairs)  # builds its histogram
@@ -108,7 +118,7 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         "student and backward": backward,
         "distance, forward and backward": distance,
         "measured c": measured_c,
-        "clip and optimiser": optimise,
+        **{f"clip and {type(optimizer).__name__}": optimise(optimizer) for optimizer in (Adam(), Muon())},
         "is the step bad": bookkeeping,
         "EMA": partial(state.update_ema, config.ema_decay, good),
         "EMA and four further averages": partial(averaging.update_ema, config.ema_decay, good),
@@ -125,12 +135,12 @@ def has_all(config: TrainConfig) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=[p.__name__ for p in PRESETS if has_all(p())], default="digits")
+    parser.add_argument("--preset", choices=[p.__name__ for p in TIMED if has_all(p())], default="digits")
     parser.add_argument("--latents", type=int, nargs=3, default=[2, 4, 4], metavar=("CH", "H", "W"))
     parser.add_argument("--threads", type=int, help="of torch; without it those of the preset")
     parser.add_argument("--whole", choices=["kept", "given back"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = next(preset() for preset in PRESETS if preset.__name__ == options.preset)
+    config = next(preset() for preset in TIMED if preset.__name__ == options.preset)
     shape = (options.latents[0], options.latents[1], options.latents[2])
     torch.set_num_threads(options.threads or config.threads)
     if options.whole:

@@ -124,7 +124,7 @@ class TrainConfig:
     """Micro-batches whose samples and noise are paired in one problem: the same part of so many steps. A larger pool
     pairs closer; an exact one of n samples takes time of order n^3 once in as many steps."""
     optimizer: Adam | RAdam | Muon = Adam()
-    """How gradients become steps."""
+    """How gradients become steps; Muon on folders, stores and `photographs`."""
     learning_rate: ConstantLR | CosineLR = CosineLR()
     """Its size over the run."""
     ema_decay: float = 0.99
