@@ -5,8 +5,8 @@
 
 Each part is timed alone on the same batch, on random latents, as CPU time and as a share of the first: the floor,
 which is teacher, student, backward and optimizer. Adam and Muon are both timed. `step_floor.py` has the trainer itself
-beside it. The whole step runs twice, each time in a process of its own: as the trainer runs it, and with glibc's own way
-with freed memory.
+beside it. The whole step runs twice, each time in a process of its own: as the trainer runs it, and with glibc's own
+way with freed memory.
 """
 
 from __future__ import annotations
