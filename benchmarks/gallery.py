@@ -98,6 +98,12 @@ class OfRuns:
         save_figure(draw_comparison([Result(**run) for runs in found for run in runs], BASELINE), to)
 
 
+PHOTOGRAPHS = (
+    *("photographs", "steps=4000", "autoencoder.steps=1500", "autoencoder.latent_channels=8"),
+    "autoencoder.block_out_channels=(16,32)",
+)
+"""d = 512 of the evidence's table of every set."""
+
 FIGURES = (
     OfRuns("log/ladder.png", ("log/ladder.json", "log/distance_and_c.json")),
     *(Drawn(f"concepts/{name}.png", ("analysis/concepts.py", "--only", name), f"{name}.png") for name in CONCEPTS),
@@ -108,6 +114,13 @@ FIGURES = (
     ),
     Drawn("evidence/heavy.png", ("analysis/td_outliers.py", "--autoencoder", HEAVY, "--steps", "0"), "td_outliers.png"),
     Drawn("evidence/variance.png", ("analysis/variance.py",), "variance.png", BRIEF_RUNS),
+    *(
+        Drawn(f"evidence/photographs_{name}.png", words, "samples.png", most_bytes=FIRST_SCREEN)
+        for name, words in (
+            ("ours", ("-m", "reference_trainer", *PHOTOGRAPHS)),
+            ("ilct", ("-m", "reference_trainer", *PHOTOGRAPHS, "ilct")),
+        )
+    ),
     Drawn("outliers.png", ("analysis/td_outliers.py",), "td_outliers.png", most_bytes=FIRST_SCREEN),
     Drawn("digits.png", ("-m", "reference_trainer"), "samples.png", most_bytes=FIRST_SCREEN),
 )
