@@ -51,7 +51,7 @@ def test_no_two_are_of_one_name(gallery: Any):
 def test_each_command_parses(gallery: Any):
     drawn = [figure for figure in gallery.FIGURES if isinstance(figure, gallery.Drawn)]
     commands = [command for figure in drawn for command in figure.commands(Path("work"))]
-    assert len(commands) == 8 + len(concepts.CONCEPTS)
+    assert len(commands) == 10 + len(concepts.CONCEPTS)
     for command in commands:
         if command[:2] == ["-m", "reference_trainer"]:
             configuration(trainer_parser().parse_args(["train", *command[2:]]))
