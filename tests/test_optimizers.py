@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference_trainer.networks import DiT, UNet
-from reference_trainer.optimizers import Adam, Muon, MuonAndAdam, matrices, orthogonal, said_of_muon, step_unless
+from reference_trainer.optimizers import (
+    Adam,
+    Muon,
+    MuonAndAdam,
+    _by_squares,
+    _by_steps,
+    matrices,
+    orthogonal,
+    said_of_muon,
+    step_unless,
+)
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
@@ -91,6 +101,15 @@ def test_many_matrices_are_each_by_itself_and_nothing_stays_nothing():
     for one, of_all in zip(together, orthogonal(together), strict=True):
         assert torch.allclose(orthogonal(one), of_all, atol=1e-12)
     assert (orthogonal(together)[2] == 0).all()
+
+
+@given(st.integers(1, 8), st.integers(0, 99), st.sampled_from([1.0, 1e-3, 0.0]))
+def test_both_ways_to_compute_it_are_one(rows: int, seed: int, least: float):
+    """Also of a matrix one of whose singular values is small, or 0."""
+    matrix = gradient(seed, rows, 4 * rows)
+    matrix[0] = least * matrix[0]
+    matrix = (matrix / torch.linalg.matrix_norm(matrix).clamp(min=1e-9)).float()
+    assert torch.allclose(_by_squares(matrix), _by_steps(matrix), atol=2e-3)
 
 
 def test_gradients_whose_squares_are_zero_in_float32_are_orthogonal_too():
