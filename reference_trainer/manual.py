@@ -21,7 +21,7 @@ OFTEN = (
     Often("batch_size", "256", "samples a step (64 with --data)"),
     Often("seed", "0", "of weights, noise and order"),
     Often("learning_rate.lr", "0.003", "peak of the learning rate; learning_rate=ConstantLR(lr=1e-4) is the paper's"),
-    Often("optimizer", "Adam()", "how gradients become steps (Muon() with --data); RAdam is the authors'"),
+    Often("optimizer", "Adam()", "how gradients become steps (Muon() with --data, but for published presets)"),
     Often("network.width", "128", "of the transformer; network=UNet(...) for a U-Net"),
     Often("network.patch", "4", "side of a token (2 with --data)"),
     Often("statistics", "None", "GivenStatistics(...) normalises latents by these, for network=FromDiffusers(...)"),

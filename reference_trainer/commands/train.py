@@ -68,8 +68,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--sharded",
         action="store_true",
         help="of several processes (torchrun) each holds its share of weights, averages and moments, for networks that "
-        "do not fit on one GPU; a run may change between with and without. Not with Muon, the default with --data: "
-        "optimizer='Adam(eps=1e-8)'",
+        "do not fit on one GPU; may change from start to start; not with Muon",
     )
     parser.set_defaults(run_command=run_train)
     return parser
