@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --preset photographs --latents 8 8 8
 
 Each part is timed alone on the same batch, on random latents, as CPU time and as a share of the first: the floor,
-which is teacher, student, backward and optimizer. Adam and Muon are both timed. `step_floor.py` has the trainer itself
+which is teacher, student, backward and AdamW. Adam and Muon are both timed. `step_floor.py` has the trainer itself
 beside it. The whole step runs twice, each time in a process of its own: as the trainer runs it, and with glibc's own
 way with freed memory.
 """
@@ -47,8 +47,10 @@ FURTHER = (
 def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
     """The parts of a step, and the step."""
     state = TrainState.create(config, shape, CPU)
+    plain = TrainState.create(replace(config, optimizer=Adam()), shape, CPU)
     averaging = TrainState.create(replace(config, averages=FURTHER), shape, CPU)
     f, step = config.preconditioned(state.network), config.steps - 1
+    of_plain = config.preconditioned(plain.network)
     x = 0.5 * torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(0))
     objective = with_measured_parts(config.objective, x)
     draws = draw(0, step, x.shape)
@@ -64,10 +66,11 @@ def parts(config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Callabl
         f(x_hi, batch.pairs.t_hi).sum().backward()
 
     def floor() -> None:
-        teacher()
-        backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            of_plain(x_hi, batch.pairs.t_hi)
+        of_plain(x_hi, batch.pairs.t_hi).sum().backward()
+        plain.optimizer.step()
+        plain.optimizer.zero_grad(set_to_none=True)
 
     leaf = terms.student.detach().requires_grad_()
 

@@ -214,7 +214,7 @@ def orthogonal(gradients: Tensor) -> Tensor:
 
 
 def _by_steps(x: Tensor) -> Tensor:
-    """Five times ``a x + b (x x^T) x + c (x x^T)^2 x``."""
+    """Five times ``a x + b (x x^T) x + c (x x^T)^2 x``; x ``[..., rows, columns]``, no higher than wide."""
     first, third, fifth = NEWTON_SCHULZ
     for _ in range(5):
         squared = x @ x.mT
@@ -223,17 +223,18 @@ def _by_steps(x: Tensor) -> Tensor:
 
 
 def _by_squares(x: Tensor) -> Tensor:
-    """The same of a matrix much wider than high, at half the cost: what it is multiplied by follows from ``x x^T``.
+    """The same of x ``[..., rows, columns]`` much wider than high, at half the cost: its factor follows from ``x x^T``.
 
     All factors are polynomials in it, so they commute. For float32: in bfloat16 small singular values drown.
     """
     first, third, fifth = NEWTON_SCHULZ
     squared = x @ x.mT
     one = torch.eye(squared.shape[-1], dtype=x.dtype, device=x.device)
-    by = one
-    for _ in range(5):
+    by = factor = first * one + third * squared + fifth * squared @ squared
+    for _ in range(4):
+        squared = factor @ (squared @ factor)
         factor = first * one + third * squared + fifth * squared @ squared
-        by, squared = factor @ by, factor @ (squared @ factor)
+        by = factor @ by
     return by @ x
 
 

@@ -175,8 +175,8 @@ def run_train(options: argparse.Namespace) -> int:
             if config.classes is not None:
                 Classes.of(images)
             features = named_features(options.features, images, device)
-            if options.sharded:
-                from reference_trainer.sharding import require_shardable
+            if options.sharded:  # before the folder is claimed for it, too
+                from reference_trainer.sharding import require_shardable  # slow to import
 
                 require_shardable(config.objective, config.optimizer, config.micro_batches, ranks)
             if ranks.leads:
