@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.inputs import GivenAutoencoder, configuration, load_images, some_of_images
-from analysis.values import Residuals, Space, Trained, last_stage, network_of, noise_levels, normalised, trained_run
+from analysis.values import Residuals, Space, Trained, network_of, noise_levels, normalised
 from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.autoencoders import Autoencoder, PixelSpace
 from reference_trainer.data.images import ImageSet
@@ -166,18 +166,3 @@ def baseline_of_digits(options: argparse.Namespace) -> tuple[RunFolder, Trained]
     given, raw = GivenAutoencoder(repr(config.autoencoder), codec), encode_once(codec, some, device, cache)
     brief = baseline_config(config.data, cast(Any, given), raw.shape[1:], options.levels or 21, options.steps)
     return trained_baseline(brief, given, raw, some, cache, device)
-
-
-def residuals_for(options: argparse.Namespace) -> Residuals:
-    """Residuals of ``options.run``, or of the digits baseline.
-
-    Raises:
-        UserError: no run or checkpoint, or too few images for a network or its gate.
-    """
-    if options.run is None:
-        trained = baseline_of_digits(options)[1]
-    else:
-        run = RunFolder(options.run)
-        images = some_of_images(load_images(run.config().data), options.images)
-        trained = trained_run(run, images, device_of(options.device))
-    return trained.residuals(options.levels or last_stage(trained.config), options.samples)

@@ -19,8 +19,8 @@ import torch
 from analysis.baselines import BASELINE, baseline_of_digits
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import RunCurves, draw_c_schedules
-from analysis.inputs import load_images, some_of_images
-from analysis.values import Trained, trained_run
+from analysis.runs import trained_run
+from analysis.values import Trained
 from reference_trainer.command import Parser
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.evaluate import brief
@@ -69,9 +69,8 @@ def look(options: argparse.Namespace) -> int:
     check_common(options)
     if options.runs:
         device = device_of(options.device)
-        looked_at = [
-            (RunFolder(root), loaded(RunFolder(root), options.images, device), root.name) for root in options.runs
-        ]
+        runs = [RunFolder(root) for root in options.runs]
+        looked_at = [(run, trained_run(run, options.images, device), run.root.name) for run in runs]
     else:
         looked_at = [(*baseline_of_digits(options), BASELINE)]
     curves, notes = [], []
@@ -92,15 +91,6 @@ def look(options: argparse.Namespace) -> int:
     print("\n".join([*table(schedules, curves), *notes]))
     print(f"look at {files[0]}")
     return 0
-
-
-def loaded(run: RunFolder, limit: int, device: torch.device) -> Trained:
-    """``run`` on at most ``limit`` of its training images.
-
-    Raises:
-        UserError: no run, or no checkpoint.
-    """
-    return trained_run(run, some_of_images(load_images(run.config().data), limit), device)
 
 
 def curves_of(run: RunFolder, trained: Trained, name: str, samples: int) -> tuple[RunCurves, list[str]]:

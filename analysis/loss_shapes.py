@@ -16,13 +16,16 @@ if __name__ == "__main__":  # before what a Python may lack is imported
 import torch
 from torch import Tensor
 
-from analysis.baselines import residuals_for
+from analysis.baselines import baseline_of_digits
 from analysis.command import add_common, check_common, run_command
 from analysis.drawing import Curve, draw_loss_shapes
-from analysis.values import Residuals
+from analysis.runs import trained_run
+from analysis.values import Residuals, last_stage
 from reference_trainer.command import Parser
 from reference_trainer.files import write_atomically
+from reference_trainer.machine import device_of
 from reference_trainer.plotting import save_figure
+from reference_trainer.run import RunFolder
 from robustcm.losses import Rho, squared_l2_of_r2
 from robustcm.scales import ConstantC
 from robustcm.tails.advice import CANDIDATES, Advice, advise
@@ -85,6 +88,19 @@ def look(options: argparse.Namespace) -> int:
     print("\n".join([missing] if missing else table(by_sample, found.origin)))
     print(f"look at {files[0]}")
     return 0
+
+
+def residuals_for(options: argparse.Namespace) -> Residuals:
+    """Residuals of ``options.run``, or of the digits baseline.
+
+    Raises:
+        UserError: no run or checkpoint, or too few samples for a network or its gate.
+    """
+    if options.run is None:
+        trained = baseline_of_digits(options)[1]
+    else:
+        trained = trained_run(RunFolder(options.run), options.images, device_of(options.device))
+    return trained.residuals(options.levels or last_stage(trained.config), options.samples)
 
 
 def table(by_sample: Sequence[Curve], origin: str) -> list[str]:

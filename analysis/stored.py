@@ -14,7 +14,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.latents import Latents
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
-from reference_trainer.model import load_model
+from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
 from reference_trainer.training.start import latents_of_run
 
@@ -84,10 +84,22 @@ def run_on_store(
     Raises:
         UserError: no run, no checkpoint, or another store than the run was made from.
     """
-    model, images = load_model(run, device), config.load_images(device)
+    model = load_model(run, device)
+    trained, note = trained_on_store(model, run, config, limit, cache)
+    return space_of_run(model, trained, own=True, num_levels=num_levels, count=count, notes=[note])
+
+
+def trained_on_store(
+    model: TrainedModel, run: RunFolder, config: TrainConfig, limit: int, cache: Path
+) -> tuple[Trained, str]:
+    """``model``, which ``run`` loads as, on at most ``limit`` latents of its store; and how many those are, in words.
+
+    Raises:
+        UserError: no checkpoint, or another store than the run was made from.
+    """
+    device, images = model.device, config.load_images(model.device)
     assert isinstance(images, StoredImages)
     some = Some.of(latents_of_run(config, run, images, cache, device)[0], images, limit)
     network = network_of(config, run, model.shape, device)
     origin = f"run {run.root.resolve().name} ({model.step} steps)"
-    trained = Trained(config, network, some.values, origin, device, some.labels, model.skip)
-    return space_of_run(model, trained, own=True, num_levels=num_levels, count=count, notes=[some.note])
+    return Trained(config, network, some.values, origin, device, some.labels, model.skip), some.note

@@ -225,21 +225,12 @@ class Trained:
         return Residuals(td, level, weight, num_levels, sigmas, f"{self.origin}, at N = {num_levels}")
 
 
-def trained_run(run: RunFolder, images: ImageSet, device: torch.device) -> Trained:
-    """A trained run on the training images of ``images``.
+def trained_of(model: TrainedModel, run: RunFolder, images: ImageSet) -> Trained:
+    """``model``, which ``run`` loads as, on the training images of ``images``.
 
     Raises:
-        UserError: no run, no checkpoint, or images it was not made for.
+        UserError: no checkpoint, or images it was not made for.
     """
-    model = load_model(run, device)
-    if not isinstance(model.config.objective, Objective):
-        method = type(model.config.objective).__name__
-        raise UserError(f"{run.root} is a run of a {method}: temporal differences are of consistency functions")
-    return trained_of(model, run, images)
-
-
-def trained_of(model: TrainedModel, run: RunFolder, images: ImageSet) -> Trained:
-    """The same for ``model``, which ``run`` loads as."""
     shape = " x ".join(map(str, images.pixels.shape[1:]))
     refusal = f"{images.name} has images of {shape}, for which the run in {run.root} was not made: give other --data"
     try:

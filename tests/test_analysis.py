@@ -100,7 +100,7 @@ def test_a_baseline_is_trained_once_and_resumed(tiny, monkeypatch):
 def test_the_temporal_differences_are_those_of_the_training_objective(tiny):
     """The mean loss computed from them is what the objective itself gives on fresh batches."""
     run, images, config, _ = tiny
-    trained = values.trained_run(run, images, CPU)
+    trained = values.trained_of(load_model(run, CPU), run, images)
     found = trained.residuals(5, 4000)
     rho = config.objective.distance(found.td, torch.zeros_like(found.td), ConstantC().per_sqrt_d * found.d**0.5)
     loss = float((found.weight * rho).mean())
@@ -115,7 +115,7 @@ def test_the_temporal_differences_are_those_of_the_training_objective(tiny):
 
 def test_the_temporal_differences_come_from_the_weights_being_trained_not_their_average(tiny):
     run, images, *_ = tiny
-    trained = values.trained_run(run, images, CPU)
+    trained = values.trained_of(load_model(run, CPU), run, images)
     tensors = run.latest_checkpoint()[1]
     for name, parameter in trained.network.named_parameters():
         assert torch.equal(parameter, tensors[f"network/{name}"])
@@ -259,7 +259,7 @@ def test_a_run_is_looked_at_with_the_gate_and_the_labels_it_trained_with(tiny):
     own = values.run_space(run, images, own=True, num_levels=5, count=50, device=CPU).levels
     assert own.recognised == load_model(run, CPU).space.recognised_at
     labelled = replace(images, labels=torch.arange(40) % 3)
-    trained = values.trained_run(run, labelled, CPU)
+    trained = values.trained_of(load_model(run, CPU), run, labelled)
     assert torch.equal(trained.labels, labelled.train_labels)
     coupled = replace(config.objective, coupler=WithinClasses(), gate=everywhere)
     found = replace(trained, config=replace(config, objective=coupled)).residuals(5, 50)
@@ -290,7 +290,7 @@ def test_an_autoencoder_can_be_a_part_a_function_or_a_run(tiny):
 
 def test_advice_from_the_script_is_the_advice_of_the_rule(tiny):
     run, images, _, _ = tiny
-    found = values.trained_run(run, images, CPU).residuals(5, 400)
+    found = values.trained_of(load_model(run, CPU), run, images).residuals(5, 400)
     space = values.Space("pixels", images.train.float(), found)
     assert td_outliers.advice_on(space.residuals).c == advise(found.r, found.level, 5, 192).c
     assert advise(found.r, found.level, 5, 192).distance in (cauchy, pseudo_huber)

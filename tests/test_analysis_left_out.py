@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from test_analysis import CPU, HALVED, Doubling, call
 
-from analysis import c_schedules, loss_shapes, td_outliers, values
+from analysis import c_schedules, loss_shapes, runs, td_outliers, values
 from reference_trainer.errors import UserError
+from reference_trainer.model import load_model
 from reference_trainer.presets import flow_map
 from reference_trainer.run import RunFolder
 
@@ -201,7 +202,7 @@ def test_a_run_that_logged_nothing_or_once_still_has_its_spread(rows, tiny, tmp_
 
 def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
     run, images, *_ = tiny
-    found = values.trained_run(run, images, CPU).residuals(5, 60)
+    found = values.trained_of(load_model(run, CPU), run, images).residuals(5, 60)
     counts = torch.bincount(found.level, minlength=4)
     assert counts.min() < 20 < counts.max()
     space = values.Space("pixels", images.train.float(), found)
@@ -212,6 +213,6 @@ def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
 
 def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = SimpleNamespace(config=flow_map())
-    monkeypatch.setattr(values, "load_model", lambda run, device: model)
+    monkeypatch.setattr(runs, "load_model", lambda run, device: model)
     with pytest.raises(UserError, match="is a run of a FlowMapObjective: temporal differences are of consistency"):
-        values.trained_run(RunFolder(tmp_path), None, torch.device("cpu"))
+        runs.trained_run(RunFolder(tmp_path), 100, torch.device("cpu"))

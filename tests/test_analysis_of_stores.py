@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from analysis import td_outliers
+from analysis import c_schedules, loss_shapes, td_outliers
+from analysis.runs import trained_run
 from reference_trainer.__main__ import main
 from reference_trainer.ablation import ablate
 from reference_trainer.data.stored import LatentStore
+from reference_trainer.run import RunFolder
 
 
 class Colours:
@@ -74,6 +76,25 @@ def test_a_run_on_a_store_is_looked_at(store: Path, tmp_path: Path, capsys: pyte
     assert report["latents"]["data"]["all"]["max_z"] < 10  # clipped, as the run sees them
     assert "behind TukeyClip" in said
     assert report["latents"]["td"]["origin"].startswith("run run (2 steps)")
+
+
+def test_distances_and_scales_are_looked_at_on_a_store(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["steps=2", "log_every=1", "batch_size=8", "network=DiT(width=8,layers=1,heads=2,patch=4)"]
+    options += ["coupling_pool=1", f"autoencoder=PretrainedAutoencoder(load={LOAD!r})"]
+    run, out = tmp_path / "run", ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["--data", str(store), "--out", str(run), "--brief", "--device=cpu", *options]) == 0
+    capsys.readouterr()
+    assert loss_shapes.main(["--run", str(run), "--samples", "400", *out]) == 0
+    assert "residuals of run run (2 steps)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "loss_shapes.json").read_text())["advice"] is not None
+    assert c_schedules.main([str(run), "--samples", "20", "--images", "30", *out]) == 0
+    (found,) = json.loads((tmp_path / "out" / "c_schedules.json").read_text())["runs"]
+    assert len(found["spread"]) == 7
+    assert [row[0] for row in found["logged"]] == [1, 2]
+    few = trained_run(RunFolder(run), 30, torch.device("cpu"))
+    assert few.data.shape == (30, 2, 4, 4)
+    assert few.labels is not None
+    assert few.data.abs().max() < 10  # clipped, as the run sees them
 
 
 def test_arms_are_compared_on_a_store_within_seconds(

@@ -1,0 +1,31 @@
+"""A trained run with the data that it was trained on: images, or latents of a store."""
+
+from __future__ import annotations
+
+import torch
+
+from analysis.inputs import load_images, some_of_images
+from analysis.stored import trained_on_store
+from analysis.values import Trained, trained_of
+from reference_trainer.data.stored import LatentStore
+from reference_trainer.errors import UserError
+from reference_trainer.machine import cache_folder
+from reference_trainer.model import load_model
+from reference_trainer.run import RunFolder
+from robustcm.objective import Objective
+
+
+def trained_run(run: RunFolder, limit: int, device: torch.device) -> Trained:
+    """``run`` on at most ``limit`` of the samples it was trained on.
+
+    Raises:
+        UserError: no run, no checkpoint, data that are gone or others by now, or no consistency function.
+    """
+    model = load_model(run, device)
+    config = model.config
+    if not isinstance(config.objective, Objective):
+        method = type(config.objective).__name__
+        raise UserError(f"{run.root} is a run of a {method}: temporal differences are of consistency functions")
+    if isinstance(config.data, LatentStore):
+        return trained_on_store(model, run, config, limit, cache_folder())[0]
+    return trained_of(model, run, some_of_images(load_images(config.data), limit))
