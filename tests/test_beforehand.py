@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from torch import Tensor
 
+from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageFolder
-from reference_trainer.evaluation.beforehand import may_run_beside
+from reference_trainer.errors import Terminated
+from reference_trainer.evaluation import reference
+from reference_trainer.evaluation.beforehand import Broken, may_run_beside
 from reference_trainer.evaluation.evaluate import Evaluator, choose_features, evaluate
 from reference_trainer.evaluation.features import Imported
 from reference_trainer.files import as_json
 from reference_trainer.model import load_model
 from reference_trainer.networks import DiT
 from reference_trainer.run import RunFolder
+from reference_trainer.training import loop
 from reference_trainer.training.loop import train
 from robustcm.gates import Above
 
@@ -73,6 +79,55 @@ def test_nothing_of_the_users_runs_beside_training(config: TrainConfig, tmp_path
     theirs = replace(model, space=replace(model.space, codec=Foreign("theirs", torch.nn.Identity())))
     assert not may_run_beside(theirs, images, features)
     assert not may_run_beside(replace(model, device=torch.device("cuda")), images, features)
+
+
+class Slow:
+    """Features that wait, after the first batch, until they are let go."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.begun, self.go, self.calls = Event(), Event(), 0
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:  # the first only tries them
+            self.begun.set()
+            assert self.go.wait(60)
+        return pixels.float().flatten(1)
+
+
+def test_what_is_measured_beside_training_ends_with_it_at_its_next_batch(
+    config: TrainConfig, tmp_path: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch
+):
+    images, run, slow = config.data.load(), RunFolder(tmp_path / "run"), Slow()
+    run.claim(config)
+    train(config, run, images, tmp_path, CPU)
+    monkeypatch.setattr(reference, "BATCH", 2)
+    judge = Evaluator(run, images, slow, bounds_beside=True)
+    judge.prepare(load_model(run, CPU))
+    assert slow.begun.wait(60)
+    judge.close()
+    slow.go.set()
+    with pytest.raises(Broken):
+        judge.beforehand()
+    assert slow.calls <= 3  # tried, and a batch each of the two sets that are measured at once
+
+
+@pytest.mark.parametrize("ends", ["stopped", "terminated"])
+def test_a_stopped_command_leaves_what_is_measured(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    closed = list[Evaluator]()
+
+    def stopped(*_: object) -> bool:
+        assert not closed
+        if ends == "terminated":
+            raise Terminated("stopped")
+        return False
+
+    monkeypatch.setattr(loop, "train", stopped)
+    monkeypatch.setattr(Evaluator, "close", lambda judge: closed.append(judge))
+    assert main(["pixels", "--out", str(tmp_path / "run"), "--device=cpu"]) == {"stopped": 130, "terminated": 75}[ends]
+    assert len(closed) == 1
 
 
 def test_on_one_core_nothing_runs_beside(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

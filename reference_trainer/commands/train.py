@@ -184,6 +184,7 @@ def run_train(options: argparse.Namespace) -> int:
                 run.claim(config)
         beside = None if ranks.world > 1 else not options.brief
         judge = Evaluator(run, images, features, cache=cache_folder(), bounds_beside=beside)
+        held.callback(judge.close)
         done = train(config, run, images, cache_folder(), device, judge, options.new_data, ranks, options.sharded)
         if not done:
             print(f"stopped and saved in {run.root}; run the same command again to continue")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 
 from torch import Tensor
 
@@ -27,6 +28,27 @@ from reference_trainer.evaluation.sets import (
 from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, held_out_images
 from reference_trainer.model import TrainedModel
+
+
+class Broken(BaseException):
+    """Ends a measurement that nobody waits for any more."""
+
+
+@dataclass(frozen=True)
+class Breakable:
+    """``features`` until ``broken`` is set: what asks for more then ends, at its next batch."""
+
+    features: Features
+    broken: Event
+
+    @property
+    def name(self) -> str:
+        return self.features.name
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self.broken.is_set():
+            raise Broken
+        return self.features(pixels)
 
 
 @dataclass(frozen=True)
@@ -52,14 +74,21 @@ class Beforehand:
         bounds: bool = True,
         n: int = MAX_IMAGES,
         cache: Path | None = None,
+        broken: Event | None = None,
     ) -> Beforehand:
-        """Arguments as those of ``evaluate``; of ``model`` the weights are not looked at."""
+        """Arguments as those of ``evaluate``; of ``model`` the weights are not looked at.
+
+        Raises:
+            Broken: ``broken`` was set meanwhile.
+        """
         train, held_out = TrainingSet.of(images, seed, n, model.device), held_out_images(images, seed)
-        reference = Reference.of(model, train, features, kept_of(cache, train, features))
-        held_out_real = attempt(lambda: gathered(features, held_out.split(BATCH)))
+        asked = features if broken is None else Breakable(features, broken)
+        found = Reference.of(model, train, asked, kept_of(cache, train, features))
+        reference = replace(found, features=features)
+        held_out_real = attempt(lambda: gathered(asked, held_out.split(BATCH)))
         rows, of_latents = Rows(), Rows()
         if bounds:
-            drawn = Drawn.of(model, features, without_training(model, reference, seed))
+            drawn = Drawn.of(model, asked, without_training(model, reference, seed))
             stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
             vectors = drawn.vectors | ({} if stored else {FITTED: reference.fitted})
             rows = image_rows(vectors, reference, held_out_real)

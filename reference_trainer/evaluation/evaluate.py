@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor
@@ -185,6 +186,7 @@ class Evaluator:
         self.run, self.images, self.given, self.seed, self.cache = run, images, features, seed, cache
         self._bounds, self._ahead = bounds_beside, None if bounds_beside is None else ThreadPoolExecutor(1)
         self._measured: Future[Beforehand] | None = None
+        self._broken = Event()
         self._reference: Reference | None = None
         self._count: int | None = None
         self._shared: Drawn | None = None
@@ -199,8 +201,15 @@ class Evaluator:
         features = tried(choose_features(self.given, model), self.images.pixels)
         if self._bounds is not None and self._ahead is not None and may_run_beside(model, self.images, features):
             self._measured = self._ahead.submit(
-                Beforehand.of, model, self.images, features, self.seed, self._bounds, cache=self.cache
+                Beforehand.of,
+                *(model, self.images, features, self.seed, self._bounds),
+                cache=self.cache,
+                broken=self._broken,
             )
+
+    def close(self) -> None:
+        """Leave what is still being measured: no process shall outlive its training for that."""
+        self._broken.set()
 
     def beforehand(self) -> Beforehand | None:
         """What was measured while training went on, waited for; None: nothing was."""
