@@ -11,9 +11,14 @@ needs beside weights and optimizer. It is what the defaults of ``reference_train
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import measure_in_turns, peak_beyond, write_json

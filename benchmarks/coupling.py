@@ -15,7 +15,12 @@ mismatch  by how much the variance of x_t differs from that under independent no
 from __future__ import annotations
 
 import argparse
+import runpy
 import time
+from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import write_json

@@ -12,11 +12,16 @@ alone, on one such batch: scipy's (ours), POT's ``emd``, and within 10 and 100 c
 from __future__ import annotations
 
 import argparse
+import runpy
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import numpy as np
 import ot

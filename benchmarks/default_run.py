@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -20,6 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 REPORT = "phases.json"
 

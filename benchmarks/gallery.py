@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo

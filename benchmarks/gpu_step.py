@@ -12,8 +12,13 @@ meters, as the trainer has them. Variants are timed in turns.
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import measure_in_turns, write_json

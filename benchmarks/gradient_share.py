@@ -2,22 +2,28 @@
 
     python benchmarks/gradient_share.py RUN [--batches 40]
 
-For a trained run, at the N it has reached, the norm of the loss's gradient at the network's output is summed over the
-samples of each range of noise levels, for every distance, c and weight. c is iCT's constant, or measured on these
-residuals: one for all levels, one for each of eight ranges, or the latter but nowhere below the former. ``early`` is
-the early diffusion term's share (``gradient_share``) beside that distance, as published and summed over the elements.
+For a trained run, with the weights being trained and at the N they have reached, the norm of the loss's gradient at the
+network's output is summed over the samples of each range of noise levels, for every distance, c and weight. c is iCT's
+constant, or measured on these residuals: one for all levels, one for each of eight ranges, or the latter but nowhere
+below the former. ``early`` is the early diffusion term's share (``gradient_share``) beside that distance, as published
+and summed over the elements.
 """
 
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
+
 import torch
 from _timing import write_json
 
+from analysis.values import network_of
 from reference_trainer.machine import describe_machine
 from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
@@ -78,7 +84,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
-    model = load_model(RunFolder(options.run), torch.device("cpu"))
+    run = RunFolder(options.run)
+    model = load_model(run, torch.device("cpu"))
+    model = replace(model, network=network_of(model.config, run, model.shape, model.device))
     torch.set_num_threads(model.config.threads)
     model.network.requires_grad_(True)
     # The last steps of the run: their noise, their levels.

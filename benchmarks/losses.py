@@ -13,9 +13,14 @@ is that of a round: its median and quartiles over the rounds.
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import kornia
 import torch

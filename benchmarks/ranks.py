@@ -10,10 +10,14 @@ A difference grows with the steps: rounding in another order, and training is ch
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 from _processes import CPU, in_processes
 

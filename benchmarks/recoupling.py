@@ -10,7 +10,11 @@ the first estimates of its 250; the last also with pairs drawn at the level wher
 from __future__ import annotations
 
 import argparse
+import runpy
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import write_json

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import runpy
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import write_json

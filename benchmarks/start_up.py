@@ -10,10 +10,15 @@ Wall time; the ratio is that of a turn, its median and quartiles over the turns.
 from __future__ import annotations
 
 import argparse
+import runpy
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 from _timing import Timing, measure_in_turns, write_json
 

@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
 from _timing import Timing, measure, write_json

@@ -12,11 +12,15 @@ beyond the input, each in a process of its own. The stream adds pieces of 1e7 va
 from __future__ import annotations
 
 import argparse
+import runpy
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import numpy as np
 import torch

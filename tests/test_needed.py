@@ -13,11 +13,11 @@ import pytest
 from reference_trainer import __main__ as trainer
 
 ROOT = Path(__file__).parents[1]
-NAMED = re.findall(r"benchmarks/[\w/]+\.py", (ROOT / "README.md").read_text())
 SCRIPTS = sorted(
     str(file.relative_to(ROOT))
-    for file in {*(ROOT / "analysis").glob("*.py"), *(ROOT / name for name in NAMED)}
-    if "sys.exit(main())" in file.read_text()
+    for folder in ("analysis", "benchmarks", "benchmarks/faults")
+    for file in (ROOT / folder).glob("*.py")
+    if re.search(r'^if __name__ == "__main__":\n    (sys\.exit\()?main\(', file.read_text(), re.MULTILINE)
 )
 
 

@@ -13,6 +13,7 @@ import argparse
 import io
 import multiprocessing
 import resource
+import runpy
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 import numpy as np
 from PIL import Image

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # before what a Python may lack is imported
+    runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "needed.py"))
 
 ROOT = Path(__file__).parents[2]
 DRAWING = ("test_options", "test_cli", "test_fields", "test_codecs", "test_store", "test_norms_networks", "test_noise")
