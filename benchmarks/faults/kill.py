@@ -113,17 +113,18 @@ def kill(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def writes(run: RunFolder) -> bool:
-    return any((run.root / "checkpoints").glob(".*.tmp"))
+def unfinished(run: RunFolder) -> set[str]:
+    """Checkpoints being written, or left so; each process names its own."""
+    return {file.name for file in (run.root / "checkpoints").glob(".*.tmp")}
 
 
 def disturb(run: RunFolder, processes: list[BaseProcess], after: float, rng: random.Random, tally: Tally) -> None:
     """Kill one or all of ``processes`` when ``after`` seconds are over, and one in three times amid the next save."""
     victims = rng.choice([*([process] for process in processes), processes])
-    in_a_save, before = rng.random() < 1 / 3, newest(run)
+    in_a_save, before, left_before = rng.random() < 1 / 3, newest(run), unfinished(run)
     if wait(processes, after):
         return
-    while in_a_save and not writes(run) and any(process.is_alive() for process in processes):
+    while in_a_save and unfinished(run) <= left_before and any(process.is_alive() for process in processes):
         time.sleep(1e-4)
     kill(victims)
     left = [process for process in processes if process not in victims]
@@ -132,7 +133,7 @@ def disturb(run: RunFolder, processes: list[BaseProcess], after: float, rng: ran
     if any(process.exitcode == -signal.SIGKILL for process in victims):
         tally.kills += 1
         tally.both += len(victims) > 1
-        tally.in_a_save += writes(run)
+        tally.in_a_save += not unfinished(run) <= left_before
         tally.before_a_save += newest(run) == before
         tally.bereft += len(left)
         tally.said_so += sum(process.exitcode == 2 for process in left)
