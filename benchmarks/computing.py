@@ -4,8 +4,8 @@
 
 A step is forward, backward, optimizer, average and meters, as the trainer has them, on random latents and on the GPU if
 there is one. The ways are timed in turns, so that a busy machine is busy for all of them; printed are the steps/s of
-each over those in float32, with quartiles, the ratio of processor seconds where there is no GPU, and what one step
-needs beside weights and optimizer. It is what the defaults of ``reference_trainer/computing.py`` are chosen by.
+each over those in float32, with quartiles, the ratio of processor seconds where there is no GPU, and on a GPU what one
+step needs beside weights and optimizer. The defaults of ``reference_trainer/computing.py`` are chosen by it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before what a Python may lack is imported
     runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
 
 import torch
-from _timing import measure_in_turns, peak_beyond, write_json
+from _timing import measure_in_turns, write_json
 
 from reference_trainer.computing import Computing
 from reference_trainer.config import TrainConfig
@@ -90,10 +90,10 @@ def stepper(config: TrainConfig, shape: tuple[int, int, int], device: torch.devi
     return step
 
 
-def megabytes(step: Callable[[], None], device: torch.device) -> float:
-    """What ``step`` needs beyond what is there before it."""
+def megabytes(step: Callable[[], None], device: torch.device) -> float | None:
+    """What ``step`` needs beyond what is there before it; None on a CPU, where memory let go stays the process's."""
     if device.type != "cuda":
-        return peak_beyond(step)
+        return None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
@@ -136,7 +136,7 @@ def main() -> None:
         )
         print(
             f"{name:25} {1 / timings[name].median:8.2f} steps/s, {median:.2f} of float32's ({q1:.2f} .. {q3:.2f}; by "
-            f"processor seconds {processor:.2f}), {memory[name]:.0f} MB a step"
+            f"processor seconds {processor:.2f})" + ("" if memory[name] is None else f", {memory[name]:.0f} MB a step")
         )
     file = write_json(f"computing_{options.network}", rows, about)
     print(f"{about['gpu'] if device.type == 'cuda' else about['cpu']}, batch {options.batch}; wrote {file.name}")
