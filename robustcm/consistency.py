@@ -24,6 +24,9 @@ from robustcm.shapes import level_of_all, one_a_sample, over_samples, same_shape
 ConsistencyFunction: TypeAlias = Callable[..., Tensor]
 """``f(x_t [b, ...], t [b], **conditions) -> [b, ...]``: the clean sample at the end of the path through x_t."""
 
+RandomState: TypeAlias = tuple[Tensor, Tensor | None]
+"""Of torch's generators: that of the CPU, that of an accelerator."""
+
 
 def add_noise(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """``x_t = x + t z``: ``[b, ...], [b, ...], [b] -> [b, ...]``.
@@ -74,6 +77,35 @@ def shared_mask(f: Callable[..., Tensor], device: torch.device) -> AbstractConte
         return replayed_rng(device)
     _refuse_dropout(f)
     return nullcontext()
+
+
+def random_state(f: Callable[..., Tensor], device: torch.device) -> RandomState | None:
+    """Torch's random state before a pass of f, for ``drawn_again``.
+
+    None inside ``torch.compile``, where f must not have dropout.
+    """
+    if torch.compiler.is_compiling():
+        _refuse_dropout(f)
+        return None
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
+
+
+def drawn_again(before: RandomState | None, device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside is what was drawn since ``before``; behind it the random state is as ahead of it.
+
+    For a pass that needs what the first one gave. As ``shared_mask``, where the order is free.
+    """
+    return nullcontext() if before is None else _drawn_again(before, device)
+
+
+@contextmanager
+def _drawn_again(before: RandomState, device: torch.device) -> Iterator[None]:
+    with replayed_rng(device):
+        torch.set_rng_state(before[0])
+        if before[1] is not None:
+            torch.get_device_module(device).set_rng_state(before[1], device)
+        yield
 
 
 def _refuse_dropout(f: Callable[..., Tensor]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robustcm.checks import LARGEST, SMALLEST, need_real
-from robustcm.consistency import Network, forget_casts, shared_mask
+from robustcm.consistency import Network, drawn_again, random_state
 from robustcm.flow_targets import FlowMap, FlowPoint, FlowTarget, TwoPoint
 from robustcm.gates import OfDataTime, OfFlowTime, of_flow_time
 from robustcm.noise import FlowRange, flow_time
@@ -126,6 +126,13 @@ class FlowMapObjective(FewStepObjective):
         super().__post_init__()
         if isinstance(self.gate, (OfFlowTime, OfDataTime)):
             raise ValueError("the gate of a flow map is given in sigma, gate=Above(1.0): flow time is its own business")
+        if isinstance(self.levels, LogitNormalTimes) and self.levels.share_equal > 0:
+            middle = torch.full((1,), 0.5)
+            if not torch.as_tensor(self.weight(middle, middle)).isfinite().all():
+                raise ValueError(
+                    f"weight={self.weight} is not finite at r = t, where {self.levels.share_equal:.0%} of the samples "
+                    "are: equal_weight is"
+                )
 
     def function_of(self, network: Network) -> PreconditionedFlowMap:
         """u of ``network``, which is told two times: ``network(x, c_noise(t), c_noise(t - r))``."""
@@ -151,11 +158,10 @@ class FlowMapObjective(FewStepObjective):
         same_shape(x=x, z=z)
         way, dtype = over_samples(one_a_sample("t", t, len(x)), x), torch.promote_types(x.dtype, z.dtype)
         z_t, v = torch.lerp(x.to(dtype), z.to(dtype), way.to(dtype)), z - x
-        with shared_mask(f, x.device):
-            student = f(z_t, t, r, **conditions)
-        with torch.no_grad():
+        before = random_state(f, x.device)
+        student = f(z_t, t, r, **conditions)
+        with drawn_again(before, x.device), torch.no_grad():
             target = self.target(teacher or f, FlowPoint(z_t, v, t, r, student.detach(), progress, conditions))
-        forget_casts(x.device)
         return student, target
 
     def _coupled_at(self, t: Tensor, progress: float) -> Tensor:

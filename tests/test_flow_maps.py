@@ -19,7 +19,7 @@ from robustcm.losses import cauchy, squared_l2
 from robustcm.objective import Batch, draw
 from robustcm.randomness import step_generator, two_of
 from robustcm.scales import ConstantC, MeasuredC
-from robustcm.schedules import LevelPairs
+from robustcm.schedules import BoundedInverseGap, LevelPairs, inverse_gap
 
 S = 0.3  # standard deviation of the data
 
@@ -237,6 +237,30 @@ def test_student_and_teacher_share_their_dropout_mask(target):
     objective = FlowMapObjective(target=target)
     objective(objective.function_of(Dropping()), prepared(objective), objective.init())
     assert torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("target", [TwoPoint(), Derivative(), lambda u, at: at.v], ids=["two-point", "derivative", "v"])
+@pytest.mark.parametrize("slow", [False, True], ids=["own", "averaged"])
+def test_the_next_step_draws_another_mask_whatever_the_target_draws(target, slow):
+    """The random state behind a step is that behind one pass of the student."""
+    objective = FlowMapObjective(target=target)
+    u = objective.function_of(lambda x, *levels: nn.functional.dropout(x, 0.5))
+    batch, teacher = prepared(objective), (lambda x, t, r: x) if slow else None
+    torch.manual_seed(0)
+    first = objective(u, batch, objective.init(), teacher=teacher)
+    behind = torch.get_rng_state()
+    assert not torch.equal(objective(u, batch, objective.init(), teacher=teacher).student, first.student)
+    torch.manual_seed(0)
+    nn.functional.dropout(batch.x, 0.5)
+    assert torch.equal(torch.get_rng_state(), behind)
+
+
+@pytest.mark.parametrize("weight", [inverse_gap, BoundedInverseGap(floor=0)])
+def test_a_weight_that_is_infinite_where_both_times_are_one_is_refused(weight):
+    with pytest.raises(ValueError, match="is not finite at r = t, where 75% of the samples are"):
+        FlowMapObjective(weight=weight)
+    apart = FlowMapObjective(weight=weight, levels=LogitNormalTimes(share_equal=0))
+    assert apart(apart.function_of(Net()), prepared(apart), apart.init()).loss.isfinite()
 
 
 @pytest.mark.parametrize("target", [TwoPoint(), Derivative()], ids=["two-point", "derivative"])
