@@ -229,10 +229,7 @@ class RatioLevels:
 
     def __call__(self, step: int, total_steps: int, uniform: Tensor) -> LevelPairs:
         stage = min(step * self.stages // total_steps, self.stages - 1)
-        # Truncated to the range of levels by squeezing the uniform number between the ends' quantiles.
-        low, high = (self._quantile_of(t) for t in (self._lowest, self.noise.sigma_max))
-        t_hi = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + (high - low) * uniform.double()))
-        t_hi = t_hi.clamp(self._lowest, self.noise.sigma_max)  # a quantile that rounds to 0 or 1 is infinite
+        t_hi = self._truncated(uniform.double())
         t_lo = (t_hi * (1 - self._gap(t_hi, stage))).clamp(min=self.noise.sigma_min)
         depth = self.noise.depth(t_hi)
         return LevelPairs(t_hi.float(), t_lo.float(), depth.clamp(0, 1).float(), self._num_levels(stage))
@@ -245,8 +242,21 @@ class RatioLevels:
     def _lowest(self) -> float:
         return self.noise.sigma_min * (1 + 1e-3)  # a student level: strictly above the teacher's lowest
 
-    def _quantile_of(self, t: float) -> float:
-        return 0.5 * (1 + math.erf((math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)))
+    def _truncated(self, uniform: Tensor) -> Tensor:
+        """The lognormal levels, truncated to the range by squeezing ``uniform`` between the ends' quantiles."""
+        ends = self._lowest, self.noise.sigma_max
+        # Of a bell below the range the quantiles round to 1; those from the other side do not.
+        side = -1 if math.log(ends[0]) > self.p_mean else 1
+        low, high = (self._quantile_of(t, side) for t in ends)
+        if low == high:  # far from all: the end nearest to its middle
+            return torch.full_like(uniform, ends[0] if side < 0 else ends[1])
+        t = torch.exp(self.p_mean + side * self.p_std * torch.special.ndtri(low + (high - low) * uniform))
+        return t.clamp(*ends)  # a quantile that rounds to 0 or 1 is infinite
+
+    def _quantile_of(self, t: float, side: int) -> float:
+        """Of ``t`` from below, with ``side`` -1 from above."""
+        z = side * (math.log(t) - self.p_mean) / (math.sqrt(2) * self.p_std)
+        return 0.5 * (1 + math.erf(z)) if z > -1 else 0.5 * math.erfc(-z)
 
     def _gap(self, t: Tensor, stage: int) -> Tensor:
         gap = (1 + self.k * torch.sigmoid(-self.b * t)) * self.q ** -(stage + 1)

@@ -278,3 +278,18 @@ def test_a_share_of_nothing_is_no_start_and_one_of_all_only_denoises():
     assert all_of_it.num_levels == 2
     with pytest.raises(ValueError, match="share must be"):
         DenoiseFirst(share=1.1)
+
+
+@pytest.mark.parametrize("p_mean", [-100.0, -40.0, -12.0, -6.5, -1.1, 4.0, 9.0, 30.0, 100.0])
+@pytest.mark.parametrize("p_std", [0.5, 2.0])
+def test_continuous_levels_are_the_truncated_lognormal_wherever_its_bell_is(p_mean: float, p_std: float):
+    """Against scipy; so far off that its tails are zero in float64, the end nearest to the bell."""
+    levels, uniform = RatioLevels(p_mean=p_mean, p_std=p_std), torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    t = levels(0, 8, uniform).t_hi.double().log()
+    ends = [math.log(levels.noise.sigma_min * 1.001), math.log(levels.noise.sigma_max)]
+    low, high = ((end - p_mean) / p_std for end in ends)
+    if low > 38 or high < -38:
+        expected = torch.full_like(t, ends[0] if low > 0 else ends[1])
+    else:
+        expected = torch.as_tensor(scipy.stats.truncnorm.ppf(uniform, low, high, p_mean, p_std))
+    torch.testing.assert_close(t, expected, atol=1e-4, rtol=1e-4)
