@@ -92,3 +92,19 @@ def test_a_fit_is_a_function_of_the_data_and_the_generator():
 def test_what_cannot_be_paired_is_refused_in_a_line(pairing, call, message):
     with pytest.raises(ValueError, match=message):
         call(pairing)
+
+
+@pytest.mark.parametrize("shift", [5.0, 50.0])
+def test_a_constant_added_to_all_data_changes_no_pairing(pairing, shift: float):
+    moved = Semidiscrete().fit(data() + shift, generator())
+    z = torch.randn(500, 8, generator=generator(4))
+    assert (moved(z) == pairing(z)).float().mean() > 0.97  # the data are rounded where they lie
+    assert moved.marginal_error < 0.05
+
+
+def test_a_pairing_keeps_no_graph_and_is_no_less_precise_in_autocast(pairing):
+    assert not Semidiscrete(steps=2).fit(data().requires_grad_(), generator()).x.requires_grad
+    z = torch.randn(500, 8, generator=generator(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = pairing(z)
+    assert torch.equal(inside, pairing(z))
