@@ -159,6 +159,8 @@ class Entropic:
         _check(x, z)
         if generator is None:
             raise ValueError("the coupler Entropic draws its permutation: pass a torch.Generator as generator=")
+        if not len(x):
+            return independent(x, z)
         plan = self.plan(x, z)
         if not plan.converged:
             warnings.warn(
@@ -187,6 +189,8 @@ class WithinClasses:
         if labels is None or labels.shape != x.shape[:1]:
             got = None if labels is None else list(labels.shape)
             raise ValueError(f"the coupler WithinClasses needs labels [{len(x)}], got {got}")
+        if not len(x):
+            return independent(x, z)
         by_class = labels.argsort(stable=True)  # each class's samples in their order
         sizes = torch.unique_consecutive(labels[by_class], return_counts=True)[1].tolist()
         classes = torch.split(by_class, sizes)

@@ -2,7 +2,7 @@
 
 The five techniques make training on outliers bearable; a model that fits its data still draws them. What an
 autoencoder's decoder does not need is better taken out of the data, and the fences say what is out of line without
-being moved by it (``TukeyClip``): up to a quarter of a channel's values on either side may be arbitrarily wrong.
+being moved by it (``TukeyClip``): less than a quarter of a channel's values on either side may be arbitrarily wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class TukeyClip:
 
     Applied to raw latents: mean and standard deviation for the normalisation are then those of the bulk, which
     outliers would inflate (1 % of the elements ten times as far from the mean shrink all others by 1.4). Clipping
-    twice is clipping once. A channel of IQR 0 is left as it is: its fences say nothing.
+    twice is clipping once, but where a quartile is interpolated from a value that is clipped: of few values, or with
+    nearly a quarter of them wild. A channel of IQR 0 is left as it is: its fences say nothing.
 
     Source: ours; the fences are Tukey's (Exploratory Data Analysis, 1977), his inner ones for k = 1.5, outer for 3.
     """

@@ -55,9 +55,11 @@ class Gaussian:
         Args:
             rank: components kept, at most d; the mean of the other variances stands for them. None: all, exact.
         Raises:
-            ValueError: not finite, components that are constant, or a rank out of range.
+            ValueError: shapes that do not fit, not finite, components that are constant, or a rank out of range.
         """
-        d = len(mean)
+        d = mean.numel()
+        if mean.shape != (d,) or covariance.shape != (d, d):
+            raise ValueError(f"need a mean [d] and a covariance [d, d], got {[*mean.shape]} and {[*covariance.shape]}")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean or covariance is NaN or infinite")
         if rank is not None and not 1 <= rank <= d:
@@ -74,11 +76,13 @@ class Gaussian:
         """That of samples ``x [n, ...]``.
 
         Raises:
-            ValueError: no more samples than components; or see ``of``.
+            ValueError: no more samples than components, all of them the same; or see ``of``.
         """
         flat = x.detach().flatten(1).double().cpu()
         if len(flat) <= (components := flat.shape[1] if rank is None else rank):
             raise ValueError(f"{len(flat)} samples are too few for {components} components")
+        if (flat == flat[0]).all():  # not by their variance: the mean of equal numbers need not be that number
+            raise ValueError(f"all {len(flat)} samples are the same: every component is constant")
         return Gaussian.of(flat.mean(0), torch.cov(flat.T).reshape(flat.shape[1], -1), rank)
 
     def to(self, device: torch.device | str) -> Gaussian:
@@ -112,7 +116,8 @@ class Gaussian:
     def projected(self, x: Tensor) -> Tensor:
         """Principal components of x - mu: ``[b, ...] -> [b, k]``, at least float32."""
         away = x.flatten(1) - self.mean
-        return away @ self.axes.to(away.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return away @ self.axes.to(away.dtype)
 
 
 def flow_gain(t: Tensor, variances: Tensor, noise: NoiseRange) -> Tensor:

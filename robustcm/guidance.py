@@ -30,11 +30,13 @@ def hidden(labels: Tensor, share: float, no_class: int, generator: torch.Generat
         share: 0 to 1.
         generator: draws ``[b]`` numbers, whatever the share; on its own device.
     Raises:
-        ValueError: a share out of range.
+        ValueError: a share out of range, or labels that are not ``[b]``.
     Source: Ho and Salimans 2022, arXiv 2207.12598, Algorithm 1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be 0 to 1 of the labels, got {share}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must be [b], got {list(labels.shape)}")
     drawn = torch.rand(len(labels), generator=generator, device=generator.device, dtype=torch.float64)
     return torch.where((drawn < share).to(labels.device), no_class, labels)
 

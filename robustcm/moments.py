@@ -27,7 +27,7 @@ would be spread a thousandfold, rounding with it."""
 
 @dataclass(frozen=True, eq=False)
 class MomentMap:
-    """``x -> target + matrix (x - centre)``, d numbers a sample; float32."""
+    """``x -> target + matrix (x - centre)``, d numbers a sample; float32, in autocast, too."""
 
     centre: Tensor
     """``[d]``, the mean of the samples it was measured on."""
@@ -49,7 +49,9 @@ class MomentMap:
         if (d := x[0].numel() if len(x) else len(self.centre)) != len(self.centre):
             raise ValueError(f"samples of {d} numbers, and the map was measured on {len(self.centre)}")
         away = x.flatten(1).to(self.matrix.dtype) - self.centre
-        return (self.target + away @ self.matrix).to(x.dtype).reshape(x.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            moved = self.target + away @ self.matrix
+        return moved.to(x.dtype).reshape(x.shape)
 
 
 def match_moments(samples: Tensor, mean: Tensor, covariance: Tensor) -> MomentMap:
@@ -81,7 +83,7 @@ def match_moments(samples: Tensor, mean: Tensor, covariance: Tensor) -> MomentMa
     centre = x.mean(0)
     own = (x - centre).T @ (x - centre) / (n - 1)
     axes, variances, _ = principal(own, d)
-    if variances[0] <= 0:
+    if (x == x[0]).all():  # not by their variance: the mean of equal numbers need not be that number
         raise ValueError(f"all {n} samples are the same: nothing varies")
     varies = variances > CONSTANT * variances[0]
     axes, rest, spread = axes[:, varies], axes[:, ~varies], variances[varies].sqrt()

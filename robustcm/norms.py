@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class NonScalingLayerNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
         if layout == "channels_first" and len(self.shape) != 1:
             raise ValueError(f"channels_first takes the number of channels, got the shape {self.shape}")
         if isinstance(bias, nn.Parameter) and bias.shape != self.shape:

@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     z: Tensor
     pairs: LevelPairs
     conditions: Mapping[str, Any] = MappingProxyType({})
-    """Keyword arguments of f: labels, texts."""
+    """Keyword arguments of f: labels, texts; tensors, or mappings, lists and tuples of them."""
     progress: Tensor | float = 0.0
     """Share of the training done, 0-dim, for parts that move with it."""
     x_lo: Tensor | None = None
@@ -86,12 +86,17 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
         pairs = LevelPairs(*(_there(value, device) for value in self.pairs))
-        conditions = {name: _there(value, device) for name, value in self.conditions.items()}
+        conditions = _there(dict(self.conditions), device)
         x, z, progress, x_lo = (_there(value, device) for value in (self.x, self.z, self.progress, self.x_lo))
         return Batch(x, z, pairs, conditions, progress, x_lo)
 
 
 def _there(value: Any, device: torch.device | str) -> Any:
+    """``value`` with the tensors in it, however deep, on ``device``."""
+    if type(value) is dict:
+        return {name: _there(part, device) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_there(part, device) for part in value)
     if not isinstance(value, Tensor):
         return value
     # Not towards the CPU: nothing there waits until the values have come.

@@ -76,11 +76,18 @@ class Preconditioned:
         network: F. Its output may be of lower precision (autocast); the sum is at least float32.
         preconditioning: the coefficients.
         skip: in the place of ``c_skip(t) x_t``, such as ``LinearSkip``; None: that.
+    Raises:
+        ValueError: a skip that says it is made for other noise levels.
     """
 
     network: Network
     preconditioning: Preconditioning = Preconditioning()
     skip: Skip | None = None
+
+    def __post_init__(self) -> None:
+        made_for = getattr(self.skip, "noise", None)
+        if isinstance(made_for, NoiseRange) and made_for != self.noise:  # x_t to the bit at another sigma_min
+            raise ValueError(f"the skip is made for {made_for}, f for {self.noise}: give both the same")
 
     @property
     def noise(self) -> NoiseRange:

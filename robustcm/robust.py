@@ -59,6 +59,7 @@ def robust_distance(
         ValueError: shapes that do not fit, or fewer than two levels.
     """
     need_levels(num_levels)
+    depth = one_a_sample("depth", depth, len(student))
     r = sample_r2(student.detach(), teacher.detach()).sqrt()
     own = c.count(r, depth, num_levels)
     scale = c(state, own if seen is None else seen, depth, num_levels, student.shape[1:].numel())

@@ -279,3 +279,12 @@ def test_gain_is_one_at_no_cost_and_near_zero_for_independent_noise():
     shuffle = torch.randperm(4096, generator=generator(1))
     assert float(coupling_gain(x, x[shuffle], shuffle.argsort())) == pytest.approx(1, abs=1e-12)
     assert abs(float(coupling_gain(x, z, independent(x, z)))) < 0.02
+
+
+@pytest.mark.parametrize("coupler", [independent, exact, Entropic(), WithinClasses()], ids=str)
+def test_of_no_samples_there_is_a_permutation_too(coupler):
+    x = torch.zeros(0, 3)
+    labels = torch.zeros(0, dtype=torch.long)
+    perm = coupler(x, x, labels=labels, generator=torch.Generator().manual_seed(0))
+    assert perm.shape == (0,)
+    assert perm.dtype == torch.int64

@@ -237,7 +237,7 @@ def test_constant_components_are_refused():
     x[:, 0, 0, 0] = 3.0
     with pytest.raises(ValueError, match="1 of 12 principal components are constant"):
         Gaussian.fit(x)
-    with pytest.raises(ValueError, match="12 of 12 principal components are constant"):
+    with pytest.raises(ValueError, match="all 40 samples are the same"):
         Gaussian.fit(torch.ones(40, 3, 2, 2))
 
 
@@ -252,3 +252,29 @@ def test_what_is_not_finite_is_refused():
 def test_a_rank_out_of_range_is_refused(rank):
     with pytest.raises(ValueError, match=f"rank must be 1 to {D}"):
         Gaussian.fit(data(), rank)
+
+
+def test_a_skip_for_other_noise_levels_is_refused():
+    """f(x, sigma_min) would not be x."""
+    skip, other = LinearSkip(Gaussian.fit(data())), Preconditioning(noise=NoiseRange(sigma_min=0.05))
+    with pytest.raises(ValueError, match=r"the skip is made for .*sigma_min=0.002.*, f for .*sigma_min=0.05"):
+        Preconditioned(torch.nn.Identity(), other, skip)
+    Preconditioned(torch.nn.Identity(), other, lambda x_t, t: x_t)  # one that does not say
+
+
+@pytest.mark.parametrize(("mean", "covariance"), [((3,), (4, 4)), ((4,), (4, 3)), ((4, 1), (4, 4))])
+def test_moments_that_do_not_fit_are_refused(mean, covariance):
+    with pytest.raises(ValueError, match=r"need a mean \[d\] and a covariance \[d, d\], got"):
+        Gaussian.of(torch.zeros(mean), torch.ones(covariance))
+
+
+def test_equal_samples_are_refused_though_their_mean_is_rounded():
+    with pytest.raises(ValueError, match="all 7 samples are the same"):
+        Gaussian.fit(torch.full((7, 4), 0.1, dtype=torch.float64), 1)
+
+
+def test_principal_components_are_no_less_precise_in_autocast():
+    gaussian, x = Gaussian.fit(data()), 30 * data(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gaussian.projected(x)
+    assert torch.equal(inside, gaussian.projected(x))

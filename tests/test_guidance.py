@@ -100,3 +100,9 @@ def test_every_method_draws_what_is_asked_for(part: type[FewStepObjective]):
     assert {tuple(asked["labels"].tolist()) for asked in network.asked} == {
         tuple(labels.tolist()) for labels in (LABELS, LABELS.flip(0), torch.full((5,), NO_CLASS))
     }
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 4), ()])
+def test_labels_that_would_broadcast_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"labels must be \[b\], got"):
+        hidden(torch.zeros(shape, dtype=torch.long), 0.5, NO_CLASS, generator(0))

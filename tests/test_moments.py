@@ -136,6 +136,7 @@ GOOD = (drawn(50, 3, 0), torch.zeros(3), torch.eye(3))
         ((GOOD[0], GOOD[1] + math.inf, GOOD[2]), "mean has numbers"),
         ((GOOD[0], GOOD[1], GOOD[2] * math.nan), "covariance has numbers"),
         ((torch.ones(9, 3), *GOOD[1:]), "all 9 samples are the same"),
+        ((torch.full((7, 3), 0.1, dtype=torch.float64), *GOOD[1:]), "all 7 samples are the same"),
     ],
 )
 def test_what_cannot_be_had_is_said(given, says):
@@ -146,3 +147,10 @@ def test_what_cannot_be_had_is_said(given, says):
 def test_samples_of_another_size_are_refused():
     with pytest.raises(ValueError, match="samples of 4 numbers, and the map was measured on 3"):
         MomentMap(torch.zeros(3), torch.zeros(3), torch.eye(3))(torch.zeros(2, 4))
+
+
+def test_the_map_is_no_less_precise_in_autocast():
+    found, x = match_moments(drawn(200, 6, 0), *moments(drawn(200, 6, 1))), 10 * drawn(20, 6, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = found(x)
+    assert torch.equal(inside, found(x))

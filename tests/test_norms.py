@@ -177,3 +177,9 @@ def test_shapes_that_do_not_fit_are_refused():
         NonScalingLayerNorm(6, layout="channels_last")(torch.zeros(2, 6, 5))
     with pytest.raises(ValueError, match=r"channels_first takes the number of channels, got the shape \(5, 6\)"):
         NonScalingLayerNorm((5, 6))
+
+
+@pytest.mark.parametrize("layout", ["channel_first", "channels-first", "", None])
+def test_another_layout_is_refused_and_not_taken_for_the_last(layout):
+    with pytest.raises(ValueError, match="layout must be one of channels_first, channels_last, got "):
+        NonScalingLayerNorm(8, layout=layout)

@@ -269,6 +269,7 @@ def test_weights_and_levels_with_axes_to_spare_mean_what_they_say():
         (lambda: RobustLoss()(*batch()[:2], weight=torch.ones(1, B)), r"weight must be one value a sample, \[16\]"),
         (lambda: RobustLoss(axis=flow_time)(*batch()[:2], torch.ones(4)), r"t must be one value a sample, \[16\], got"),
         (lambda: RobustLoss()(batch()[0], batch()[0][:1]), "student and teacher must have one shape"),
+        (lambda: robust_distance(*batch()[:2], MeasuredC().init(), depth=torch.ones(3)), r"depth must be one value a"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line(call, message):

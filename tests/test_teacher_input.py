@@ -261,3 +261,8 @@ def test_before_it_has_seen_data_it_is_no_teacher_input():
         KeepCovariance()(x, x, pairs_of(torch.ones(2), torch.ones(2)), torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="components"):
         KeepCovariance(components=0)
+
+
+def test_equal_data_are_refused_though_their_mean_is_rounded():
+    with pytest.raises(ValueError, match="all 3 samples are the same"):
+        KeepCovariance().on(torch.full((3, 4), 0.1, dtype=torch.float64))
