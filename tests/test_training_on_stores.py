@@ -15,11 +15,13 @@ from torch import Tensor
 from reference_trainer.__main__ import main
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import Autoencoder, PretrainedAutoencoder
-from reference_trainer.data.images import ImageFolder
+from reference_trainer.data.images import ImageFolder, to_pixels
 from reference_trainer.data.stored import LatentStore, StoredImages
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation.evaluate import choose_features, evaluate
+from reference_trainer.evaluation.beforehand import Beforehand
+from reference_trainer.evaluation.evaluate import OF_A_STORE, choose_features, evaluate
 from reference_trainer.evaluation.table import as_table
+from reference_trainer.evaluation.training_set import raw_latents
 from reference_trainer.model import load_model
 from reference_trainer.networks import DiT
 from reference_trainer.presets import digits, ilct, on_data
@@ -205,3 +207,45 @@ def test_latents_of_other_channels_than_the_autoencoders_are_refused(tmp_path: P
     config = replace(on_store(tmp_path), autoencoder=PretrainedAutoencoder(load="test_encode:wide"))
     with pytest.raises(UserError, match=r"has latents \[3, 8, 9\], the autoencoder makes \[3, 16, 18\]"):
         config.load_images(CPU)
+
+
+class Bright:
+    """An encoder and a decoder that are not the inverse of each other."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(2 * latents + 0.1, scale_factor=2)
+
+
+def bright() -> Bright:
+    return Bright()
+
+
+@pytest.mark.parametrize("clip", [None, TukeyClip(k=0.5)])
+def test_samples_are_compared_with_the_latents_of_the_store_and_what_these_decode_to(
+    photos: Path, tmp_path: Path, clip: TukeyClip | None
+):
+    """Encoded once more, they are others: a model that draws them would be found wanting."""
+    encode(photos, tmp_path / "store", PretrainedAutoencoder(load="test_training_on_stores:bright"))
+    config = replace(on_store(tmp_path / "store"), clip=clip)
+    images = config.load_images(CPU)
+    assert isinstance(images, StoredImages)
+    run = RunFolder(tmp_path / "run")
+    run.claim(config)
+    assert train(config, run, images, tmp_path / "cache", CPU)
+    model = load_model(run, CPU)
+    features = choose_features(None, model)
+    found = Beforehand.of(model, images, features, seed=3)
+    drawn = raw_latents(images, torch.arange(len(images.pixels)), model.space.codec, CPU)
+    assert torch.equal(to_pixels(Bright().decode(drawn)), images.pixels)
+    here = [int((images.pixels == one).flatten(1).all(1).nonzero()[0]) for one in found.train.first]
+    torch.testing.assert_close(found.reference.latents, model.space.normalise(drawn[here]))
+    assert found.reference.reconstructions is found.reference.images
+    assert ("reconstructions" in found.rows) == (clip is not None)
+    halves = found.rows["floor: half against half"]
+    assert halves["frechet"] == pytest.approx(halves["frechet_rec"])
+    if clip is not None:
+        assert found.rows["reconstructions"]["psnr"] < 40
+    assert OF_A_STORE in evaluate(model, images, features, seed=3, ahead=found)["notes"]

@@ -113,6 +113,18 @@ class StoredImages(ImageSet):
         """int64, in the order of ``latents``."""
         return self.store.labels_of("train", self.flips)
 
+    def latents_at(self, places: Tensor) -> Tensor:
+        """The raw latents that ``pixels[places]`` are decoded from, ``places [m]``: ``[m, ch, h, w]``."""
+        shown = int((~self.is_held_out).sum())
+        out = torch.empty(len(places), *self.store.index.shape)
+        for latents, own, first in (
+            (self.store.latents("train"), places < shown, 0),
+            (self.store.latents("held_out"), places >= shown, shown),
+        ):
+            if own.any():
+                out[own] = latents.take(some_indices(len(latents), latents.shape)[places[own] - first])
+        return out
+
     def not_decoded(self) -> Tensor:
         """Which latents of the store's training images ``train`` does not show, int64 ``[m]``."""
         latents = self.store.latents("train")

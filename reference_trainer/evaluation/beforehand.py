@@ -89,8 +89,8 @@ class Beforehand:
         rows, of_latents = Rows(), Rows()
         if bounds:
             drawn = Drawn.of(model, asked, without_training(model, reference, seed))
-            stored = isinstance(images, StoredImages)  # the images of a store are reconstructions themselves
-            vectors = drawn.vectors | ({} if stored else {FITTED: reference.fitted})
+            decoded = reference.fitted is reference.images  # of a store, of which no latent is changed
+            vectors = drawn.vectors | ({} if decoded else {FITTED: reference.fitted})
             rows = image_rows(vectors, reference, held_out_real)
             if not isinstance(row := rows.get(FITTED, Missing("")), Missing):
                 row["psnr"] = known(reference.psnr)

@@ -48,6 +48,10 @@ from reference_trainer.plotting import save_figure
 from reference_trainer.ranks import Ranks
 from reference_trainer.run import EVALUATIONS, RunFolder
 
+OF_A_STORE = (
+    "the images of a store are what its latents decode to: distances to them are those to the reconstructions, and do "
+    "not compare with distances to images"
+)
 OFF = 1.15
 """Times the variance of the latents, or 1 over that: beyond it a note says so. The recipe itself is up to 1.14 off
 (docs/evidence.md, larger latents)."""
@@ -125,6 +129,7 @@ def evaluate(
         "sigmas": {name: levels for name, levels in sigmas.items() if not isinstance(levels, Missing)},
         **figures(rows, of_latents, reference),
         "notes": [
+            *([OF_A_STORE] if isinstance(images, StoredImages) else []),
             *about_moments(model, of_latents),
             *small_samples(rows, reference.images, len(done.held_out)),
             *few_latents(reference.components),

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from reference_trainer.data.images import ImageSet
-from reference_trainer.data.latents import encode, not_finite
+from reference_trainer.data.latents import not_finite
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.metrics import precision_recall
-from reference_trainer.evaluation.training_set import held_out_order
+from reference_trainer.evaluation.training_set import held_out_order, raw_latents
 from reference_trainer.model import TrainedModel
 from robustcm.gaussian import Gaussian, LinearSkip
 from robustcm.noise import NoiseRange
@@ -55,7 +55,7 @@ def what_was_learned(model: TrainedModel, images: ImageSet, latents: Tensor, see
     labels = None if model.classes is None or images.labels is None else images.labels
     if held_out:
         order = held_out_order(images, seed)[:SAMPLES]
-        x = model.space.normalise(encode(model.space.codec, images.pixels[order], model.device))
+        x = model.space.normalise(raw_latents(images, order, model.space.codec, model.device))
         told, data = None if labels is None else labels[order], latents
     else:
         order = torch.randperm(len(images.train_places), generator=torch.Generator().manual_seed(seed))

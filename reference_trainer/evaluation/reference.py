@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.latents import encode
+from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Features, vectors_of
 from reference_trainer.evaluation.kept import Kept
@@ -31,7 +33,7 @@ class Reference:
 
     Reconstructions are the training images through the autoencoder, encoded and decoded. Neither outliers put in on
     purpose nor a clip touch them, so that they are the same for all runs with one autoencoder, whatever those do about
-    outliers.
+    outliers. The images of a store are reconstructions already, and their latents those of the store.
     """
 
     features: Features
@@ -47,7 +49,8 @@ class Reference:
     """Features of the reconstructions."""
     fitted: Statistics | Missing
     """Features of what the latents that the run trains on, with its outliers and clip, decode to, of the first
-    ``MAX_IMAGES``: what is clipped depends on the others. Where these are no others, ``reconstructions`` itself."""
+    ``MAX_IMAGES``: what is clipped depends on the others. Where these are no others, ``reconstructions`` itself (of a
+    store ``images``)."""
     psnr: float | Missing
     """Of what has the features ``fitted``, dB."""
 
@@ -55,13 +58,14 @@ class Reference:
     def of(model: TrainedModel, train: TrainingSet, features: Features, kept: Kept | None = None) -> Reference:
         """Of the training images ``train``.
 
-        They go through the features twice, as they are and encoded and decoded; those whose latents outliers or the
-        clip have changed once more.
+        They go through the features twice, as they are and encoded and decoded, those of a store once; those whose
+        latents outliers or the clip have changed once more.
 
         Args:
             kept: where the statistics of a run before are found, and those of this one left.
         """
-        raw = attempt(lambda: encode(model.space.codec, train.first, model.device))
+        stored = isinstance(train.images, StoredImages)
+        raw = attempt(lambda: train.raw_latents(model.space.codec))
         latents = attempt(lambda: model.space.normalise(known(raw)))
         trained_on = attempt(lambda: model.space.normalise(model.config.prepare_latents(known(raw))))
         near: list[float] = []  # the pixels are let go once their PSNR is known
@@ -80,9 +84,16 @@ class Reference:
             near.append(psnr(train.first, pixels))
             return gathered(features, pixels.split(BATCH))
 
-        there = at_once({"images": images, "fitted": fitted}, "features of the reference")
-        first = attempt(lambda: _untouched(model, known(latents), trained_on, there["fitted"], features))
-        reconstructions = attempt(lambda: _with_the_rest(model, known(first), train, features, kept))
+        makers: dict[str, Callable[[], Statistics]] = {"images": images, "fitted": fitted}
+        if stored and not _changed(latents, trained_on):
+            del makers["fitted"]
+        there = at_once(makers, "features of the reference")
+        if stored:
+            first = reconstructions = there["images"]
+            there = {"fitted": first} | there
+        else:
+            first = attempt(lambda: _untouched(model, known(latents), trained_on, there["fitted"], features))
+            reconstructions = attempt(lambda: _with_the_rest(model, known(first), train, features, kept))
         return Reference(
             features=features,
             count=train.count,
@@ -91,8 +102,15 @@ class Reference:
             components=attempt(lambda: Components.of(known(latents))),
             reconstructions=reconstructions,
             fitted=reconstructions if first is there["fitted"] else there["fitted"],
-            psnr=near[0] if near else Missing(there["fitted"]),
+            psnr=near[0] if near else Missing("nothing was decoded"),
         )
+
+
+def _changed(latents: Tensor | Missing, trained_on: Tensor | Missing) -> bool:
+    """Whether outliers or a clip have changed the latents, as far as these are known."""
+    if isinstance(latents, Missing) or isinstance(trained_on, Missing):
+        return type(latents) is not type(trained_on)
+    return not torch.equal(latents, trained_on)
 
 
 def _untouched(

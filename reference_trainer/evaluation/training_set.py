@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reference_trainer.data.codecs import Codec
 from reference_trainer.data.images import ImageSet
+from reference_trainer.data.latents import encode
 from reference_trainer.data.stored import StoredImages
 from reference_trainer.evaluation.statistics import HELD
 
@@ -28,9 +30,26 @@ def training_images(images: ImageSet, seed: int, n: int = MAX_IMAGES) -> Tensor:
 
     Shuffled: data come sorted by class, and some metrics look at the first few thousand only.
     """
+    return images.pixels[_first_places(images, seed, n)]
+
+
+def _first_places(images: ImageSet, seed: int, n: int) -> Tensor:
     places = images.train_places
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
-    return images.pixels[places[order[: min(n, MAX_IMAGES)]]]
+    return places[order[: min(n, MAX_IMAGES)]]
+
+
+def raw_latents(images: ImageSet, places: Tensor, codec: Codec, device: torch.device) -> Tensor:
+    """Of ``images.pixels[places]``, ``[m, ch, h, w]``: encoded, or those that the images of a store are decoded from.
+
+    Args:
+        device: where ``codec`` is.
+    Raises:
+        UserError: the codec gives NaN or infinite values.
+    """
+    if isinstance(images, StoredImages):
+        return images.latents_at(places)
+    return encode(codec, images.pixels[places], device)
 
 
 def held_out_order(images: ImageSet, seed: int) -> Tensor:
@@ -54,7 +73,7 @@ class TrainingSet:
     count: int
     seed: int
     device: torch.device
-    """Where a store's autoencoder is."""
+    """Where the autoencoder is."""
 
     @staticmethod
     def of(images: ImageSet, seed: int, n: int = MAX_IMAGES, device: torch.device | None = None) -> TrainingSet:
@@ -62,6 +81,10 @@ class TrainingSet:
         first = training_images(images, seed, n)
         there = len(images.store.latents("train")) if isinstance(images, StoredImages) else images.num_train
         return TrainingSet(images, first, max(len(first), min(n, there)), seed, device or torch.device("cpu"))
+
+    def raw_latents(self, codec: Codec) -> Tensor:
+        """Those of ``first``, see ``raw_latents``; ``codec`` is on ``device``."""
+        return raw_latents(self.images, _first_places(self.images, self.seed, len(self.first)), codec, self.device)
 
     def rest(self) -> Iterator[Tensor]:
         """The images behind ``first``, ``BATCH`` at a time."""
