@@ -19,7 +19,15 @@ class UserError(Exception):
     """Something the user can mend. The message says what, where and what to do, in one line."""
 
 
-class Terminated(BaseException):
+class Stop(BaseException):
+    """Leaves the work wherever it is, through the user's code, too; no fault of that."""
+
+
+STOPS = (KeyboardInterrupt, Stop)
+"""What is raised again where all else that the user's code or a library raises becomes a ``UserError``."""
+
+
+class Terminated(Stop):
     """SIGTERM, as a scheduler sends it before it kills; what was to be saved is."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reference_trainer.errors import UserError, printable, type_and_message
+from reference_trainer.errors import STOPS, UserError, printable, type_and_message
 
 CONFIG, WEIGHTS, PIPELINE = "config.json", "diffusion_pytorch_model", "model_index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -76,7 +76,7 @@ class Place:
                 network, told = cls.from_pretrained(
                     source, **options, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:  # of diffusers, the hub, safetensors: of many types
             raise UserError(
@@ -127,7 +127,7 @@ class Place:
         try:
             with quiet():
                 config = diffusers.AutoModel.load_config(source, **options)
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:
             if not options:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_trainer.errors import UserError, one_line, type_and_message
+from reference_trainer.errors import STOPS, UserError, one_line, type_and_message
 from reference_trainer.loading import Kind, Place, quiet, weights_sha256
 from reference_trainer.networks import NO_CLASSES, Beside, Patched
 from robustcm.checks import LARGEST, SMALLEST, need_real, need_whole
@@ -345,7 +345,7 @@ def _scheduler_beside(place: Place) -> dict[str, Any]:
     try:
         with quiet():
             found = DDPMScheduler.load_config(source, **options)
-    except KeyboardInterrupt:
+    except STOPS:
         raise
     except BaseException as error:
         if _has_no_such_file(error):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference_trainer.errors import UserError, exit_status, printable
+from reference_trainer import errors
+from reference_trainer.data.codecs import Foreign
+from reference_trainer.errors import Terminated, UserError, exit_status, printable
+from reference_trainer.evaluation.beforehand import Broken
+from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.rows import attempt
+from reference_trainer.training.loop import _Stopped
 
 ENCODINGS = ("utf-8", "latin-1", "ascii", "cp1252", "utf-16")
 
@@ -89,3 +99,43 @@ def test_the_standard_output_may_be_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert printable("é") == "é"
     assert exit_status(lambda: 7) == 7
+
+
+class Stopping:
+    """A user's autoencoder and features, in the midst of which the command is stopped."""
+
+    def __init__(self, stop: type[BaseException]) -> None:
+        self.stop = stop
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        raise self.stop
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise self.stop
+
+    __call__ = encode
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated, Broken, _Stopped])
+def test_a_stop_leaves_the_users_code_as_what_it_is(stop: type[BaseException]):
+    """Taken for a fault of that code, it would be a row left out, and the command would go on."""
+    theirs = Stopping(stop)
+    codec, images = Foreign("theirs", theirs), torch.zeros(2, 3, 8, 8)
+    for work in (codec.encode, codec.decode, Imported("theirs", theirs)):
+        with pytest.raises(stop):
+            attempt(partial(work, images))
+
+
+def test_all_that_catches_whatever_is_raised_lets_a_stop_through():
+    """Each `except BaseException` of the trainer that does not raise the same again stands behind one of STOPS."""
+    found = 0
+    for file in Path(errors.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            kinds = [handler.type for handler in node.handlers] if isinstance(node, ast.Try) else []
+            for i, kind in enumerate(kinds):
+                if isinstance(kind, ast.Name) and kind.id == "BaseException":
+                    found += 1
+                    assert any("STOPS" in ast.dump(earlier) for earlier in kinds[:i] if earlier), (
+                        f"{file}, {kind.lineno}"
+                    )
+    assert found >= 10

@@ -121,6 +121,41 @@ def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(when: str,
     assert_same_ends(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_second_stop_while_an_evaluation_is_made_up_for_does_not_lose_it(command, tmp_path: Path, monkeypatch):
+    assert command("whole", "evaluate_every=3") == 0
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+            assert command("stopped", "evaluate_every=3") == AGAIN
+        assert RunFolder(tmp_path / "stopped").latest_checkpoint()[0] == 3
+    assert command("stopped", "evaluate_every=3") == 0
+    assert_same_ends(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_an_evaluation_is_not_begun_when_a_stop_came_while_its_checkpoint_was_written(command, tmp_path, monkeypatch):
+    save = RunFolder.save_checkpoint
+
+    def stopped(*given: object) -> None:
+        save(*given)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", stopped)
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: pytest.fail("evaluated"))
+    assert command("stopped", "evaluate_every=3", "save_every=100") == AGAIN
+    assert RunFolder(tmp_path / "stopped").latest_checkpoint()[0] == 3
+
+
+def test_ctrl_c_in_the_last_step_ends_before_the_evaluation_which_the_next_start_makes(command, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(5, lambda: signal.raise_signal(signal.SIGINT), patch)
+        assert command("stopped") == 130
+    run = RunFolder(tmp_path / "stopped")
+    assert run.latest_checkpoint()[0] == 6
+    assert run.evaluations() == []
+    assert command("stopped") == 0
+    assert [row["step"] for row in run.evaluations()] == [6]
+
+
 # --- Disks and folders -----------------------------------------------------------------------------------------------
 
 

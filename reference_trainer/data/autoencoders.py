@@ -25,7 +25,7 @@ from reference_trainer.data.from_diffusers import DiffusersAutoencoder
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.outputs import described
 from reference_trainer.data.posterior import need_latents, sampled
-from reference_trainer.errors import UserError, printable, type_and_message
+from reference_trainer.errors import STOPS, UserError, printable, type_and_message
 from reference_trainer.files import as_json, load_tensors, save_tensors
 from reference_trainer.networks import MOST_CHANNELS, halvings_fit, need_convolutions
 from robustcm.checks import need_real, need_seed, need_whole
@@ -86,7 +86,7 @@ class PretrainedAutoencoder:
             made = getattr(importlib.import_module(module), function)()
             able = all(callable(getattr(made, method, None)) for method in ("encode", "decode"))
             codec = Foreign(self.load, made)
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:  # whatever the user's code raises, SystemExit included
             raise UserError(

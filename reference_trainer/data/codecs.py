@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_trainer.data.outputs import NAMES, described, tensor_in
-from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.errors import STOPS, UserError, type_and_message
 
 Method = Literal["encode", "decode"]
 
@@ -92,7 +92,7 @@ class Foreign:
             else:
                 for module in _modules_of(self.autoencoder):
                     module.to(device)
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:
             raise UserError(
@@ -161,7 +161,7 @@ class Foreign:
                 torch.manual_seed(seed)
                 output = getattr(self.autoencoder, method)(own)
                 out = tensor_in(output)
-        except (KeyboardInterrupt, UserError):
+        except (*STOPS, UserError):
             raise
         except BaseException as error:  # the user's code, and that of any library below it, SystemExit included
             if _is_out_of_memory(error):

@@ -12,6 +12,7 @@ from torch import Tensor
 from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.stored import StoredImages
+from reference_trainer.errors import Stop
 from reference_trainer.evaluation.features import Features, Imported
 from reference_trainer.evaluation.kept import Kept
 from reference_trainer.evaluation.reference import Reference, gathered
@@ -30,7 +31,7 @@ from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, Trainin
 from reference_trainer.model import TrainedModel
 
 
-class Broken(BaseException):
+class Broken(Stop):
     """Ends a measurement that nobody waits for any more."""
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from reference_trainer.data.codecs import USERS_CODE, Codec
 from reference_trainer.data.images import to_unit
 from reference_trainer.data.latents import not_finite
-from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.errors import STOPS, UserError, type_and_message
 from reference_trainer.evaluation.identity import Identity, digest_of
 
 PROBED = 4
@@ -98,7 +98,7 @@ class Imported:
             if isinstance(output, (tuple, list)) and len(output):
                 output = output[0]
             vectors = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:  # whatever the user's code raises, SystemExit included
             raise UserError(f"{where} it failed: {type_and_message(error)}") from error
@@ -120,7 +120,7 @@ class Imported:
         module, _, attribute = name.partition(":")
         try:
             factory = getattr(importlib.import_module(module), attribute)
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:  # whatever an import runs into
             raise UserError(
@@ -128,7 +128,7 @@ class Imported:
             ) from error
         try:
             function = factory()
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:
             raise UserError(f"--features {name}: {attribute}() failed: {type_and_message(error)}") from error

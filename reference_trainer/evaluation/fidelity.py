@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reference_trainer.errors import UserError, type_and_message
+from reference_trainer.errors import STOPS, UserError, type_and_message
 from reference_trainer.evaluation.features import Imported
 from reference_trainer.evaluation.identity import INSIDE, Identity, digest_of
 
@@ -100,7 +100,7 @@ class Fidelity:
                 f"{where}: torch-fidelity takes no file for {self.extractor}, it loads it through torch.hub: leave out "
                 "weights, or give the network as a TorchScript file"
             ) from error
-        except KeyboardInterrupt:
+        except STOPS:
             raise
         except BaseException as error:  # whatever a download, a hub's code or weights that do not fit raise
             what = (

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from reference_trainer.averages import check_snapshots
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
-from reference_trainer.errors import Terminated, UserError
+from reference_trainer.errors import Stop, Terminated, UserError
 from reference_trainer.model import TrainedModel, build_network, number_of
 from reference_trainer.optimizers import Muon, said_of_muon
 from reference_trainer.ranks import Ranks
@@ -66,7 +66,7 @@ def train(
         ranks: the processes that share each step's micro-batches; all call this, the leading one writes.
         sharded: each of them holds its share of weights, averages and moments, see ``Sharding``.
     Returns:
-        Whether the run is complete (False: stopped by Ctrl-C, after saving).
+        Whether the run is complete and nobody asked for a stop (False: stopped by Ctrl-C, after saving).
     Raises:
         Terminated: stopped by SIGTERM, after saving.
         UserError: see its message; checkpoints written before stay good.
@@ -125,9 +125,11 @@ def train(
         logger_of(run, state.step, config.steps, ranks) as logger,
         stop_requests() as stop_requested,
     ):
+        stopped = False
         if judge and found and config.evaluates_at(state.step) and ranks.any(state.step not in evaluated(run)):
             show(judge)  # a stop came first
-        while state.step < config.steps:
+            stopped = ranks.any(bool(stop_requested))  # and again: one step more, and this evaluation would be lost
+        while state.step < config.steps and not stopped:
             first = residuals_ahead(config, f, batches, state, ranks)
             before, seen, scales = (state.meter, state.tails), list[Tensor](), list[Scale]()
             wrong = torch.zeros(config.micro_batches, batches.rows, dtype=torch.float64, device=device)
@@ -169,7 +171,8 @@ def train(
                 snapshot = state.snapshot()
                 if ranks.leads:
                     run.save_snapshot(state.step, snapshot)
-            last |= ranks.any(bool(stop_requested))
+            stopped = ranks.any(bool(stop_requested))
+            last |= stopped
             judged = judge is not None and config.evaluates_at(state.step) and not last
             if state.step % config.save_every == 0 or judged or last:
                 bad_steps.look(state)
@@ -179,13 +182,13 @@ def train(
                     run.save_checkpoint(state.step, tensors, config.keep_checkpoints)
             if judge and judged:  # behind saving: a stop leaves it, and a resumed run has it first
                 show(judge)
-                last = ranks.any(bool(stop_requested))
+                stopped = last = ranks.any(bool(stop_requested))
             logger.advance()
             if last:
                 break
     if stop_requested.terminated:
         raise Terminated(f"stopped after step {state.step} and saved in {run.root}")
-    return state.step == config.steps
+    return state.step == config.steps and not stopped
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -206,7 +209,8 @@ def residuals_ahead(
 ) -> Tensor | None:
     """What the residuals of a first step in several parts add to c's state: every part shall have the same c.
 
-    None where c comes from the step before, or the step has one part.
+    None where c comes from the step before, or the step has one part; and behind a first step that was bad, whose c was
+    not observed: then each part of the next measures its own.
     """
     if state.step > 0 or config.micro_batches == 1:
         return None
@@ -251,14 +255,15 @@ class StopRequest:
         """Do ``work``, which changes no state and takes long, until a request comes."""
         try:
             self._waited_for = True
-            work()
+            if not self.requested:  # before; from now on a request raises
+                work()
         except _Stopped:
             pass
         finally:
             self._waited_for = False
 
 
-class _Stopped(BaseException):
+class _Stopped(Stop):
     """Leaves the work that ``may_break``."""
 
 
