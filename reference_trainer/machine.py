@@ -46,6 +46,11 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """That this process may use: of a machine shared by a scheduler not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_folder() -> Path:
     """Where fitted autoencoders and classifiers are kept: $ROBUSTCM_CACHE, or robustcm in the user's cache folder."""
     if chosen := os.environ.get("ROBUSTCM_CACHE"):

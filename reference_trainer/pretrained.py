@@ -97,6 +97,12 @@ class FromDiffusers:
         known._require_usable()
         return known
 
+    def is_that_of(self, noted: FromDiffusers) -> bool:
+        """Whether ``noted``, which a run has found, is what this asks for, be it still there or not."""
+        names = self.name, str(Path(self.name).expanduser().resolve())
+        alike = replace(self, name=noted.name, subfolder=self.subfolder or noted.subfolder, sha256=noted.sha256)
+        return noted.name in names and replace(alike, model=noted.model, scheduler=noted.scheduler) == noted
+
     @property
     def in_words(self) -> str:
         """What a run begins with."""

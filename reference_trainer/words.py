@@ -28,14 +28,33 @@ def names_in(words: Sequence[str]) -> list[str]:
 
 
 def with_options(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
-    """``config`` with every option applied.
+    """``config`` with every option applied; one that does not fit yet waits for those behind it, of other parts.
 
     Raises:
         UserError: an option that does not fit.
     """
-    for option in options:
-        config = override(config, option)
+    left = list(options)
+    while left:
+        waiting, refusals = list[str](), list[UserError]()
+        for option in left:
+            if any(_of_one_path(option, earlier) for earlier in waiting):
+                waiting.append(option)
+                continue
+            try:
+                config = override(config, option)
+            except UserError as refusal:
+                waiting.append(option)
+                refusals.append(refusal)
+        if len(waiting) == len(left):
+            raise refusals[0]
+        left = waiting
     return config
+
+
+def _of_one_path(one: str, other: str) -> bool:
+    """Whether one of two options is of a part of what the other is of."""
+    paths = [f"{option.partition('=')[0]}." for option in (one, other)]
+    return paths[0].startswith(paths[1]) or paths[1].startswith(paths[0])
 
 
 @dataclass(frozen=True)

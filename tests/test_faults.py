@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
 
 from reference_trainer.__main__ import main
 from reference_trainer.data.autoencoders import PixelSpace
@@ -168,6 +170,18 @@ def no_file_above(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+def test_a_disk_full_under_tensorboard_is_said_in_a_line(fails: str, command, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, fails, full)
+    assert command("full") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot write ")
+    assert error.endswith("tensorboard: No space left on device")
 
 
 def test_a_disk_full_in_the_middle_of_a_save_costs_the_steps_since_the_last(

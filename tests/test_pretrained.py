@@ -359,6 +359,9 @@ def test_a_run_starts_from_an_export_of_a_run_and_outlives_the_folder(
     assert main([*words, f"network=FromDiffusers(name='{out}')", *norms]) == 0
     assert "begins as another function" in capsys.readouterr().out
     shutil.rmtree(out)
+    assert main([*words, f"network=FromDiffusers(name='{out}')", *norms]) == 0  # the same command again
+    assert main([*words, f"network=FromDiffusers(name='{out}',patch=2)", *norms]) == 2
+    assert "no such folder" in capsys.readouterr().err
     assert main(["sample", second, "--n", "4", "--device=cpu"]) == 0
     config = RunFolder(tmp_path / "second").config()
     assert config.autoencoder == PixelSpace()

@@ -184,3 +184,25 @@ def test_ablate_says_what_is_wrong_before_it_trains(
 
 def test_every_name_is_there_once():
     assert len(set(NAMES)) == len(NAMES) == len(DATA) + len(RECIPES)
+
+
+# --- Options in any order ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", list(itertools.permutations(["micro_batches=3", "batch_size=300", "steps=7"])))
+def test_options_that_only_fit_together_are_taken_in_any_order(words: tuple[str, ...]):
+    found = configured(list(words))
+    assert (found.micro_batches, found.batch_size, found.steps) == (3, 300, 7)
+
+
+def test_what_waits_does_not_overtake_what_is_of_its_own_path():
+    """Of a value given twice the last counts, of a part and its field the one behind changes the one before."""
+    assert configured(["micro_batches=3", "micro_batches=5", "batch_size=300"]).micro_batches == 5
+    waits, field = "network=FromDiffusers(name='x', patch=0)", "network.patch=2"
+    with pytest.raises(UserError, match=r"option network=FromDiffusers.*patch must be a whole number"):
+        configured([waits, field])
+
+
+def test_options_that_fit_in_no_order_are_refused_with_what_is_wrong_of_the_first():
+    with pytest.raises(UserError, match="micro_batches must divide batch_size = 256, got 3"):
+        configured(["micro_batches=3", "steps=7", "batch_size=0"])

@@ -38,7 +38,7 @@ from reference_trainer.data.stored import StoredImages
 from reference_trainer.errors import Terminated, UserError
 from reference_trainer.evaluation.named import features_named
 from reference_trainer.files import as_json, write_atomically
-from reference_trainer.machine import cache_folder, describe_machine, device_of
+from reference_trainer.machine import cache_folder, cores, describe_machine, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.presets import DATA, RECIPES
 from reference_trainer.pretrained import FromDiffusers
@@ -321,7 +321,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     if options.features:  # a name that cannot be loaded would stop every run behind its training
         features_named(options.features, device)
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
+    devices = devices_of(device)
     named = picked([] if options.arm and options.arms is None else options.arms, ARMS)
     chosen = [arm for arm in ARMS if arm.name == BASELINE or arm.name in named]
     chosen += [arm_from_words(words, options.data) for words in options.arm]
@@ -333,6 +333,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     arms = [(arm, with_options(arm.build(base), changes).found(noted)) for arm in chosen]
     about = {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     if options.seconds:
+        latents_of = [(arm.name, (config.data, config.autoencoder)) for arm, config in arms]
+        if others := [name for name, those in latents_of if those != latents_of[0][1]]:
+            raise UserError(f"--seconds measures one size of latents, arm {others[0]} may have another: give --steps")
         images = arms[0][1].load_images(device)
         latents, _ = new_latents(arms[0][1], images, cache_folder(), device)
         named_configs = [(arm.name, config) for arm, config in arms]
@@ -343,11 +346,18 @@ def run_ablate(options: argparse.Namespace) -> int:
         arms = [(arm, replace(config, steps=options.steps)) for arm, config in arms]
     jobs = jobs_of(arms, suites, options.seeds, options.out, options.features)
     fit_autoencoders(jobs, cache_folder(), device)
-    workers = options.workers or len(gpus) or os.cpu_count() or 1
-    run_jobs(jobs, options.out, workers, gpus or [str(device)], options.stop_above, about)
+    workers = options.workers or (len(devices) if device.type == "cuda" else cores())
+    run_jobs(jobs, options.out, workers, devices, options.stop_above, about)
     print((options.out / "ablation.md").read_text())
     print(f"look at {options.out / 'ablation.png'}")
     return 0
+
+
+def devices_of(device: torch.device) -> list[str]:
+    """What runs are shared out to: all GPUs where none of them was named."""
+    if device.type != "cuda" or device.index is not None:
+        return [str(device)]
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
 def base_of(words: Sequence[str], data: Path | None) -> tuple[TrainConfig, list[str]]:

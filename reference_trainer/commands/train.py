@@ -11,6 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from reference_trainer.manual import OFTEN, page
 
 if TYPE_CHECKING:
     from reference_trainer.config import TrainConfig
+    from reference_trainer.pretrained import FromDiffusers
+    from reference_trainer.run import RunFolder
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -125,6 +128,12 @@ def about_pretrained(config: TrainConfig) -> list[str]:
     return lines
 
 
+def noted_by(run: RunFolder, asked: FromDiffusers) -> FromDiffusers:
+    """A pretrained network as ``run`` has found it, if it was begun with that: the folder may be gone by now."""
+    noted = run.config().network if (run.root / "config.json").exists() else None
+    return noted if isinstance(noted, type(asked)) and asked.is_that_of(noted) else asked.found()
+
+
 def run_train(options: argparse.Namespace) -> int:
     """Train, evaluate, draw."""
     import torch
@@ -160,12 +169,12 @@ def run_train(options: argparse.Namespace) -> int:
     if options.show:
         print("\n".join(shlex.quote(option) for option in as_options(config)))
         return 0
-    config = config.found()
+    suffix = f"-{Path(options.data).name}" if options.data is not None else ""
+    run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
+    config = config.found(partial(noted_by, run))
     if os.environ.get("RANK", "0") == "0":
         for line in about_pretrained(config):
             print(line)
-    suffix = f"-{Path(options.data).name}" if options.data is not None else ""
-    run, device = RunFolder(options.run or Path("runs") / f"{name}{suffix}"), own_device(device_of(options.device))
     torch.set_num_threads(config.threads)
     ranks = Ranks.join(device)
     with contextlib.ExitStack() as held:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -28,6 +27,7 @@ from reference_trainer.evaluation.sets import (
 )
 from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, held_out_images
+from reference_trainer.machine import cores
 from reference_trainer.model import TrainedModel
 
 
@@ -115,5 +115,4 @@ def may_run_beside(model: TrainedModel, images: ImageSet, features: Features) ->
     be made for that or draw from torch's own generators.
     """
     of_the_users = isinstance(features, Imported) or isinstance(model.space.codec, Foreign)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return model.device.type == "cpu" and cores > 1 and not of_the_users and not isinstance(images, StoredImages)
+    return model.device.type == "cpu" and cores() > 1 and not of_the_users and not isinstance(images, StoredImages)

@@ -49,7 +49,7 @@ class Logger:
         try:
             self.events = SummaryWriter(str(run.root / "tensorboard"), purge_step=start + 1)
         except OSError as error:
-            raise UserError(f"cannot write {run.root / 'tensorboard'}: {error.strerror}") from error
+            raise self._unwritable(error) from error
 
     def __enter__(self) -> Logger:
         return self
@@ -58,7 +58,11 @@ class Logger:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        self.events.close()
+        try:
+            self.events.close()
+        except OSError as error:
+            if kind is None:
+                raise self._unwritable(error) from error
 
     def advance(self) -> None:
         """One step done."""
@@ -67,11 +71,17 @@ class Logger:
     def log(self, step: int, row: dict[str, Any]) -> None:
         """``row``: numbers, and ``by_level`` with one list a quantity."""
         self.run.append_row(METRICS, {"step": step, **row, "seconds": round(time.monotonic() - self.started, 2)})
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                self.events.add_scalar(f"train/{name}", value, step)
-        for sigma, loss in zip(row["by_level"]["sigma"], row["by_level"]["consistency"], strict=True):
-            if loss is not None:
-                self.events.add_scalar(f"loss_at_sigma/{sigma:.3g}", loss, step)
+        try:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self.events.add_scalar(f"train/{name}", value, step)
+            for sigma, loss in zip(row["by_level"]["sigma"], row["by_level"]["consistency"], strict=True):
+                if loss is not None:
+                    self.events.add_scalar(f"loss_at_sigma/{sigma:.3g}", loss, step)
+        except OSError as error:
+            raise self._unwritable(error) from error
         shown = {"loss": f"{row['consistency'] + row['extra']:.3g}", "N": row["num_levels"], "c": f"{row['c']:.2g}"}
         self.bar.set_postfix(shown, refresh=False)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self.run.root / 'tensorboard'}: {error.strerror or error}")
