@@ -18,7 +18,7 @@ class Often(NamedTuple):
 
 OFTEN = (
     Often("steps", "4000", "training steps; a finished run stays as it is"),
-    Often("batch_size", "256", "samples a step (64 with --data)"),
+    Often("batch_size", "256", "samples a step (64 with --data, but for published presets)"),
     Often("seed", "0", "of weights, noise and order"),
     Often("learning_rate.lr", "0.003", "peak of the learning rate; learning_rate=ConstantLR(lr=1e-4) is the paper's"),
     Often("optimizer", "Adam()", "how gradients become steps (Muon() with --data, but for published presets)"),
@@ -28,12 +28,16 @@ OFTEN = (
     Often("autoencoder.latent_channels", "2", "of the autoencoder fitted here (4 with --data)"),
     Often("autoencoder.steps", "1100", "of its fit; None (with --data): until its held-out PSNR no longer rises"),
     Often("objective.distance", "geman_mcclure", "cauchy, pseudo_huber, squared_l2, PerToken(...), PerElement(...)"),
-    Often("objective.c.multiple", "0.7", "scale of the distance over the median residual; objective.c=ConstantC"),
+    Often(
+        "objective.c.multiple",
+        "0.7",
+        "of the median residual (2.0 with --data, but for published presets); c=ConstantC",
+    ),
     Often("objective.coupler", "exact", "pairing of noise and data; independent, Entropic(reg=...)"),
     Often("objective.gate", "AboveExplained(0.2)", "where the pairing is used; Above(3), everywhere"),
     Often("objective.teacher_input", "KeepCovariance()", "keeps the variance of the data from level to level; None"),
     Often("classes", "None", "ByClass trains by class, of class folders or a store with labels: sample --label"),
-    Often("clip.k", "4.0", "where outliers of the latents are cut; clip=None leaves them in"),
+    Often("clip.k", "4.0", "where outlying latents are cut (TukeyClip, 3.0, with --data); clip=None: nowhere"),
     Often("non_scaling_norm", "False", "norms without a learned scale"),
     Often("evaluate_every", "0", "steps between two looks at the samples; 0: only at the end"),
     Often("averages", "()", "more averages of the weights: Exponential(0.999), PowerFunction(sigma_rel=0.1)"),
