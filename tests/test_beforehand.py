@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +19,13 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageFolder
-from reference_trainer.errors import Terminated
+from reference_trainer.errors import Terminated, sigterm_raises
 from reference_trainer.evaluation import reference
-from reference_trainer.evaluation.beforehand import Broken, may_run_beside
+from reference_trainer.evaluation.beforehand import may_run_beside
 from reference_trainer.evaluation.evaluate import Evaluator, choose_features, evaluate
 from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.reference import Broken
+from reference_trainer.evaluation.sets import Drawn
 from reference_trainer.files import as_json
 from reference_trainer.model import load_model
 from reference_trainer.networks import DiT
@@ -112,6 +117,23 @@ def test_what_is_measured_beside_training_ends_with_it_at_its_next_batch(
     with pytest.raises(Broken):
         judge.beforehand()
     assert slow.calls <= 3  # tried, and a batch each of the two sets that are measured at once
+
+
+def test_a_stop_amid_an_evaluation_waits_for_the_batch_at_hand_and_no_more():
+    broken, calls = Event(), list[int]()
+
+    def features(pixels: Tensor) -> Tensor:
+        calls.append(len(pixels))
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        assert broken.wait(60)
+        return pixels.float()
+
+    model = SimpleNamespace(device=CPU, space=SimpleNamespace(decode=lambda latents: latents))
+    three = [torch.zeros(500, 2)] * 3
+    with pytest.raises(Terminated), sigterm_raises():
+        Drawn.of(model, features, {name: partial(iter, three) for name in "ab"}, broken=broken)  # type: ignore[arg-type]
+    assert calls in ([500], [500, 500])  # of each set at most one
 
 
 @pytest.mark.parametrize("ends", ["stopped", "terminated"])

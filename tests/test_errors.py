@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from reference_trainer import errors
 from reference_trainer.data.codecs import Foreign
 from reference_trainer.errors import Terminated, UserError, exit_status, printable
-from reference_trainer.evaluation.beforehand import Broken
 from reference_trainer.evaluation.features import Imported
+from reference_trainer.evaluation.reference import Broken
 from reference_trainer.evaluation.rows import attempt
 from reference_trainer.training.loop import _Stopped
 

@@ -151,8 +151,8 @@ def test_an_evaluation_puts_real_images_near_the_floor_and_noise_at_the_ceiling(
     """With a model that returns real held-out digits: every class must count, though the data are sorted by class."""
 
     class Copier(TrainedModel):
-        def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> torch.Tensor:
-            return self.latents_of(digits.held_out)
+        def latents(self, n: int, *_: object, first: int = 0, **__: object) -> torch.Tensor:
+            return self.latents_of(digits.held_out)[first : first + n]
 
     digits = ImageSet("digits", digits.pixels[::3], digits.labels[::3], digits.is_held_out[::3])
     space = LatentSpace.of(PixelSpace().build(1, {}), to_unit(digits.train))

@@ -188,8 +188,8 @@ class Blurs:
 class Perfect(TrainedModel):
     """Draws the training latents."""
 
-    def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> torch.Tensor:
-        return self.latents_of(training_images(small(60, 3)[0], seed=0))
+    def latents(self, n: int, *_: object, first: int = 0, **__: object) -> torch.Tensor:
+        return self.latents_of(training_images(small(60, 3)[0], seed=0))[first : first + n]
 
 
 def perfect(**options: object) -> tuple[ImageSet, Perfect]:
@@ -264,8 +264,8 @@ def test_where_only_samples_decode_their_distance_to_the_images_stands_and_the_o
             return torch.where(latents.abs().amax((1, 2, 3), keepdim=True) > 1.01, latents.clamp(-1, 1), torch.nan)
 
     class Wild(Perfect):
-        def latents(self, n: int, sigmas: tuple[float, ...], seed: int, batch_size: int = 250) -> torch.Tensor:
-            return 5 * super().latents(n, sigmas, seed)
+        def latents(self, n: int, *_: object, first: int = 0, **__: object) -> torch.Tensor:
+            return 5 * super().latents(n, first=first)
 
     images, model = perfect()
     space = replace(model.space, codec=Far())

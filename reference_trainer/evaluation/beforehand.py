@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -11,10 +11,9 @@ from torch import Tensor
 from reference_trainer.data.codecs import Foreign
 from reference_trainer.data.images import ImageSet
 from reference_trainer.data.stored import StoredImages
-from reference_trainer.errors import Stop
 from reference_trainer.evaluation.features import Features, Imported
 from reference_trainer.evaluation.kept import Kept
-from reference_trainer.evaluation.reference import Reference, gathered
+from reference_trainer.evaluation.reference import Reference, gathered, unbroken
 from reference_trainer.evaluation.rows import Missing, attempt, known
 from reference_trainer.evaluation.sets import (
     FITTED,
@@ -29,27 +28,6 @@ from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES, TrainingSet, held_out_images
 from reference_trainer.machine import cores
 from reference_trainer.model import TrainedModel
-
-
-class Broken(Stop):
-    """Ends a measurement that nobody waits for any more."""
-
-
-@dataclass(frozen=True)
-class Breakable:
-    """``features`` until ``broken`` is set: what asks for more then ends, at its next batch."""
-
-    features: Features
-    broken: Event
-
-    @property
-    def name(self) -> str:
-        return self.features.name
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        if self.broken.is_set():
-            raise Broken
-        return self.features(pixels)
 
 
 @dataclass(frozen=True)
@@ -83,13 +61,12 @@ class Beforehand:
             Broken: ``broken`` was set meanwhile.
         """
         train, held_out = TrainingSet.of(images, seed, n, model.device), held_out_images(images, seed)
-        asked = features if broken is None else Breakable(features, broken)
-        found = Reference.of(model, train, asked, kept_of(cache, train, features))
-        reference = replace(found, features=features)
-        held_out_real = attempt(lambda: gathered(asked, held_out.split(BATCH)))
+        broken = broken or Event()
+        reference = Reference.of(model, train, features, kept_of(cache, train, features), broken)
+        held_out_real = attempt(lambda: gathered(features, unbroken(held_out.split(BATCH), broken)))
         rows, of_latents = Rows(), Rows()
         if bounds:
-            drawn = Drawn.of(model, asked, without_training(model, reference, seed))
+            drawn = Drawn.of(model, features, without_training(model, reference, seed), broken=broken)
             decoded = reference.fitted is reference.images  # of a store, of which no latent is changed
             vectors = drawn.vectors | ({} if decoded else {FITTED: reference.fitted})
             rows = image_rows(vectors, reference, held_out_real)

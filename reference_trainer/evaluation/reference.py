@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from reference_trainer.data.latents import encode
 from reference_trainer.data.stored import StoredImages
-from reference_trainer.errors import UserError
+from reference_trainer.errors import STOPS, Stop, UserError
 from reference_trainer.evaluation.features import Features, vectors_of
 from reference_trainer.evaluation.kept import Kept
 from reference_trainer.evaluation.latent_space import Components
@@ -55,7 +56,13 @@ class Reference:
     """Of what has the features ``fitted``, dB."""
 
     @staticmethod
-    def of(model: TrainedModel, train: TrainingSet, features: Features, kept: Kept | None = None) -> Reference:
+    def of(
+        model: TrainedModel,
+        train: TrainingSet,
+        features: Features,
+        kept: Kept | None = None,
+        broken: Event | None = None,
+    ) -> Reference:
         """Of the training images ``train``.
 
         They go through the features twice, as they are and encoded and decoded, those of a store once; those whose
@@ -63,9 +70,12 @@ class Reference:
 
         Args:
             kept: where the statistics of a run before are found, and those of this one left.
+            broken: once it is set, nothing more is encoded, decoded or measured.
+        Raises:
+            Broken: it was set meanwhile.
         """
-        stored = isinstance(train.images, StoredImages)
-        raw = attempt(lambda: train.raw_latents(model.space.codec))
+        stored, broken = isinstance(train.images, StoredImages), broken or Event()
+        raw = attempt(lambda: torch.cat([*unbroken(train.raw_latents(model.space.codec), broken)]))
         latents = attempt(lambda: model.space.normalise(known(raw)))
         trained_on = attempt(lambda: model.space.normalise(model.config.prepare_latents(known(raw))))
         near: list[float] = []  # the pixels are let go once their PSNR is known
@@ -77,23 +87,23 @@ class Reference:
             return found
 
         def of_all() -> Statistics:
-            return gathered(features, chain(train.first.split(BATCH), train.rest()))
+            return gathered(features, unbroken(chain(train.first.split(BATCH), train.rest()), broken))
 
         def fitted() -> Statistics:
-            pixels = decoded(model, trained_on)
+            pixels = torch.cat([*unbroken(images_of(model, trained_on), broken)])
             near.append(psnr(train.first, pixels))
-            return gathered(features, pixels.split(BATCH))
+            return gathered(features, unbroken(pixels.split(BATCH), broken))
 
         makers: dict[str, Callable[[], Statistics]] = {"images": images, "fitted": fitted}
         if stored and not _changed(latents, trained_on):
             del makers["fitted"]
-        there = at_once(makers, "features of the reference")
+        there = at_once(makers, "features of the reference", broken)
         if stored:
             first = reconstructions = there["images"]
             there = {"fitted": first} | there
         else:
             first = attempt(lambda: _untouched(model, known(latents), trained_on, there["fitted"], features))
-            reconstructions = attempt(lambda: _with_the_rest(model, known(first), train, features, kept))
+            reconstructions = attempt(lambda: _with_the_rest(model, known(first), train, features, kept, broken))
         return Reference(
             features=features,
             count=train.count,
@@ -129,7 +139,7 @@ def _untouched(
 
 
 def _with_the_rest(
-    model: TrainedModel, first: Statistics, train: TrainingSet, features: Features, kept: Kept | None
+    model: TrainedModel, first: Statistics, train: TrainingSet, features: Features, kept: Kept | None, broken: Event
 ) -> Statistics:
     """The features of the reconstructions of all of ``train``, where ``first`` are those of its first images."""
     if train.count == len(train.first):
@@ -139,7 +149,7 @@ def _with_the_rest(
         return decoded(model, model.space.normalise(encode(model.space.codec, pixels, model.device)))
 
     def rest() -> Statistics:
-        return gathered(features, map(reconstructed, train.rest()))
+        return gathered(features, map(reconstructed, unbroken(train.rest(), broken)))
 
     return first.merged(kept.also(reconstructed(train.first[:4])).once(rest) if kept else rest())
 
@@ -167,13 +177,38 @@ def decoded(model: TrainedModel, latents: Tensor | Missing) -> Tensor:
     return model.space.decode(known(latents).to(model.device))
 
 
-def at_once(makers: Mapping[str, Callable[[], T]], what: str) -> dict[str, T | Missing]:
+class Broken(Stop):
+    """Ends a measurement that nobody waits for any more."""
+
+
+def unbroken(parts: Iterable[T], broken: Event) -> Iterator[T]:
+    """``parts`` as long as ``broken`` is not set.
+
+    Raises:
+        Broken: it was.
+    """
+    for part in parts:
+        if broken.is_set():
+            raise Broken
+        yield part
+
+
+def at_once(makers: Mapping[str, Callable[[], T]], what: str, broken: Event | None = None) -> dict[str, T | Missing]:
     """What each of ``makers`` returns, or why it does not; two at a time, under a bar that says ``what``.
 
     Each is a function of its own, without ambient randomness, so two at a time change no digit; code of the user's,
     which need not be, is entered by one of them at a time.
+
+    Args:
+        broken: set when a stop comes, for makers that look at it: the pool waits for them.
     """
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(attempt, makers.values())
-        bar = tqdm(found, desc=what, unit="set", total=len(makers), leave=False, delay=2)
-        return dict(zip(makers, bar, strict=True))
+        try:
+            found = pool.map(attempt, makers.values())
+            bar = tqdm(found, desc=what, unit="set", total=len(makers), leave=False, delay=2)
+            return dict(zip(makers, bar, strict=True))
+        except STOPS:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if broken is not None:
+                broken.set()
+            raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from threading import Event
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from reference_trainer.evaluation.features import Features, scales_kernel
 from reference_trainer.evaluation.latent_space import Components, compare_latents
-from reference_trainer.evaluation.reference import Reference, at_once, decoded, gathered, images_of
+from reference_trainer.evaluation.reference import Reference, at_once, decoded, gathered, images_of, unbroken
 from reference_trainer.evaluation.rows import Missing, Row, attempt, known, measure, split_rows, to_reconstructions
 from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.training_set import BATCH, MAX_IMAGES
@@ -30,8 +31,7 @@ ORDER = (*SAMPLES, FITTED, HELD_OUT, HALVES, GAUSSIAN, CEILING)
 """Of the table's rows."""
 LATENTS = "latents"
 Rows = dict[str, Row | Missing]
-Makers = dict[str, Callable[[], Tensor]]
-More = Mapping[str, Callable[[], Iterator[Tensor]]]
+Makers = Mapping[str, Callable[[], Iterator[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,33 @@ class Drawn:
     """Of these and of what was drawn behind them."""
 
     @staticmethod
-    def of(model: TrainedModel, features: Features, makers: Makers, more: More | None = None) -> Drawn:
-        """``makers`` give the latents, normalised; ``more`` those behind them, by name, which are not kept."""
-        latents = at_once(makers, "samples")
+    def of(
+        model: TrainedModel,
+        features: Features,
+        makers: Makers,
+        more: Makers | None = None,
+        broken: Event | None = None,
+    ) -> Drawn:
+        """``makers`` give the latents, normalised, part by part; ``more`` those behind them, which are not kept.
+
+        Args:
+            broken: once it is set, nothing more is drawn, decoded or measured.
+        Raises:
+            Broken: it was set meanwhile.
+        """
+        broken = broken or Event()
+
+        def drawn(make: Callable[[], Iterator[Tensor]]) -> Tensor:
+            return torch.cat([*unbroken(make(), broken)])
+
+        latents = at_once({name: partial(drawn, make) for name, make in makers.items()}, "samples", broken)
 
         def vectors(name: str) -> Statistics:
             behind = map(partial(decoded, model), (more or {}).get(name, lambda: iter(()))())
-            return gathered(features, chain(images_of(model, latents[name]), behind))
+            return gathered(features, unbroken(chain(images_of(model, latents[name]), behind), broken))
 
-        return Drawn(latents, at_once({name: partial(vectors, name) for name in latents}, "features of the samples"))
+        sets = {name: partial(vectors, name) for name in latents}
+        return Drawn(latents, at_once(sets, "features of the samples", broken))
 
     def __or__(self, other: Drawn) -> Drawn:
         """Those of both."""
@@ -60,15 +78,19 @@ class Drawn:
 
 
 def samplers(model: TrainedModel, n: int, seed: int) -> Makers:
-    """What draws n latents at 1 and at 2 network evaluations."""
+    """What draws n latents at 1 and at 2 network evaluations, ``BATCH`` at a time."""
+    labels = None if model.classes is None else model.classes.proportional(n, seed)
 
-    def draw(evaluations: int) -> Tensor:
-        return model.latents(n, model.sigmas(evaluations), seed)
+    def draw(evaluations: int) -> Iterator[Tensor]:
+        sigmas = model.sigmas(evaluations)
+        for first in range(0, n, BATCH):
+            own = None if labels is None else labels[first : first + BATCH]
+            yield model.latents(min(BATCH, n - first), sigmas, seed, labels=own, first=first)
 
     return {name: partial(draw, i + 1) for i, name in enumerate(SAMPLES)}
 
 
-def further_samples(model: TrainedModel, n: int, seed: int) -> More:
+def further_samples(model: TrainedModel, n: int, seed: int) -> Makers:
     """What draws those behind the first ``MAX_IMAGES`` of n, ``BATCH`` at a time."""
 
     labels = None if model.classes is None else model.classes.proportional(max(0, n - MAX_IMAGES), seed + 1)
@@ -87,7 +109,7 @@ def without_training(model: TrainedModel, reference: Reference, seed: int) -> Ma
     generator = torch.Generator().manual_seed(seed)
     noise = 0.5 * torch.randn(min(reference.count, MAX_IMAGES), *model.shape, generator=generator)
     gaussian = attempt(lambda: known(reference.components).draw(tuple(noise.shape), generator))
-    return {GAUSSIAN: lambda: known(gaussian), CEILING: lambda: noise}
+    return {GAUSSIAN: lambda: iter([known(gaussian)]), CEILING: lambda: iter([noise])}
 
 
 def image_rows(

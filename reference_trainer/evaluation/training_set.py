@@ -82,9 +82,10 @@ class TrainingSet:
         there = len(images.store.latents("train")) if isinstance(images, StoredImages) else images.num_train
         return TrainingSet(images, first, max(len(first), min(n, there)), seed, device or torch.device("cpu"))
 
-    def raw_latents(self, codec: Codec) -> Tensor:
-        """Those of ``first``, see ``raw_latents``; ``codec`` is on ``device``."""
-        return raw_latents(self.images, _first_places(self.images, self.seed, len(self.first)), codec, self.device)
+    def raw_latents(self, codec: Codec) -> Iterator[Tensor]:
+        """Those of ``first``, see ``raw_latents``, ``BATCH`` at a time; ``codec`` is on ``device``."""
+        for places in _first_places(self.images, self.seed, len(self.first)).split(BATCH):
+            yield raw_latents(self.images, places, codec, self.device)
 
     def rest(self) -> Iterator[Tensor]:
         """The images behind ``first``, ``BATCH`` at a time."""
