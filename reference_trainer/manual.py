@@ -23,7 +23,7 @@ OFTEN = (
     Often("learning_rate.lr", "0.003", "peak of the learning rate; learning_rate=ConstantLR(lr=1e-4) is the paper's"),
     Often("optimizer", "Adam()", "how gradients become steps (Muon() with --data, but for published presets)"),
     Often("network.width", "128", "of the transformer; network=UNet(...) for a U-Net"),
-    Often("network.patch", "4", "side of a token (2 with --data)"),
+    Often("network.patch", "4", "side of a token (2 with --data, but for published presets)"),
     Often("statistics", "None", "GivenStatistics(...) normalises latents by these, for network=FromDiffusers(...)"),
     Often("autoencoder.latent_channels", "2", "of the autoencoder fitted here (4 with --data)"),
     Often("autoencoder.steps", "1100", "of its fit; None (with --data): until its held-out PSNR no longer rises"),
@@ -50,9 +50,9 @@ EXAMPLES = """\
   python -m reference_trainer ilct steps=1000 --out runs/brief
   python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'
   python -m reference_trainer --data photos data.resolution=128 autoencoder.latent_channels=8
-  python -m reference_trainer --data photos autoencoder="DiffusersAutoencoder(name='stabilityai/sd-vae-ft-ema')"
-  python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')"
-  python -m reference_trainer --data photos network="FromDiffusers(name='path/to/pipeline')"
+  python -m reference_trainer --data photos autoencoder="DiffusersAutoencoder(name='...')" --out runs/photos-sd
+  python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')" --out runs/photos-mine
+  python -m reference_trainer --data photos network="FromDiffusers(name='path/to/pipeline')" --out runs/photos-tuned
   python -m reference_trainer celebahq paper network=DIT_B2 --show
   python -m reference_trainer train --fields objective.c     what there is to choose, with every number
   python -m reference_trainer --out runs/photos              go on with a run as it is configured"""
