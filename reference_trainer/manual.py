@@ -50,9 +50,9 @@ EXAMPLES = """\
   python -m reference_trainer ilct steps=1000 --out runs/brief
   python -m reference_trainer paper objective.gate='Above(3)' objective.c='MeasuredC(multiple=0.5)'
   python -m reference_trainer --data photos data.resolution=128 autoencoder.latent_channels=8
-  python -m reference_trainer --data photos autoencoder="DiffusersAutoencoder(name='...')" --out runs/photos-sd
-  python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')" --out runs/photos-mine
-  python -m reference_trainer --data photos network="FromDiffusers(name='path/to/pipeline')" --out runs/photos-tuned
+  python -m reference_trainer --data photos autoencoder="DiffusersAutoencoder(name='path/to/vae')" --out runs/sd
+  python -m reference_trainer --data photos autoencoder="PretrainedAutoencoder(load='my_vae:load')" --out runs/mine
+  python -m reference_trainer --data photos network="FromDiffusers(name='path/to/it')" --out runs/tuned
   python -m reference_trainer celebahq paper network=DIT_B2 --show
   python -m reference_trainer train --fields objective.c     what there is to choose, with every number
   python -m reference_trainer --out runs/photos              go on with a run as it is configured"""
