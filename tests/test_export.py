@@ -258,7 +258,18 @@ def test_weights_that_give_other_samples_are_not_written(tmp_path: Path, monkeyp
         next(network.parameters()).data.mul_(1.01)
 
     monkeypatch.setattr(stock, "_fill", spoilt)
-    with pytest.raises(UserError, match="differ from the run's by"):
+    with pytest.raises(UserError, match=r"differ from the run's by"):
+        export(trained(TOKENS), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("found", [[1e-6, float("nan")], [float("nan"), 1e-6], [1e-6, float("inf")]])
+def test_a_difference_that_is_no_number_is_no_small_one(
+    found: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured = iter(found)
+    monkeypatch.setattr(folder, "differences", lambda *_: next(measured))
+    with pytest.raises(UserError, match=r"differ from the run's by (nan|inf): nothing is written"):
         export(trained(TOKENS), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
