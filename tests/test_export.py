@@ -204,6 +204,24 @@ def test_labels_that_are_none_are_refused():
         pipeline_of(trained(TOKEN))[0](class_labels=1)
 
 
+def test_without_labels_classes_come_in_the_proportions_of_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = trained(TOKEN, classes=3)
+    assert model.classes is not None
+    export(replace(model, classes=replace(model.classes, counts=(30, 0, 10))), tmp_path / "out")
+    pipe = opened(tmp_path / "out", monkeypatch)
+    counts = torch.bincount(pipe._labels(None, 4000, generator()), minlength=3)
+    assert int(counts[1]) == 0
+    assert int(counts[0]) == pytest.approx(3000, abs=150)
+    index = tmp_path / "out" / "model_index.json"
+    about = json.loads(index.read_text())
+    del about["class_counts"]  # as folders were written before
+    index.write_text(json.dumps(about))
+    counts = torch.bincount(opened(tmp_path / "out", monkeypatch)._labels(None, 3000, generator()), minlength=3)
+    assert int(counts.min()) > 850
+
+
 # What is refused
 
 

@@ -143,6 +143,7 @@ def pipeline_of(model: TrainedModel) -> tuple[FewStepPipeline, tuple[tuple[float
         time_scale=config.network.time_scale if isinstance(config.network, DiT) else 1.0,
         guidance_scale=1.0 if config.classes is None else config.classes.guidance,
         num_classes=classes,
+        class_counts=None if model.classes is None else list(model.classes.counts),
         id2label=None if model.classes is None else {str(i): name for i, name in enumerate(model.classes.names)},
         timesteps=timesteps,
         **about_vae,
