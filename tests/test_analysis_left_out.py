@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +83,29 @@ def test_a_run_without_checkpoint_is_refused(tiny, tmp_path, capsys):
     for script, option in ((td_outliers, ["--run"]), (loss_shapes, ["--run"]), (c_schedules, [])):
         assert call(script, *option, tmp_path, "--out", tmp_path / "out") == 2
         assert "train it first" in capsys.readouterr().err
+
+
+def test_images_that_changed_since_the_run_are_refused_and_not_measured_under_its_name(
+    tiny, noise_folder, tmp_path, capsys
+):
+    run = RunFolder(shutil.copytree(tiny[0].root, tmp_path / "run"))
+    photos = Path(shutil.copytree(noise_folder, tmp_path / "photos"))
+    config = json.loads((run.root / "config.json").read_text())
+    config["data"]["path"] = str(photos)
+    (run.root / "config.json").write_text(json.dumps(config))
+    asked = ["--samples", 50, "--images", 10, "--out", tmp_path / "out"]
+    assert call(td_outliers, "--run", run.root, *asked) == 0
+    Image.new("RGB", (8, 8), "red").save(photos / "07.png")
+    for script, words in (
+        (td_outliers, ["--run", run.root]),
+        (loss_shapes, ["--run", run.root]),
+        (c_schedules, [run.root]),
+    ):
+        assert call(script, *words, *asked) == 2
+        assert "but other pixels" in capsys.readouterr().err
+    assert call(td_outliers, "--run", run.root, "--data", tmp_path / "photos", *asked) == 2  # the same, named
+    others = photos.rename(tmp_path / "others")
+    assert call(td_outliers, "--run", run.root, "--data", others, *asked) == 0
 
 
 def coloured(images):
@@ -211,8 +233,9 @@ def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
     assert len(td_outliers.measure(space)["td"]["by_level"]) == int((counts > 0).sum())
 
 
-def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = SimpleNamespace(config=flow_map())
-    monkeypatch.setattr(runs, "load_model", lambda run, device: model)
+def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    with run.locked():
+        run.claim(flow_map())
     with pytest.raises(UserError, match="is a run of a FlowMapObjective: temporal differences are of consistency"):
-        runs.trained_run(RunFolder(tmp_path), 100, torch.device("cpu"))
+        runs.trained_run(run, 100, torch.device("cpu"))
