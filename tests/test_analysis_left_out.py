@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from test_analysis import CPU, HALVED, Doubling, call
 
-from analysis import c_schedules, loss_shapes, runs, td_outliers, values
+from analysis import c_schedules, inputs, loss_shapes, runs, td_outliers, values, variance
+from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
 from reference_trainer.presets import flow_map
@@ -106,6 +108,19 @@ def test_images_that_changed_since_the_run_are_refused_and_not_measured_under_it
     assert call(td_outliers, "--run", run.root, "--data", tmp_path / "photos", *asked) == 2  # the same, named
     others = photos.rename(tmp_path / "others")
     assert call(td_outliers, "--run", run.root, "--data", others, *asked) == 0
+
+
+@pytest.mark.parametrize("script", [td_outliers, variance])
+def test_an_autoencoder_of_a_run_on_grey_images_is_refused_for_coloured_ones(
+    script, noise_folder, tmp_path, monkeypatch, capsys
+):
+    codec = KLAutoencoder().build(1, KLAutoencoder()._network(1).state_dict())
+    monkeypatch.setattr(inputs, "load_model", lambda *_: SimpleNamespace(space=SimpleNamespace(codec=codec)))
+    words = ["--data", noise_folder, "--resolution", 8, "--autoencoder", tmp_path, "--out", tmp_path / "out"]
+    assert call(script, *words) == 2
+    said = capsys.readouterr().err
+    assert f"--autoencoder {tmp_path} does not take the images of {noise_folder.name}, which are 3 x 8 x 8" in said
+    assert said.count("\n") == 1
 
 
 def coloured(images):
