@@ -14,6 +14,7 @@ from PIL import Image
 from test_analysis import CPU, HALVED, Doubling, call
 
 from analysis import c_schedules, inputs, loss_shapes, runs, td_outliers, values, variance
+from analysis.command import require_writable
 from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
@@ -110,17 +111,41 @@ def test_images_that_changed_since_the_run_are_refused_and_not_measured_under_it
     assert call(td_outliers, "--run", run.root, "--data", others, *asked) == 0
 
 
-@pytest.mark.parametrize("script", [td_outliers, variance])
 def test_an_autoencoder_of_a_run_on_grey_images_is_refused_for_coloured_ones(
-    script, noise_folder, tmp_path, monkeypatch, capsys
+    noise_folder, tmp_path, monkeypatch, capsys
 ):
     codec = KLAutoencoder().build(1, KLAutoencoder()._network(1).state_dict())
     monkeypatch.setattr(inputs, "load_model", lambda *_: SimpleNamespace(space=SimpleNamespace(codec=codec)))
     words = ["--data", noise_folder, "--resolution", 8, "--autoencoder", tmp_path, "--out", tmp_path / "out"]
-    assert call(script, *words) == 2
+    assert call(td_outliers, *words) == 2
     said = capsys.readouterr().err
     assert f"--autoencoder {tmp_path} does not take the images of {noise_folder.name}, which are 3 x 8 x 8" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [td_outliers, c_schedules, loss_shapes, variance])
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    script, below, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("reference_trainer.data.images.Digits.load", lambda _: pytest.fail("images were loaded"))
+    (tmp_path / "file").write_text("")
+    assert call(script, "--out", tmp_path / "file" / below) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write to {tmp_path / 'file' / below}: " in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_not_there_yet_is_not_made_to_try_it(tmp_path, monkeypatch):
+    require_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+    def refused(dir):
+        raise PermissionError(13, f"Permission denied in {dir.name}")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(UserError, match=f"Permission denied in {tmp_path.name}; give another folder with --out"):
+        require_writable(tmp_path / "a" / "b")
 
 
 def coloured(images):
