@@ -258,6 +258,17 @@ def test_latents_that_are_nan_name_their_images(image_folder: Path, tmp_path: Pa
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2  # what was written stays
 
 
+def test_latents_that_are_all_nan_keep_nothing_and_the_mended_autoencoder_is_taken(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(Half, "factor", float("nan"))
+        with pytest.raises(UserError, match=r"test_encode:load gives NaN or infinite latents of each .*: mend it"):
+            encode(image_folder, tmp_path / "store")
+    assert not (tmp_path / "store" / CODEC).exists()
+    assert encode(image_folder, tmp_path / "store").count == 40
+
+
 def test_a_disk_that_fills_leaves_whole_shards(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     encode(image_folder, tmp_path / "whole")
     replace_file = Path.replace

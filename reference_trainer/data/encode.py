@@ -23,7 +23,7 @@ from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.index import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.latents import not_finite
-from reference_trainer.data.origin import Probe
+from reference_trainer.data.origin import Probe, name_of
 from reference_trainer.data.reading import ImageFiles, Notes, Source, identity_of, read, require_enough
 from reference_trainer.data.shards import (
     DTYPES,
@@ -202,7 +202,13 @@ def _codec(
         raise UserError(f"{shown(out)} has shards, but no {CODEC}: put it back, or delete that folder")
     images = images_to_fit(encoding, files, split_of(encoding, files))
     codec = encoding.autoencoder.fit(images, device, cache)
-    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
+    probe = Probe.of(codec, images.train, device)
+    if not len(probe.pixels):  # kept, it would have nothing to know a mended one by
+        raise UserError(
+            f"{name_of(codec)} gives NaN or infinite latents of each of the images it was tried on: mend it; nothing "
+            "is written"
+        )
+    save_codec(out, codec, probe, images.pixels.shape[1], recipe)
     return codec
 
 
