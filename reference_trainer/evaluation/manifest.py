@@ -77,11 +77,12 @@ def unlike(manifests: Mapping[str, Manifest | None]) -> list[str]:
 def in_words(manifest: Manifest) -> str:
     """A manifest in a line."""
     reference, features, samples = manifest["reference"], manifest["features"], manifest["samples"]
-    moved = ", moved to the moments of the data" if samples.get("matched") else ""
+    how = f", guidance {samples['guidance']:g}" if "guidance" in samples else ""
+    how += ", moved to the moments of the data" if samples.get("matched") else ""
     return (
         f"reference {reference['fingerprint']}, n {reference['n']}; features {features['digest']}, resize: "
         f"{features['resize']}, kernel {features['kernel']}; samples {samples['n']}, seed {samples['seed']}, "
-        f"{samples['average']}{moved}; version {manifest['code']}, {manifest['device']}"
+        f"{samples['average']}{how}; version {manifest['code']}, {manifest['device']}"
     )
 
 
