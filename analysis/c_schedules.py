@@ -105,7 +105,7 @@ def curves_of(run: RunFolder, trained: Trained, name: str, samples: int) -> tupl
     except UserError as error:  # too few images, or a network that gives NaN
         spread = []
         notes.append(f"{name}: no residuals: {error}")
-    rows = [row for row in run.metrics() if all(math.isfinite(row.get(key, math.nan)) for key in LOGGED)]
+    rows = [row for row in run.metrics() if all(is_finite(row.get(key)) for key in LOGGED)]
     if len(rows) < 2:
         notes.append(
             f"{name}: {len(rows) or 'no'} logged row{'s' * (len(rows) != 1)} in {run.root / METRICS}: no curve"
@@ -113,6 +113,11 @@ def curves_of(run: RunFolder, trained: Trained, name: str, samples: int) -> tupl
     logged = [(row["step"], row["r"], row["c"]) for row in rows]
     loss = [(row["step"], row["consistency"]) for row in rows]
     return RunCurves(name, spread, logged, loss, evaluations_of(run)), notes
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` of a log is a finite number: one that was NaN stands there as null."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def evaluations_of(run: RunFolder) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,10 +55,25 @@ def add_common(parser: argparse.ArgumentParser, samples: int = 4096) -> None:
 
 
 def check_common(options: argparse.Namespace) -> None:
-    """Refuse counts that cannot work."""
+    """Refuse counts that cannot work, and a folder that cannot be written."""
     for name, least in (("images", 1), ("samples", 20)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    require_writable(options.out)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse an ``--out`` that cannot be written before anything is measured for it; it is not made yet.
+
+    Raises:
+        UserError: just that.
+    """
+    try:
+        there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from error
 
 
 def run_command(

@@ -12,9 +12,9 @@ from torch import Tensor
 from reference_trainer.config import Data, TrainConfig
 from reference_trainer.data.codecs import Codec
 from reference_trainer.data.from_diffusers import looks_like_one
-from reference_trainer.data.images import ImageFolder, ImageSet
+from reference_trainer.data.images import ImageFolder, ImageSet, to_unit
 from reference_trainer.data.stored import LatentStore
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, one_line
 from reference_trainer.model import load_model
 from reference_trainer.options import autoencoder_option, override
 from reference_trainer.presets import PRESETS, on_data, photographs
@@ -31,6 +31,19 @@ class GivenAutoencoder:
         return f"GivenAutoencoder({self.name!r})"
 
     def fit(self, images: ImageSet, device: torch.device, cache: Path) -> Codec:
+        """It as it is, which two of ``images`` are tried on.
+
+        Raises:
+            UserError: it does not take them: it was made for others, such as grey ones.
+        """
+        try:
+            self.codec.encode(to_unit(images.train[:2]).to(device))
+        except RuntimeError as error:
+            shape = " x ".join(map(str, images.pixels.shape[1:]))
+            raise UserError(
+                f"--autoencoder {self.name} does not take the images of {images.name}, which are {shape} "
+                f"({one_line(error)[:200]}): give that of a run on such images"
+            ) from error
         return self.codec
 
     def build(self, image_channels: int, tensors: dict[str, Tensor]) -> Codec:

@@ -21,11 +21,12 @@ def trained_run(run: RunFolder, limit: int, device: torch.device) -> Trained:
     Raises:
         UserError: no run, no checkpoint, data that are gone or others by now, or no consistency function.
     """
-    model = load_model(run, device)
-    config = model.config
+    config = run.config()
     if not isinstance(config.objective, Objective):
         method = type(config.objective).__name__
         raise UserError(f"{run.root} is a run of a {method}: temporal differences are of consistency functions")
+    run.require_checkpoint()
     if isinstance(config.data, LatentStore):
-        return trained_on_store(model, run, config, limit, cache_folder())[0]
-    return trained_of(model, run, some_of_images(load_images(config.data), limit))
+        return trained_on_store(load_model(run, device), run, config, limit, cache_folder())[0]
+    images = load_images(config.data)
+    return trained_of(load_model(run, device, images), run, some_of_images(images, limit))

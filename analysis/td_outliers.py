@@ -140,15 +140,17 @@ def spaces_of(options: argparse.Namespace) -> tuple[list[Space], list[str]]:
         )
         return spaces, [about(images, limit), *left_out]
     run = RunFolder(options.run)
-    data = data_for(run.config(), options)
+    config = run.config()
+    run.require_checkpoint()
+    data = data_for(config, options)
     if isinstance(data, LatentStore):
-        config = replace(run.config(), data=data)
+        config = replace(config, data=data)
         space = run_on_store(run, config, limit, options.levels, options.samples, cache, device)
         return [space], [f"{data.path}: a store of latents"]
     images = load_images(data)
     some = some_of_images(images, limit)
-    own = data == run.config().data and some is images
-    space = run_space(run, some, own=own, num_levels=options.levels, count=options.samples, device=device)
+    whole = images if data == config.data else None
+    space = run_space(run, some, whole=whole, num_levels=options.levels, count=options.samples, device=device)
     if space.name == "pixels":
         return [space], [about(images, limit)]
     x, channels = normalised(to_unit(some.train))

@@ -245,16 +245,24 @@ def trained_of(model: TrainedModel, run: RunFolder, images: ImageSet) -> Trained
 
 
 def run_space(
-    run: RunFolder, images: ImageSet, *, own: bool, num_levels: int | None, count: int, device: torch.device
+    run: RunFolder,
+    images: ImageSet,
+    *,
+    whole: ImageSet | None,
+    num_levels: int | None,
+    count: int,
+    device: torch.device,
 ) -> Space:
     """The images in the space of a trained run, and its temporal differences, by default at the N it has reached.
 
     Args:
-        own: whether ``images`` are all of the run's own, so that its own noise level of the second evaluation is right.
+        whole: all of the run's own images as they are now, which ``images`` are or come from; None: they are others. If
+            they are all, the run's own noise level of the second evaluation is right.
     Raises:
-        UserError: no run, no checkpoint, or images it was not made for.
+        UserError: no run, no checkpoint, images it was not made for, or its own, which have changed since.
     """
-    model = load_model(run, device)
+    model = load_model(run, device, whole)
+    own = whole is images
     return space_of_run(model, trained_of(model, run, images), own=own, num_levels=num_levels, count=count)
 
 

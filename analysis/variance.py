@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before what a Python may lack is imported
 import torch
 from torch import Tensor
 
-from analysis.command import add_data, add_images, run_command
+from analysis.command import add_data, add_images, require_writable, run_command
 from analysis.drawing import draw_variance
 from analysis.inputs import GivenAutoencoder, configuration, load_images, some_of_images
 from reference_trainer.command import Parser
@@ -30,7 +30,7 @@ from reference_trainer.files import write_atomically
 from reference_trainer.machine import cache_folder, device_of
 from reference_trainer.plotting import save_figure
 from reference_trainer.run import RunFolder
-from reference_trainer.training.batches import Batches
+from reference_trainer.training.batches import Batches, check_batch_size
 from reference_trainer.training.start import new_latents
 from robustcm.gates import Gate, everywhere
 from robustcm.objective import Objective
@@ -77,6 +77,7 @@ def look(options: argparse.Namespace) -> int:
     """Measure, foretell, draw, say."""
     if options.images < 2:
         raise UserError(f"--images must be at least 2, got {options.images}")
+    require_writable(options.out)
     names = [root.name for root in options.runs]
     measured = {
         name if names.count(name) == 1 else str(root): measured_of(RunFolder(root))
@@ -100,8 +101,10 @@ def look(options: argparse.Namespace) -> int:
 
 def covariance_of(config: TrainConfig, limit: int, device: torch.device) -> tuple[CovarianceKept, Gate]:
     """How the latents of ``config`` vary, how their coupled noise goes with them, and where its gate lies."""
+    check_batch_size(config, limit)
     all_images = load_images(config.data)
     images = some_of_images(all_images, limit)
+    check_batch_size(config, images.num_train)  # before the autoencoder is fitted
     if not isinstance(images, StoredImages):  # fitted to all of them, as training has it
         codec = config.autoencoder.fit(all_images, device, cache_folder())
         config = replace(config, autoencoder=cast(Any, GivenAutoencoder(repr(config.autoencoder), codec)))

@@ -57,9 +57,8 @@ def require_matchable(model: TrainedModel, n: int) -> None:
     Raises:
         UserError: latents that are too large or too few for a covariance, or no two evaluations to draw.
     """
+    require_small(model.shape)
     d = math.prod(model.shape)
-    if d > MOST_ELEMENTS:
-        raise UserError(f"--match-moments: latents of {d} elements, and covariances are of {MOST_ELEMENTS} at most")
     if n <= d:
         raise UserError(f"--match-moments: {n} latents are too few for the covariance of {d} numbers")
     try:
@@ -67,6 +66,16 @@ def require_matchable(model: TrainedModel, n: int) -> None:
             model.sigmas(count)
     except ValueError as error:
         raise UserError(f"--match-moments: {error}") from error
+
+
+def require_small(shape: tuple[int, int, int]) -> None:
+    """See that latents of ``shape`` (ch, h, w) are not too large for a covariance.
+
+    Raises:
+        UserError: just that.
+    """
+    if (d := math.prod(shape)) > MOST_ELEMENTS:
+        raise UserError(f"--match-moments: latents of {d} elements, and covariances are of {MOST_ELEMENTS} at most")
 
 
 def save_moments(run: RunFolder, model: TrainedModel) -> None:

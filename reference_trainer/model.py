@@ -78,15 +78,9 @@ class TrainedModel:
         """The same, with another weight of guidance.
 
         Raises:
-            UserError: it was trained without classes, or without the samples that guidance needs.
+            UserError: see ``with_guidance``.
         """
-        if self.config.classes is None:
-            raise UserError("the run was trained without classes: leave --guidance out, or train with classes=ByClass")
-        try:
-            classes = replace(self.config.classes, guidance=weight)
-        except ValueError as error:
-            raise UserError(f"--guidance {weight:g}: {error}") from error
-        return replace(self, config=replace(self.config, classes=classes))
+        return replace(self, config=with_guidance(self.config, weight))
 
     def latents(
         self,
@@ -136,6 +130,20 @@ class TrainedModel:
     def images(self, n: int, sigmas: tuple[float, ...], seed: int, labels: Tensor | None = None) -> Tensor:
         """uint8 ``[n, ch, h, w]``; see ``latents``."""
         return self.space.decode(self.latents(n, sigmas, seed, labels=labels).to(self.device))
+
+
+def with_guidance(config: TrainConfig, weight: float) -> TrainConfig:
+    """That of a run, with another weight of guidance.
+
+    Raises:
+        UserError: it was trained without classes, or without the samples that guidance needs.
+    """
+    if config.classes is None:
+        raise UserError("the run was trained without classes: leave --guidance out, or train with classes=ByClass")
+    try:
+        return replace(config, classes=replace(config.classes, guidance=weight))
+    except ValueError as error:
+        raise UserError(f"--guidance {weight:g}: {error}") from error
 
 
 def load_model(

@@ -192,6 +192,15 @@ class RunFolder:
             raise UserError(f"no checkpoint in {files[0].parent} can be read: delete that folder to start again")
         return None
 
+    def require_checkpoint(self) -> None:
+        """See that there is one, readable or not, before images are loaded for it.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.checkpoints():
+            raise UserError(f"no checkpoint in {self.root}: train it first, with the same --out")
+
     def keep_rows_until(self, step: int, names: Sequence[str] = (METRICS, EVALUATIONS, BAD_STEPS)) -> None:
         """Drop the rows behind ``step`` of these files: the run goes on from there and will write them again."""
         for name in names:

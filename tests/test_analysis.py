@@ -256,7 +256,7 @@ def test_of_more_images_than_asked_for_the_autoencoder_is_still_that_of_all(
 def test_a_run_is_looked_at_with_the_gate_and_the_labels_it_trained_with(tiny):
     """Where the images are its own, the second evaluation is the run's, to the last bit."""
     run, images, config, _ = tiny
-    own = values.run_space(run, images, own=True, num_levels=5, count=50, device=CPU).levels
+    own = values.run_space(run, images, whole=images, num_levels=5, count=50, device=CPU).levels
     assert own.recognised == load_model(run, CPU).space.recognised_at
     labelled = replace(images, labels=torch.arange(40) % 3)
     trained = values.trained_of(load_model(run, CPU), run, labelled)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from test_analysis import CPU, HALVED, Doubling, call
 
-from analysis import c_schedules, loss_shapes, runs, td_outliers, values
+from analysis import c_schedules, inputs, loss_shapes, runs, td_outliers, values, variance
+from analysis.command import require_writable
+from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.errors import UserError
 from reference_trainer.model import load_model
 from reference_trainer.presets import flow_map
@@ -84,6 +86,66 @@ def test_a_run_without_checkpoint_is_refused(tiny, tmp_path, capsys):
     for script, option in ((td_outliers, ["--run"]), (loss_shapes, ["--run"]), (c_schedules, [])):
         assert call(script, *option, tmp_path, "--out", tmp_path / "out") == 2
         assert "train it first" in capsys.readouterr().err
+
+
+def test_images_that_changed_since_the_run_are_refused_and_not_measured_under_its_name(
+    tiny, noise_folder, tmp_path, capsys
+):
+    run = RunFolder(shutil.copytree(tiny[0].root, tmp_path / "run"))
+    photos = Path(shutil.copytree(noise_folder, tmp_path / "photos"))
+    config = json.loads((run.root / "config.json").read_text())
+    config["data"]["path"] = str(photos)
+    (run.root / "config.json").write_text(json.dumps(config))
+    asked = ["--samples", 50, "--images", 10, "--out", tmp_path / "out"]
+    assert call(td_outliers, "--run", run.root, *asked) == 0
+    Image.new("RGB", (8, 8), "red").save(photos / "07.png")
+    for script, words in (
+        (td_outliers, ["--run", run.root]),
+        (loss_shapes, ["--run", run.root]),
+        (c_schedules, [run.root]),
+    ):
+        assert call(script, *words, *asked) == 2
+        assert "but other pixels" in capsys.readouterr().err
+    assert call(td_outliers, "--run", run.root, "--data", tmp_path / "photos", *asked) == 2  # the same, named
+    others = photos.rename(tmp_path / "others")
+    assert call(td_outliers, "--run", run.root, "--data", others, *asked) == 0
+
+
+def test_an_autoencoder_of_a_run_on_grey_images_is_refused_for_coloured_ones(
+    noise_folder, tmp_path, monkeypatch, capsys
+):
+    codec = KLAutoencoder().build(1, KLAutoencoder()._network(1).state_dict())
+    monkeypatch.setattr(inputs, "load_model", lambda *_: SimpleNamespace(space=SimpleNamespace(codec=codec)))
+    words = ["--data", noise_folder, "--resolution", 8, "--autoencoder", tmp_path, "--out", tmp_path / "out"]
+    assert call(td_outliers, *words) == 2
+    said = capsys.readouterr().err
+    assert f"--autoencoder {tmp_path} does not take the images of {noise_folder.name}, which are 3 x 8 x 8" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [td_outliers, c_schedules, loss_shapes, variance])
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    script, below, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("reference_trainer.data.images.Digits.load", lambda _: pytest.fail("images were loaded"))
+    (tmp_path / "file").write_text("")
+    assert call(script, "--out", tmp_path / "file" / below) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write to {tmp_path / 'file' / below}: " in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_not_there_yet_is_not_made_to_try_it(tmp_path, monkeypatch):
+    require_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+    def refused(dir):
+        raise PermissionError(13, f"Permission denied in {dir.name}")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(UserError, match=f"Permission denied in {tmp_path.name}; give another folder with --out"):
+        require_writable(tmp_path / "a" / "b")
 
 
 def coloured(images):
@@ -211,8 +273,9 @@ def test_levels_with_few_samples_are_measured_but_not_drawn(tiny):
     assert len(td_outliers.measure(space)["td"]["by_level"]) == int((counts > 0).sum())
 
 
-def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = SimpleNamespace(config=flow_map())
-    monkeypatch.setattr(runs, "load_model", lambda run, device: model)
+def test_a_run_that_is_no_consistency_function_is_said(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    with run.locked():
+        run.claim(flow_map())
     with pytest.raises(UserError, match="is a run of a FlowMapObjective: temporal differences are of consistency"):
-        runs.trained_run(RunFolder(tmp_path), 100, torch.device("cpu"))
+        runs.trained_run(run, 100, torch.device("cpu"))

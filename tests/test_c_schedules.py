@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from analysis import c_schedules, drawing
+from reference_trainer.errors import UserError
 from reference_trainer.run import RunFolder
 from robustcm.scales import ConstantC, MeasuredC, PowerLawC
 
@@ -35,6 +38,20 @@ def test_evaluations_over_training_come_before_the_single_one_and_in_one_feature
 def curves(name, evaluations):
     spread = [(n, 1.0, 0.5) for n in c_schedules.STAGES]
     return drawing.RunCurves(name, spread, [(1, 1.0, 0.1), (2, 0.5, 0.1)], [(1, 2.0), (2, 1.0)], evaluations)
+
+
+def test_logged_rows_that_are_not_finite_are_left_out_of_the_curve(tmp_path):
+    def no_residuals(*_):
+        raise UserError("too few images")
+
+    run = RunFolder(tmp_path)
+    for step, r in ((10, 1.0), (20, math.nan), (30, 0.5)):  # NaN is null in the file
+        run.append_row("metrics.jsonl", {"step": step, "r": r, "c": 0.1, "consistency": 2.0})
+    run.append_row("metrics.jsonl", {"step": 40})
+    found, notes = c_schedules.curves_of(run, SimpleNamespace(residuals=no_residuals), "a", 20)
+    assert found.logged == [(10, 1.0, 0.1), (30, 0.5, 0.1)]
+    assert found.loss == [(10, 2.0), (30, 2.0)]
+    assert notes == ["a: no residuals: too few images"]
 
 
 def test_metrics_are_drawn_over_training_a_line_for_each_number_of_evaluations():

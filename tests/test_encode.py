@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reference_trainer.data import encode as encoding_module
 from reference_trainer.data.autoencoders import Autoencoder, KLAutoencoder, PixelSpace, PretrainedAutoencoder
-from reference_trainer.data.encode import Encoding, encode_folder
+from reference_trainer.data.encode import Encoding, encode_folder, images_to_fit, split_of
 from reference_trainer.data.images import ImageFolder, to_unit
 from reference_trainer.data.index import CODEC, INDEX, Index
 from reference_trainer.data.store import Store
@@ -258,6 +258,17 @@ def test_latents_that_are_nan_name_their_images(image_folder: Path, tmp_path: Pa
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2  # what was written stays
 
 
+def test_latents_that_are_all_nan_keep_nothing_and_the_mended_autoencoder_is_taken(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(Half, "factor", float("nan"))
+        with pytest.raises(UserError, match=r"test_encode:load gives NaN or infinite latents of each .*: mend it"):
+            encode(image_folder, tmp_path / "store")
+    assert not (tmp_path / "store" / CODEC).exists()
+    assert encode(image_folder, tmp_path / "store").count == 40
+
+
 def test_a_disk_that_fills_leaves_whole_shards(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     encode(image_folder, tmp_path / "whole")
     replace_file = Path.replace
@@ -282,3 +293,43 @@ def test_many_images_fit_an_autoencoder_on_some(
     monkeypatch.setattr(encoding_module, "FIT_MOST", 12)
     assert encode(image_folder, tmp_path / "store", FITTED).count == 40
     assert "the autoencoder is fitted on 12 of 40 images" in capsys.readouterr().out
+
+
+def fitted_on(folder: Path, autoencoder: Autoencoder = FITTED) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the images that are fitted on where there are many, and all names in the order of a folder."""
+    asked = encoding(folder, autoencoder)
+    files = asked.source.open()
+    names = images_to_fit(asked, files, split_of(asked, files)).names
+    return names or (), tuple(map(files.name, range(len(files))))
+
+
+@pytest.mark.parametrize("broken", [(), (0,), (9,), (3, 4, 17), (12, 38)])
+def test_nothing_that_is_held_out_is_fitted_on_whatever_cannot_be_read(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...]
+):
+    files = sorted(image_folder.iterdir())
+    for number in broken:
+        files[number].write_bytes(b"no image")
+    in_store = ImageFolder(path=str(image_folder), resolution=16).load()
+    trained = [name for name, held_out in zip(in_store.names or (), in_store.is_held_out, strict=True) if not held_out]
+    monkeypatch.setattr(encoding_module, "FIT_MOST", 12)
+    monkeypatch.setattr(encoding_module, "PIECE", 7)
+    fitted, names = fitted_on(image_folder)
+    assert len(fitted) == 12
+    assert set(fitted) <= set(trained)
+    if not broken:  # as it always was
+        places = [i for i in range(40) if i % 10 != 9]
+        assert fitted == tuple(names[places[3 * i]] for i in range(12))
+
+
+def test_an_autoencoder_that_is_not_fitted_reads_no_more_than_it_is_tried_on(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(encoding_module, "PIECE", 7)
+    seen = list[int]()
+    read = encoding_module.read
+    monkeypatch.setattr(
+        encoding_module, "read", lambda files, part, *more: seen.extend(part) or read(files, part, *more)
+    )
+    fitted_on(image_folder, HALF)
+    assert len(seen) == 7

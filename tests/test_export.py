@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.codecs import Foreign
+from reference_trainer.data.from_diffusers import Drawing
 from reference_trainer.data.gaussian_skip import GaussianSkip
 from reference_trainer.errors import UserError
 from reference_trainer.export import folder, stock
@@ -201,6 +204,24 @@ def test_labels_that_are_none_are_refused():
         pipeline_of(trained(TOKEN))[0](class_labels=1)
 
 
+def test_without_labels_classes_come_in_the_proportions_of_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = trained(TOKEN, classes=3)
+    assert model.classes is not None
+    export(replace(model, classes=replace(model.classes, counts=(30, 0, 10))), tmp_path / "out")
+    pipe = opened(tmp_path / "out", monkeypatch)
+    counts = torch.bincount(pipe._labels(None, 4000, generator()), minlength=3)
+    assert int(counts[1]) == 0
+    assert int(counts[0]) == pytest.approx(3000, abs=150)
+    index = tmp_path / "out" / "model_index.json"
+    about = json.loads(index.read_text())
+    del about["class_counts"]  # as folders were written before
+    index.write_text(json.dumps(about))
+    counts = torch.bincount(opened(tmp_path / "out", monkeypatch)._labels(None, 3000, generator()), minlength=3)
+    assert int(counts.min()) > 850
+
+
 # What is refused
 
 
@@ -258,7 +279,74 @@ def test_weights_that_give_other_samples_are_not_written(tmp_path: Path, monkeyp
         next(network.parameters()).data.mul_(1.01)
 
     monkeypatch.setattr(stock, "_fill", spoilt)
-    with pytest.raises(UserError, match="differ from the run's by"):
+    with pytest.raises(UserError, match=r"differ from the run's by"):
+        export(trained(TOKENS), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tiny_vae() -> AutoencoderKL:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=SHAPE[0])
+    return vae.eval().requires_grad_(False)
+
+
+class Halved(AutoencoderKL):
+    """As somebody's own: its latents are twice as large."""
+
+    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().decode(z / 2, *args, **kwargs)
+
+
+class Scaled:
+    """The same around one of diffusers."""
+
+    def __init__(self) -> None:
+        self.network = tiny_vae()
+
+    def decode(self, latents: Tensor) -> Any:
+        return self.network.decode(latents / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrap", [lambda vae: vae, lambda vae: Drawing(vae, 0)], ids=["mean", "sample"])
+def test_an_autoencoder_of_diffusers_goes_with_the_model_and_draws_the_run_s_images(
+    wrap: Callable[[Any], Any], dtype: torch.dtype, tmp_path: Path, rng: torch.Generator
+):
+    model = trained(TOKEN, codec=Foreign("x", wrap(tiny_vae().to(dtype))))
+    done, z = export(model, tmp_path / "out"), torch.randn(2, *SHAPE, generator=rng)
+    assert done.left_out == ""
+    ours = our_images(model, z, (80.0,), generator())
+    theirs = done.pipeline(latents=z, output_type="pt").images
+    torch.testing.assert_close(
+        theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5 if dtype is torch.float32 else 0.01
+    )
+
+
+@pytest.mark.parametrize("made", [Scaled, lambda: Halved.from_config(tiny_vae().config)], ids=["wrapper", "subclass"])
+def test_what_decodes_otherwise_than_the_one_of_diffusers_in_it_stays_outside(made: Callable[[], Any], tmp_path: Path):
+    done = export(trained(TOKEN, codec=Foreign("mine:load", made())), tmp_path / "out")
+    assert "mine:load is none of diffusers and stays outside" in done.left_out
+    assert not (tmp_path / "out" / "vae").exists()
+
+
+def test_images_that_differ_are_not_written_though_the_latents_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    vae = tiny_vae()
+    monkeypatch.setattr(vae, "decode", lambda latents: AutoencoderKL.decode(vae, -latents))
+    with pytest.raises(UserError, match=r"images differ from the run's by .* of 255 grey levels: nothing is written"):
+        export(trained(TOKEN, codec=Foreign("mine:load", vae)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("found", [[1e-6, float("nan")], [float("nan"), 1e-6], [1e-6, float("inf")]])
+def test_a_difference_that_is_no_number_is_no_small_one(
+    found: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured = iter(found)
+    monkeypatch.setattr(folder, "differences", lambda *_: next(measured))
+    with pytest.raises(UserError, match=r"differ from the run's by (nan|inf): nothing is written"):
         export(trained(TOKENS), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

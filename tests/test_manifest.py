@@ -73,6 +73,15 @@ def test_what_makes_figures_differ_makes_their_manifests_differ_and_says_in_what
     assert [line.partition(":")[0] for line in unlike({"a": made(), "b": made(n=20)})] == ["reference.n", "samples.n"]
 
 
+def test_samples_moved_to_the_moments_of_the_data_are_said_to_be_and_others_compare_with_earlier_versions():
+    images, model = small()
+    moved = evaluate(replace(model, moments={1: lambda x: x, 2: lambda x: x}), images, means())["manifest"]
+    plain = evaluate(model, images, means())["manifest"]
+    assert unlike({"a": plain, "b": moved}) == [f"samples.matched: {module.UNKNOWN} (a); True (b)"]
+    assert "matched" not in plain["samples"]  # as files of earlier versions have it
+    assert "moved to the moments of the data; version" in in_words(moved)
+
+
 def test_a_folder_that_was_moved_and_a_network_of_another_name_compare():
     moved = made(replace(means(), name="another name"))
     moved["reference"]["name"] = "elsewhere"

@@ -157,6 +157,25 @@ def test_what_cannot_be_matched_is_said_before_anything_is_encoded(
     assert "covariances are of 15 at most" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--guidance", "2"], "the run was trained without classes: leave --guidance out"),
+        (["--match-moments"], "covariances are of 15 at most"),
+        ([], "train it first, with the same --out"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_images_are_loaded(
+    run: RunFolder, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(TrainConfig, "load_images", lambda *_: pytest.fail("images were loaded"))
+    monkeypatch.setattr(matching, "MOST_ELEMENTS", 15)
+    if not words:
+        run.checkpoints()[0].unlink()
+    assert main(["evaluate", str(run.root), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_model_that_has_diverged_is_said(run: RunFolder):
     model = model_of(run)
     for weights in model.network.parameters():

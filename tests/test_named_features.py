@@ -62,11 +62,26 @@ class TakesNoFile(StandIn):
         raise RuntimeError("no internet connection\nand more lines")
 
 
+class Unpickles(StandIn):
+    """As those whose cached weights torch-fidelity has read by torch.load or torch.hub without weights_only."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: Any = None) -> None:
+        if feature_extractor_weights_path is None:
+            pytest.fail("unpickled")
+        super().__init__(name, features_list, feature_extractor_weights_path)
+
+
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch_fidelity, with a torch hub that holds nothing."""
     top, registry, inception = (ModuleType(f"torch_fidelity{name}") for name in ("", ".registry", INCEPTION_MODULE))
-    registry.FEATURE_EXTRACTORS_REGISTRY = {fidelity.INCEPTION: StandIn, "dinov2-vit-l-14": TakesNoFile}
+    kinds = {
+        fidelity.INCEPTION: StandIn,
+        "dinov2-vit-l-14": TakesNoFile,
+        "vgg16": Unpickles,
+        "clip-vit-b-32": Unpickles,
+    }
+    registry.FEATURE_EXTRACTORS_REGISTRY = kinds
     inception.URL_INCEPTION_V3 = URL
     top.registry = registry
     for module in (top, registry, inception):
@@ -102,6 +117,13 @@ def test_weights_come_from_a_file_and_grey_images_count_as_coloured(
     assert not scales_kernel(found)  # KID
     assert "FID" in found.name
     assert found.identity.resize == "to 12 px, bilinear as in TensorFlow 1, by torch-fidelity"
+
+
+@pytest.mark.usefixtures("package")
+def test_weights_that_would_be_unpickled_can_be_given_as_a_file(tmp_path: Path):
+    torch.save(weights(), tmp_path / "w.pth")
+    found = features_named(f"Fidelity(extractor='vgg16', weights='{tmp_path / 'w.pth'}')", CPU)
+    torch.testing.assert_close(vectors_of(GREY, found), expected())
 
 
 @pytest.mark.usefixtures("package")
@@ -151,6 +173,12 @@ def test_a_file_of_no_such_weights_is_a_line_and_not_unpickled(content: object, 
     [
         ("dinov2", r"dinov2-vit-l-14 has no weights \(RuntimeError no internet connection\): run it once where"),
         ("Fidelity(extractor='dinov2-vit-l-14', weights='FILE')", "takes no file for dinov2-vit-l-14"),
+        ("Fidelity(extractor='vgg16')", r"would unpickle .* of vgg16: give .*extractor='vgg16', weights='PATH'"),
+        (
+            "Fidelity(extractor='clip-vit-b-32')",
+            "clip-vit-b-32 .*unpickles .*: take inception or dinov2, or give .*TorchS",
+        ),
+        ("Fidelity(extractor='clip-vit-b-32', weights='FILE')", "clip-vit-b-32 .*: take inception or dinov2"),
         ("Fidelity(extractor='nope')", "has no extractor nope; it has inception-v3-compat"),
         ("Fidelity(layer='nope')", "has no layer nope; it has 64, 2048"),
         ("Fidelity(weights='/no/such.pth')", "cannot read weights from /no/such.pth"),

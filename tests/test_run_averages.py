@@ -268,7 +268,10 @@ def test_sampling_and_evaluating_by_average(
     assert not (root / "evaluation.json").exists()
 
     assert main(["evaluate", str(root), "--averages", "--device=cpu"]) == 0
-    lines, rows = capsys.readouterr().out.splitlines(), json.loads((root / "averages.json").read_text())
+    lines, found = capsys.readouterr().out.splitlines(), json.loads((root / "averages.json").read_text())
+    rows = found["rows"]
+    assert found["manifest"].pop("samples") == one["manifest"].pop("samples") | {"average": "each row's own"}
+    assert (found["step"], found["manifest"]) == (one["step"], one["manifest"])  # so figures of the two compare
     names = [row["average"] for row in rows]
     assert [f"Exponential(decay={decay})" for decay in (0.0, 0.5, 0.99)] == names[:3]
     assert [f"PowerFunction(sigma_rel={sigma_rel})" for sigma_rel in (0.05, 0.1, 0.2)] == names[3:]
@@ -303,8 +306,20 @@ def test_the_length_of_an_exponential_is_the_standard_deviation_of_what_it_count
 
 def test_what_was_left_out_is_not_drawn():
     row = {"average": "Exponential(decay=0.5)", "sigma_rel": 0.1, "1 evaluation": 3.0, "2 evaluations": None}
-    figure = draw_averages([row, {"average": "PowerFunction(sigma_rel=0.1)", "sigma_rel": 0.1, "left_out": "why"}])
-    assert [line.get_label() for line in figure.axes[0].lines] == ["1 evaluation, Exponential"]
+    manifest = {
+        "reference": {"fingerprint": "0123", "n": 36},
+        "features": {"name": "mine:$f_", "digest": "4567", "resize": "none", "kernel": "unscaled"},
+        "samples": {"n": 36, "seed": 8, "average": "each row's own", "guidance": 1.5},
+        "code": "0.1.0",
+        "device": "cpu",
+    }
+    left_out = {"average": "PowerFunction(sigma_rel=0.1)", "sigma_rel": 0.1, "left_out": "why"}
+    figure = draw_averages([row, left_out], manifest)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    assert [line.get_label() for line in ax.lines] == ["1 evaluation, Exponential"]
+    said = " ".join(figure.get_supxlabel().split())
+    assert all(word in said for word in ("in mine:$f_; reference 0123, n 36", "seed 8", "guidance 1.5"))
 
 
 def test_averages_are_typed_alone_or_in_brackets_and_survive_json():

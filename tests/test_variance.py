@@ -10,6 +10,7 @@ import torch
 
 from analysis.variance import in_groups, main, measured_of
 from reference_trainer.config import TrainConfig
+from reference_trainer.data.autoencoders import KLAutoencoder
 from reference_trainer.errors import UserError
 from reference_trainer.presets import flow_map, ilct
 from reference_trainer.run import RunFolder
@@ -64,6 +65,17 @@ def test_the_script_tells_it_of_the_digits_and_of_a_run(tmp_path: Path, capsys: 
     assert all(alone[name] < min(1, gated[name]) for name in alone)
     assert found["measured"]["run"]["levels"] == 41
     assert (out / "variance.png").stat().st_size > 10_000
+
+
+def test_too_few_images_for_a_batch_are_said_before_an_autoencoder_is_fitted(
+    tmp_path: Path, noise_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(KLAutoencoder, "fit", lambda *_: pytest.fail("fitted"))
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["--images", "100", *out]) == 2
+    assert "batch_size=256 is larger than the 100 training images" in capsys.readouterr().err
+    assert main(["--data", str(noise_folder), "--resolution", "8", *out]) == 2
+    assert "is larger than the 36 training images" in capsys.readouterr().err
 
 
 def test_runs_without_what_is_compared_are_refused_in_a_line(tmp_path: Path):

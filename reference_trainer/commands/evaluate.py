@@ -65,13 +65,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from reference_trainer.averages import check_average, in_file_name, read_average
+    from reference_trainer.data.origin import kept_shape
     from reference_trainer.evaluation.averages import evaluate_averages
     from reference_trainer.evaluation.evaluate import choose_features, evaluate, write_evaluation, write_report
     from reference_trainer.evaluation.table import as_table
     from reference_trainer.evaluation.training_set import MAX_IMAGES
     from reference_trainer.machine import cache_folder, device_of
-    from reference_trainer.matching import matched, require_matchable, save_moments, with_kept_moments
-    from reference_trainer.model import load_model
+    from reference_trainer.matching import matched, require_matchable, require_small, save_moments, with_kept_moments
+    from reference_trainer.model import load_model, with_guidance
     from reference_trainer.ranks import Ranks, own_device
     from reference_trainer.run import RunFolder
     from reference_trainer.training.start import latents_of_run
@@ -88,7 +89,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
     average = None if options.average is None else read_average(options.average)
     config = run.config()
     ranks = Ranks.join(device)
-    check_average(config, average)  # before the images are loaded
+    check_average(config, average)  # all before the images are loaded
+    run.require_checkpoint()
+    if options.guidance is not None:
+        with_guidance(config, options.guidance)
+    if options.match_moments:
+        require_small(kept_shape(run.space_file))
     torch.set_num_threads(config.threads)
     with ranks.first_leads():
         images = config.load_images(device)

@@ -23,7 +23,7 @@ from reference_trainer.data.gathered import gather, tidy
 from reference_trainer.data.images import ImageSet, to_unit
 from reference_trainer.data.index import CODEC, INDEX, Index, keep_statistics
 from reference_trainer.data.latents import not_finite
-from reference_trainer.data.origin import Probe
+from reference_trainer.data.origin import Probe, name_of
 from reference_trainer.data.reading import ImageFiles, Notes, Source, identity_of, read, require_enough
 from reference_trainer.data.shards import (
     DTYPES,
@@ -200,15 +200,50 @@ def _codec(
         )
     if shards_of(out):
         raise UserError(f"{shown(out)} has shards, but no {CODEC}: put it back, or delete that folder")
-    images = images_to_fit(encoding, files)
+    images = images_to_fit(encoding, files, split_of(encoding, files))
     codec = encoding.autoencoder.fit(images, device, cache)
-    save_codec(out, codec, Probe.of(codec, images.train, device), images.pixels.shape[1], recipe)
+    probe = Probe.of(codec, images.train, device)
+    if not len(probe.pixels):  # kept, it would have nothing to know a mended one by
+        raise UserError(
+            f"{name_of(codec)} gives NaN or infinite latents of each of the images it was tried on: mend it; nothing "
+            "is written"
+        )
+    save_codec(out, codec, probe, images.pixels.shape[1], recipe)
     return codec
 
 
-def images_to_fit(encoding: Encoding, files: ImageFiles) -> ImageSet:
+def split_of(encoding: Encoding, files: ImageFiles) -> tuple[list[int], list[int]]:
+    """Numbers of the files to train on, and of those held out, as the store will have them.
+
+    The store counts images that can be read. Where an autoencoder is fitted on some of many, all are read to know which
+    those are, or one would be fitted on images that are held out; where nothing is fitted, the files count.
+
+    Raises:
+        UserError: too few images can be read.
+    """
+    every, there = encoding.source.held_out_every, list(range(len(files)))
+    if isinstance(encoding.autoencoder, KLAutoencoder) and len(files) > FIT_MOST:
+        there = _readable(encoding, files)
+        require_enough(len(there), files.where, every)
+    return [i for place, i in enumerate(there) if place % every != every - 1], there[every - 1 :: every]
+
+
+def _readable(encoding: Encoding, files: ImageFiles) -> list[int]:
+    """Numbers of the files that will be in the store; a few are in memory at a time."""
+    there, notes = list[int](), encoding.source.notes()
+    with tqdm(total=len(files), desc="reading images to split them", unit="img", leave=False, delay=1) as bar:
+        for start in range(0, len(files), PIECE):
+            piece = range(start, min(start + PIECE, len(files)))
+            there += read(files, piece, encoding.source.resolution, notes)[1]
+            bar.update(len(piece))
+    return there
+
+
+def images_to_fit(encoding: Encoding, files: ImageFiles, split: tuple[Sequence[int], Sequence[int]]) -> ImageSet:
     """What the autoencoder is fitted on, or tried on: of many images some.
 
+    Args:
+        split: see ``split_of``.
     Raises:
         UserError: too few images, or none that can be read.
     """
@@ -219,8 +254,8 @@ def images_to_fit(encoding: Encoding, files: ImageFiles) -> ImageSet:
         pixels, kept = read(files, range(len(files)), source.resolution, notes)
         require_enough(len(kept), files.where, every)
         is_held_out = torch.arange(len(kept)) % every == every - 1
-    else:  # of files: which images are held out is known when all are read
-        trained = [i for i in range(len(files)) if i % every != every - 1]
+    else:
+        trained = split[0]
         chosen = [trained[i * len(trained) // most] for i in range(min(most, len(trained)))]
         pixels, kept = read(files, chosen, source.resolution, notes)
         is_held_out = torch.zeros(len(kept), dtype=torch.bool)

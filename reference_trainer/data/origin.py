@@ -219,6 +219,18 @@ class KeptSpace:
         return [] if self.origin is None else self.origin.changes(images, self.space.codec, device)
 
 
+def kept_shape(file: Path) -> tuple[int, int, int]:
+    """(ch, h, w) of the latents whose space is kept at ``file``; the autoencoder is not built for it.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    _, about = load_tensors(file)
+    with as_written(file):
+        ch, h, w = map(operator.index, about["shape"])
+    return ch, h, w
+
+
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 

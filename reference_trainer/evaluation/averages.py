@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from reference_trainer.config import TrainConfig
 from reference_trainer.data.images import ImageSet
 from reference_trainer.errors import UserError
 from reference_trainer.evaluation.features import Features
+from reference_trainer.evaluation.manifest import Manifest, in_words, manifest_of
 from reference_trainer.evaluation.metrics import frechet_distance
 from reference_trainer.evaluation.reference import Reference
 from reference_trainer.evaluation.rows import Missing, attempt, known
@@ -58,8 +60,8 @@ def evaluate_averages(
 ) -> Iterator[str]:
     """Frechet distances of the samples of each of ``candidates``, as lines to print while they come.
 
-    Noise and reference are the same for all, those of ``evaluate``. Writes averages.json and averages.png. What cannot
-    be had, or measured, stands with the reason.
+    Noise and reference are the same for all, those of ``evaluate``. Writes averages.json, the rows and how they were
+    measured, and averages.png. What cannot be had, or measured, stands with the reason.
 
     Args:
         model: of this run; its averaged weights are those of one row.
@@ -69,8 +71,11 @@ def evaluate_averages(
     checkpoint, config = run.latest_checkpoint(), model.config
     assert checkpoint is not None  # or there would be no model
     step, rows = checkpoint[0], list[Row]()
-    reference = Reference.of(model, TrainingSet.of(images, seed, device=model.device), features)
+    train = TrainingSet.of(images, seed, device=model.device)
+    reference = Reference.of(model, train, features)
     known(reference.images)
+    manifest = manifest_of(model, train, features)
+    manifest["samples"]["average"] = "each row's own"
     yield (
         f"step {step}, {reference.count} samples each, Frechet distance in {features.name} to the training images, and "
         "to their reconstructions (rec):"
@@ -87,8 +92,9 @@ def evaluate_averages(
             row["left_out"] = str(error)
         rows.append(row)
         yield _line(row)
-    write_atomically(run.root / "averages.json", (as_json(rows, indent=1) + "\n").encode())
-    picture = save_figure(draw_averages(rows), run.root / "averages.png")
+    found = {"step": step, "manifest": manifest, "rows": rows}
+    write_atomically(run.root / "averages.json", (as_json(found, indent=1) + "\n").encode())
+    picture = save_figure(draw_averages(rows, manifest), run.root / "averages.png")
     yield f"look at {picture}"
 
 
@@ -115,10 +121,10 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['average']:{NAME}}{shown}  {made}".rstrip()
 
 
-def draw_averages(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_averages(rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> Figure:
     """Frechet distance over the length of the average: power functions as a line, exponential ones as squares.
 
-    The weights themselves, of no length, as a dotted line.
+    The weights themselves, of no length, as a dotted line; below, how it was measured.
     """
     figure, axes = new_figure(1, width=6.4, height=4.2)
     ax = axes[0, 0]
@@ -136,5 +142,7 @@ def draw_averages(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if row["average"] == literal(NONE):
                 ax.axhline(row[name], color=colour, linestyle=":", linewidth=1.2, label=f"{name}, no average")
     ax.set(xscale="log", yscale="log", xlabel="sigma_rel of the average", ylabel="Frechet distance")
+    about = textwrap.fill(f"in {manifest['features']['name']}; {in_words(manifest)}", 105)
+    figure.supxlabel(about, fontsize=7, parse_math=False)  # there are names of the user's in it
     ax.legend(fontsize=8)
     return figure

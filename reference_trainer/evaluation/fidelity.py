@@ -25,6 +25,8 @@ from reference_trainer.evaluation.identity import INSIDE, Identity, digest_of
 INCEPTION = "inception-v3-compat"
 KNOWN_AS = {(INCEPTION, "2048"): "FID; kernel: KID", ("dinov2-vit-l-14", "dinov2"): "FD-DINOv2"}
 """Names by which the literature knows the Frechet distance of an extractor's layer."""
+BY_HUB, SCRIPTED = "dinov2-", "clip-"
+"""How extractors are called whose weights torch-fidelity has torch.hub load, or reads out of a TorchScript file."""
 BATCH = 50
 """Images at a time: the first layers of Inception make 30 MB of numbers of one."""
 
@@ -40,11 +42,12 @@ class Fidelity:
     """
 
     extractor: str = INCEPTION
-    """Its name there: inception-v3-compat, dinov2-vit-s-14, -b-14, -l-14, -g-14, vgg16, clip-vit-b-32, ..."""
+    """Its name there: inception-v3-compat, dinov2-vit-s-14, -b-14, -l-14, -g-14; vgg16, which needs ``weights``."""
     weights: str | None = None
-    """File of its weights, .pth or .safetensors, for an extractor that takes one, such as Inception; no object is
-    unpickled. None: what torch-fidelity keeps in the torch hub's cache, else downloads. With DINOv2's weights comes the
-    code of their repository, which torch.hub runs: use it if you trust that."""
+    """File of its weights, .pth or .safetensors, for an extractor that takes one: Inception, vgg16; no object is
+    unpickled. None: what torch-fidelity keeps in the torch hub's cache, else downloads, of Inception and DINOv2 alone.
+    With DINOv2's weights comes the code of their repository, which torch.hub runs, and which unpickles them: use it if
+    you trust that."""
     layer: str | None = None
     """Features it provides, by name; None: those of its Frechet distance."""
 
@@ -59,12 +62,13 @@ class Fidelity:
         """The extractor on ``device``; ``name``: what the user typed.
 
         Raises:
-            UserError: no package, no such extractor or layer, no weights.
+            UserError: no package, no such extractor or layer, no weights, or weights that would be unpickled.
         """
         where = f"--features {name}"
         registry = _package(where).FEATURE_EXTRACTORS_REGISTRY
         if self.extractor not in registry:
             raise UserError(f"{where}: torch-fidelity has no extractor {self.extractor}; it has {', '.join(registry)}")
+        self._require_safe(where)
         kind = registry[self.extractor]
         layers = tuple(kind.get_provided_features_list())
         layer = self.layer or kind.get_default_feature_layer_for_metric("fid")
@@ -82,6 +86,23 @@ class Fidelity:
             batch=BATCH,
             scaled=False,
         )
+
+    def _require_safe(self, where: str) -> None:
+        """Refuse weights that torch-fidelity would unpickle: whoever can write such a file can run code.
+
+        Raises:
+            UserError: just that.
+        """
+        if self.extractor.startswith(SCRIPTED):
+            raise UserError(
+                f"{where}: torch-fidelity reads the weights of {self.extractor} by a call that unpickles whatever lies "
+                "in its cache: take inception or dinov2, or give the network as a TorchScript file"
+            )
+        if self.weights is None and self.extractor != INCEPTION and not self.extractor.startswith(BY_HUB):
+            raise UserError(
+                f"{where}: torch-fidelity would unpickle the weights of {self.extractor}: give their file, "
+                f"\"Fidelity(extractor='{self.extractor}', weights='PATH')\", which is read without"
+            )
 
     def _built(self, kind: Any, layer: str, where: str) -> nn.Module:
         """The network; torch-fidelity would unpickle a file of weights, so that it is given one of ours."""

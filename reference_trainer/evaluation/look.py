@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.data.codecs import Codec, notes_of
-from reference_trainer.data.encode import Encoding, images_to_fit
+from reference_trainer.data.encode import Encoding, images_to_fit, split_of
 from reference_trainer.data.images import psnr_of_each, to_pixels, to_unit
 from reference_trainer.data.latents import not_finite, spread
 from reference_trainer.data.reading import Notes, read
@@ -67,11 +67,11 @@ def look_at(encoding: Encoding, picture: Path, device: torch.device, cache: Path
         UserError: see ``encode_folder``; latents or reconstructions that are not finite.
     """
     files = encoding.source.open()
-    images = images_to_fit(encoding, files)
+    split = split_of(encoding, files)
+    images = images_to_fit(encoding, files, split)
     codec = encoding.autoencoder.fit(images, device, cache)
-    every = encoding.source.held_out_every
-    held_out, held_out_files = images.held_out, range(every - 1, len(files), every)
-    of_train, of_held_out = len(files) - len(held_out_files), len(held_out_files)
+    held_out, held_out_files = images.held_out, split[1]
+    of_train, of_held_out = map(len, split)
     if not len(held_out):  # of many images only some were read, to train on
         chosen = spread(torch.arange(of_held_out), MOST_OF_A_SET).tolist()
         held_out = read(files, [held_out_files[i] for i in chosen], encoding.source.resolution, Notes())[0]

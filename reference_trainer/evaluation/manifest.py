@@ -47,6 +47,7 @@ def manifest_of(model: TrainedModel, train: TrainingSet, features: Features) -> 
             "nfe": [1, 2],
             "average": model.average or f"EMA, decay {model.config.ema_decay:g}",
             **({} if model.config.classes is None else {"guidance": model.config.classes.guidance}),
+            **({} if model.moments is None else {"matched": True}),  # else left out, as earlier versions do
         },
         "code": code_version(),
         "device": model.device.type,
@@ -76,10 +77,12 @@ def unlike(manifests: Mapping[str, Manifest | None]) -> list[str]:
 def in_words(manifest: Manifest) -> str:
     """A manifest in a line."""
     reference, features, samples = manifest["reference"], manifest["features"], manifest["samples"]
+    how = f", guidance {samples['guidance']:g}" if "guidance" in samples else ""
+    how += ", moved to the moments of the data" if samples.get("matched") else ""
     return (
         f"reference {reference['fingerprint']}, n {reference['n']}; features {features['digest']}, resize: "
         f"{features['resize']}, kernel {features['kernel']}; samples {samples['n']}, seed {samples['seed']}, "
-        f"{samples['average']}; version {manifest['code']}, {manifest['device']}"
+        f"{samples['average']}{how}; version {manifest['code']}, {manifest['device']}"
     )
 
 

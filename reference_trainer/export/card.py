@@ -103,7 +103,8 @@ def _about_classes(model: TrainedModel) -> str:
         return ""
     return (
         f" `class_labels=[...]` asks for classes 0 to {len(model.classes.names) - 1}, whose names are `id2label` in "
-        f"model_index.json; `guidance_scale` is {model.config.classes.guidance:g} unless given."
+        "model_index.json; without it they are drawn as often as they were trained on (`class_counts`); "
+        f"`guidance_scale` is {model.config.classes.guidance:g} unless given."
     )
 
 

@@ -36,6 +36,7 @@ class FewStepPipeline(DiffusionPipeline):
         vae_tanh: what the ``vae`` gives is logits: images are tanh of so many times them; 0: it gives images.
         guidance_scale: weight w of guidance unless another is asked for; 1: none.
         num_classes: the network is told of; 0: none.
+        class_counts: training images of each, by which classes are drawn where none are asked for; None: all alike.
         id2label: their names.
         timesteps: indices into the scheduler's noise levels, for one evaluation, two, ...; as the run would take them.
     """
@@ -61,6 +62,7 @@ class FewStepPipeline(DiffusionPipeline):
         vae_tanh=0.0,
         guidance_scale=1.0,
         num_classes=0,
+        class_counts=None,
         id2label=None,
         timesteps=None,
     ):
@@ -79,6 +81,7 @@ class FewStepPipeline(DiffusionPipeline):
             vae_tanh=vae_tanh,
             guidance_scale=guidance_scale,
             num_classes=num_classes,
+            class_counts=class_counts,
             id2label=id2label,
             timesteps=timesteps,
         )
@@ -99,7 +102,8 @@ class FewStepPipeline(DiffusionPipeline):
         """Images.
 
         Args:
-            class_labels: one for all or one each; None: drawn from ``generator``, each class as often.
+            class_labels: one for all or one each; None: drawn from ``generator``, each class as often as among the
+                training images.
             guidance_scale: None: the model's.
             num_inference_steps: evaluations of the network, those with another label for guidance not counted.
             timesteps: of consistency models, in the place of those of the model; see the class.
@@ -170,7 +174,8 @@ class FewStepPipeline(DiffusionPipeline):
             return None
         if asked is None:
             device = generator.device if generator is not None else None
-            asked = torch.randint(classes, (count,), generator=generator, device=device)
+            shares = torch.tensor(self.config["class_counts"] or [1] * classes, dtype=torch.float32, device=device)
+            asked = torch.multinomial(shares, count, replacement=True, generator=generator)
         labels = torch.as_tensor(asked).reshape(-1).to(self._execution_device, torch.long)
         if len(labels) not in (1, count) or not ((labels >= 0) & (labels <= classes)).all():
             raise ValueError(f"class_labels must be 1 or {count} of 0 .. {classes - 1} ({classes}: none), got {asked}")
