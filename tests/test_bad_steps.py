@@ -267,6 +267,15 @@ def test_a_step_with_zeros_in_the_place_of_what_is_not_finite_is_taken(
     assert [name for name in zeroed if name.startswith(("network/", "ema/")) and not zeroed[name].equal(skipped[name])]
 
 
+def test_zeroing_bad_gradients_counts_them_and_no_number_of_them_ends_the_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(range(1, 13), monkeypatch)
+    folder = run(replace(config, optimizer=RAdam(on_nonfinite="zero")), tmp_path / "run")
+    assert folder.metrics()[-1]["bad_steps"] == 12
+    assert all(tensor.isfinite().all() for tensor in final(folder).values())
+
+
 @pytest.mark.parametrize("steps", [[1, 2, 4, 5, 7, 8, 10, 11], [4, 5, 11, 12], []])
 def test_fewer_than_most_bad_steps_in_a_row_end_no_run(steps: list[int], config: TrainConfig, tmp_path, monkeypatch):
     poison(steps, monkeypatch)
