@@ -1,16 +1,20 @@
-"""The benchmarks that read a run do so: on a tiny one, what they print and write is what they say."""
+"""The benchmarks do what they say: on a tiny run what they print and write, and what they take for a difference."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from reference_trainer.__main__ import main
+from reference_trainer.__main__ import main, parser
+from reference_trainer.commands.train import configuration
+from reference_trainer.presets import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -61,3 +65,29 @@ def test_second_sigma_marks_the_level_the_run_would_take(
     assert levels == sorted(levels, reverse=True)
     assert all(row["frechet"][0] == row["frechet"][1] for row in [one, *others])  # the same run twice
     assert capsys.readouterr().out.count("<-") == 1
+
+
+@pytest.fixture
+def same_losses(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("same_losses")
+
+
+def test_the_same_losses_are_asked_of_every_preset(same_losses: ModuleType):
+    cases = dict(same_losses.CASES)
+    assert "--data={images}" in cases.pop("folder")
+    assert cases.keys() == {preset.__name__ for preset in PRESETS}
+    for preset in PRESETS:
+        _, config = configuration(parser().parse_args(["train", *cases[preset.__name__]]))
+        assert config == replace(preset(), autoencoder=config.autoencoder)
+        assert getattr(config.autoencoder, "steps", 30) == 30
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(0.0, -0.0), (1, True), (1, 1.0), (1.0, 1.0000000000000002), (float("nan"), None), ([1], [1, 1])]
+)
+def test_values_that_are_equal_and_not_the_same_are_a_difference(same_losses: ModuleType, old: Any, new: Any):
+    found = same_losses.first_difference({"a": {"b": [3, old]}}, {"a": {"b": [3, new]}})
+    assert found == f"a.b[1]: {old} -> {new}"
+    for value in (old, new):
+        assert same_losses.first_difference({"a": value, "seconds": 1}, {"a": value, "seconds": 2}) == ""
