@@ -100,6 +100,17 @@ def megabytes(step: Callable[[], None], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
+def in_words(row: dict[str, Any]) -> str:
+    """A line of what is printed; on a GPU without the processor's seconds, on a CPU without memory."""
+    q1, median, q3 = row["speed_over_float32"]
+    processor, memory = row["processor_over_float32"], row["megabytes"]
+    return (
+        f"{row['way']:25} {1 / row['step'].median:8.2f} steps/s, {median:.2f} of float32's ({q1:.2f} .. {q3:.2f}"
+        + ("" if processor is None else f"; by processor seconds {processor:.2f}")
+        + (")" if memory is None else f"), {memory:.0f} MB a step")
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="digits")
@@ -121,7 +132,6 @@ def main() -> None:
     timings, ratios = measure_in_turns(steps, "float32", min_seconds=options.seconds, min_rounds=options.rounds)
     rows: list[dict[str, Any]] = []
     for name in ways:
-        q1, median, q3 = ratios[name]
         processor = timings["float32"].cpu / timings[name].cpu
         rows.append(
             {
@@ -129,15 +139,12 @@ def main() -> None:
                 "network": options.network,
                 "batch": options.batch,
                 "step": timings[name],
-                "speed_over_float32": [q1, median, q3],
-                "processor_over_float32": processor,
+                "speed_over_float32": list(ratios[name]),
+                "processor_over_float32": None if device.type == "cuda" else processor,
                 "megabytes": memory[name],
             }
         )
-        print(
-            f"{name:25} {1 / timings[name].median:8.2f} steps/s, {median:.2f} of float32's ({q1:.2f} .. {q3:.2f}; by "
-            f"processor seconds {processor:.2f})" + ("" if memory[name] is None else f", {memory[name]:.0f} MB a step")
-        )
+        print(in_words(rows[-1]))
     file = write_json(f"computing_{options.network}", rows, about)
     print(f"{about['gpu'] if device.type == 'cuda' else about['cpu']}, batch {options.batch}; wrote {file.name}")
 

@@ -32,15 +32,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from reference_trainer.data.autoencoders import KLAutoencoder
+from reference_trainer.presets import PRESETS
+
 ROOT = Path(__file__).parents[1]
 BRIEF_FIT = "autoencoder.steps=30"
 CASES: dict[str, list[str]] = {
-    "digits": ["digits", BRIEF_FIT],
-    "ilct": ["ilct", BRIEF_FIT],
-    "paper": ["paper", BRIEF_FIT],
-    "pixels": ["pixels"],
-    "folder": ["digits", BRIEF_FIT, "batch_size=32", "--data={images}"],
-}
+    preset.__name__: [preset.__name__, *([BRIEF_FIT] if isinstance(preset().autoencoder, KLAutoencoder) else [])]
+    for preset in PRESETS
+} | {"folder": [PRESETS[0].__name__, BRIEF_FIT, "batch_size=32", "--data={images}"]}
 NOT_COMPARED = {"seconds", "code"}
 
 
@@ -65,7 +65,7 @@ def main() -> int:
                 ]
                 differing = list(differences(*runs))
                 found |= bool(differing)
-                tqdm.write(f"{case:8} {'; '.join(differing) if differing else f'{options.steps} steps: equal'}")
+                tqdm.write(f"{case:15} {'; '.join(differing) if differing else f'{options.steps} steps: equal'}")
         finally:
             git("worktree", "remove", "--force", str(then))
     print(f"working tree against {options.rev}: {'DIFFERENT' if found else 'equal to the last bit'}")
@@ -129,7 +129,10 @@ def newest(run: Path) -> str:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two JSON values differ, as ``path: old -> new``; empty where they do not. Floats survive JSON exactly."""
+    """Where two JSON values differ, as ``path: old -> new``; empty where they do not.
+
+    Floats survive JSON exactly. As text 0.0 is not -0.0, and 1 is neither 1.0 nor true.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted((old.keys() | new.keys()) - NOT_COMPARED):
             if found := first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key):
@@ -140,7 +143,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str:
             if found := first_difference(a, b, f"{path}[{i}]"):
                 return found
         return ""
-    return "" if old == new else f"{path}: {old} -> {new}"
+    return "" if json.dumps(old) == json.dumps(new) else f"{path}: {old} -> {new}"
 
 
 def make_images(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 `python benchmarks/second_sigma.py RUN [RUN ...]`: for each run the Frechet distance to the training images at 1
 evaluation, then at 2 with the second at every trained level around the one up to which latents are recognised
-(marked <-: what `second_sigma=None` takes) and, "between", half-way to the next. Several runs: their mean and range.
+(marked <-: what `second_sigma=None` takes) and, "between", half-way to the next. Several runs, trained at the same
+levels: their mean and range, and how many of them would take a level.
 """
 
 from __future__ import annotations
@@ -28,12 +29,21 @@ from reference_trainer.model import TrainedModel, load_model
 from reference_trainer.run import RunFolder
 
 
-def levels_around(model: TrainedModel, factor: float) -> list[tuple[str, float]]:
-    """("trained" or "between", t), falling: within ``factor`` of the level up to which latents are recognised."""
-    nearest, steps = model.config.objective.levels.nearest, model.config.steps
-    level = model.space.recognised_at
-    asked = [level * factor ** (1 - i / 50) for i in range(101)]
-    trained = sorted({nearest(t, steps - 1, steps) for t in asked}, reverse=True)
+def nearest(model: TrainedModel, t: float) -> float:
+    """The level next to ``t`` that was trained at in the last step."""
+    return model.config.objective.levels.nearest(t, model.config.steps - 1, model.config.steps)
+
+
+def levels_around(models: Sequence[TrainedModel], factor: float) -> list[tuple[str, float]]:
+    """("trained" or "between", t), falling: within ``factor`` of where the latents of any of them are recognised.
+
+    Raises:
+        ValueError: they were trained at different levels.
+    """
+    asked = [(model, model.space.recognised_at * factor ** (1 - i / 50)) for model in models for i in range(101)]
+    trained = sorted({nearest(model, t) for model, t in asked}, reverse=True)
+    if any(nearest(model, t) != t for model in models for t in trained):
+        raise ValueError("the runs were trained at different levels: ask for each alone")
     found = [("trained", trained[0])]
     for high, low in pairwise(trained):
         found += [("between", math.sqrt(high * low)), ("trained", low)]
@@ -57,18 +67,21 @@ def main() -> None:
     options = parser.parse_args()
     models = [load_model(RunFolder(run), torch.device("cpu")) for run in options.runs]
     torch.set_num_threads(models[0].config.threads)
-    levels, about = levels_around(models[0], options.factor), describe_machine()
+    try:
+        levels, about = levels_around(models, options.factor), describe_machine()
+    except ValueError as error:
+        parser.error(str(error))
     found = [distances(model, [t for _, t in levels], options.n) for model in models]
-    default = models[0].config.objective.levels.nearest(
-        models[0].space.recognised_at, models[0].config.steps - 1, models[0].config.steps
-    )
-    print(f"recognised up to {models[0].space.recognised_at:.3g}; FD, mean (smallest .. largest of the runs)")
+    defaults = [nearest(model, model.space.recognised_at) for model in models]
+    recognised = ", ".join(f"{model.space.recognised_at:.3g}" for model in models)
+    print(f"recognised up to {recognised}; FD, mean (smallest .. largest of the runs)")
     rows, theme = [], f"second_sigma_d{math.prod(models[0].shape)}"
     for (kind, t), values in zip([("1 evaluation", math.nan), *levels], zip(*found, strict=True), strict=True):
-        mark = "<-" if t == default else ""
+        takes = defaults.count(t)
+        mark = "" if not takes else "<-" if takes == len(models) else f"<- {takes} of {len(models)} runs"
         mean = sum(values) / len(values)
         print(f"{kind:14}{t:8.3f}{mean:9.2f}  ({min(values):.2f} .. {max(values):.2f}) {mark}", flush=True)
-        rows.append({"kind": kind, "t": None if math.isnan(t) else t, "frechet": values, "default": bool(mark)})
+        rows.append({"kind": kind, "t": None if math.isnan(t) else t, "frechet": values, "default": takes})
     print(f"wrote {write_json(theme, rows, about).name}")
 
 

@@ -7,7 +7,8 @@ steps it is stopped, and as many steps are taken of the floor, which no recipe c
 forward and backward, fused AdamW), and of the authors' (``authors_step.py``): same network, same batch size, random
 latents, the trainer's number of threads. Printed are ratios of such a round, median and quartiles over the rounds: by
 the clock, which on two quiet cores counts, and by the CPU time of the main thread, which on a busy machine says more
-but does not see the waiting. Beside them the bytes that ours and theirs hold between two steps.
+but does not see the waiting. The first of the trainer's steps in a round finds its batch made while the others had
+their turns. Beside them the bytes that ours and theirs hold between two steps.
 """
 
 from __future__ import annotations
@@ -215,7 +216,10 @@ def main() -> None:
         rows.append(row)
         times = ", ".join(f"{name} {ms['wall']:.1f}" for name, ms in row["milliseconds"].items())
         ours, theirs = row["bytes"]["trainer"], row["bytes"]["authors"]
-        print(f"{case.name}, {row['parameters']} weights, batch {case.batch_size}: ms a step: {times}")
+        print(
+            f"{case.name}, {row['parameters']} weights, batch {case.batch_size}: ms a step: {times} (of the trainer's "
+            f"{case.steps} a round the first has its batch made during the others' turns)"
+        )
         for clock in ("wall", "cpu"):
             print(
                 f"  {clock:4}  trainer / floor {in_words(row['trainer_over_floor'][clock])}   "

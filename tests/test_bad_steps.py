@@ -19,6 +19,7 @@ from reference_trainer.evaluation.pictures import draw_losses
 from reference_trainer.files import load_tensors
 from reference_trainer.networks import DiT
 from reference_trainer.optimizers import Adam, Muon, RAdam
+from reference_trainer.ranks import Ranks
 from reference_trainer.run import RunFolder
 from reference_trainer.training import bad_steps, loop
 from reference_trainer.training.bad_steps import KEPT, BadSteps, not_finite
@@ -236,6 +237,43 @@ def test_a_latent_that_is_not_finite_costs_no_more_than_its_step(config: TrainCo
     batch, clean = Batches(config, x)(0), Batches(config, x.nan_to_num())(0)
     assert torch.equal(batch.z, clean.z)  # all others are paired
     assert int(batch.x.isnan().sum()) == 1
+
+
+def with_element(number: float, at: int) -> Callable[[TrainState, Ranks], None]:
+    """``add_up_gradients``, but in one step one element of the last gradient is ``number``."""
+    as_it_is = TrainState.add_up_gradients
+
+    def wrapped(state: TrainState, ranks: Ranks) -> None:
+        as_it_is(state, ranks)
+        if state.step == at:
+            state.gradients()[-1].view(-1)[0] = number
+
+    return wrapped
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_step_with_zeros_in_the_place_of_what_is_not_finite_is_taken(
+    value: float, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ends = []
+    for policy, number in (("zero", value), ("zero", 0.0), ("skip", value)):
+        asked = replace(config, optimizer=Adam(on_nonfinite=policy), steps=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainState, "add_up_gradients", with_element(number, at=1))
+            ends.append(final(run(asked, tmp_path / f"{policy} {number}")))
+    zeroed, by_hand, skipped = ends
+    assert [int(end["num_bad_steps"]) for end in ends] == [1, 0, 1]
+    assert_same(by_hand, zeroed | {"num_bad_steps": by_hand["num_bad_steps"]})
+    assert [name for name in zeroed if name.startswith(("network/", "ema/")) and not zeroed[name].equal(skipped[name])]
+
+
+def test_zeroing_bad_gradients_counts_them_and_no_number_of_them_ends_the_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(range(1, 13), monkeypatch)
+    folder = run(replace(config, optimizer=RAdam(on_nonfinite="zero")), tmp_path / "run")
+    assert folder.metrics()[-1]["bad_steps"] == 12
+    assert all(tensor.isfinite().all() for tensor in final(folder).values())
 
 
 @pytest.mark.parametrize("steps", [[1, 2, 4, 5, 7, 8, 10, 11], [4, 5, 11, 12], []])

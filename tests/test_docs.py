@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 
 from reference_trainer.__main__ import parser
 from reference_trainer.ablation.ablate import base_of, picked
@@ -57,9 +58,9 @@ def links(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Every line of the code blocks without a language; lines that end in a backslash go on in the next."""
+    """Every line of the code blocks without a language or in bash; those that end in a backslash go on in the next."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    joined = [block.replace("\\\n", " ") for language, block in blocks if not language]
+    joined = [block.replace("\\\n", " ") for language, block in blocks if language in ("", "bash")]
     return [line for block in joined for line in block.splitlines() if line.strip()]
 
 
@@ -142,11 +143,21 @@ def resolve_trainer(words: list[str], store: Path) -> None:
             arm_from_words(arm, options.data).build(base)
 
 
+def without_starter(words: list[str]) -> list[str]:
+    """What each process of torchrun's, or each task of srun's, is told."""
+    if words[0] == "srun":
+        return words[1 : words.index("||") if "||" in words else None]
+    if words[0] != "torchrun":
+        return words
+    started = get_args_parser().parse_args(words[1:])
+    return ["python", *(["-m"] if started.module else []), started.training_script, *started.training_script_args]
+
+
 @pytest.mark.parametrize(
     "command", [pytest.param(c, id=f"{n}: {c[:60]}") for n in TODAY for c in commands(DOCUMENTS[n])]
 )
 def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.MonkeyPatch):
-    match shlex.split(command, comments=True):
+    match without_starter(shlex.split(command, comments=True)):
         case ["make", target]:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["python", "-m", "reference_trainer", *words]:
@@ -155,6 +166,8 @@ def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.Monk
             assert find_spec(module) is not None
         case ["python", "-c", code]:
             compile(code, command, "exec")
+        case ["python", "my_trainer.py", *_]:
+            pass  # it stands above these lines, and test_site.py runs it
         case ["python", script, *words]:
             folder, _, name = script.removesuffix(".py").rpartition("/")
             monkeypatch.syspath_prepend(str(ROOT / folder))
@@ -173,6 +186,10 @@ def test_command_lines_parse(command: str, store: Path, monkeypatch: pytest.Monk
         ("python analysis/td_outliers.py --nothing", (SystemExit, pytest.fail.Exception)),
         ("python benchmarks/gone.py", ModuleNotFoundError),
         ("python -m reference_trainer steps=0", UserError),
+        ("torchrun --nproc-per-node 8 -m reference_trainer steps=0", UserError),
+        ("torchrun --processes 8 -m reference_trainer", SystemExit),
+        ("torchrun --nproc-per-node 8 benchmarks/gone.py", ModuleNotFoundError),
+        ("srun python -m reference_trainer steps=0 || { true; }", UserError),
         ("python -m reference_trainer ablate --arms nobody", UserError),
         ("python -m reference_trainer ablate --arm digits objective.gate=Nowhere", UserError),
         ("python -c 'print('", SyntaxError),
@@ -285,7 +302,8 @@ def test_ratios_of_two_arms_are_those_of_a_json():
 def test_recoupled_sampling_is_as_its_json_says():
     said = re.findall(r"^\| ((?:\w+, )?\d+) \| (\d evaluations?|2, .*?) \| (.+) \|$", EVIDENCE, re.MULTILINE)
     there = set()
-    for path in (ROOT / "benchmarks" / "results").glob("recoupling_*.json"):
+    linked = [link for link in links(EVIDENCE) if "/results/recoupling_" in link]
+    for path in ((ROOT / "docs" / link) for link in linked):  # beside them are those of whoever has measured since
         d = path.name.split("_")[1].replace("-d", ", ").removeprefix("d")
         runs = [row["frechet"] for row in json.loads(path.read_text())["rows"]]
         two = {seed: run["2 evaluations"] for seed, run in enumerate(runs)}

@@ -16,11 +16,12 @@ from reference_trainer.data.autoencoders import PixelSpace
 from reference_trainer.data.images import Digits, ImageSet, to_unit
 from reference_trainer.data.latents import LatentSpace
 from reference_trainer.errors import UserError
-from reference_trainer.evaluation.digit_classifier import jittered, load_digit_classifier
+from reference_trainer.evaluation.digit_classifier import DigitClassifier, jittered, load_digit_classifier
 from reference_trainer.evaluation.evaluate import evaluate
 from reference_trainer.evaluation.features import Imported, PooledLatents
+from reference_trainer.evaluation.metrics import frechet_distance
 from reference_trainer.evaluation.pictures import draw_losses, draw_sheet, draw_tails
-from reference_trainer.evaluation.rows import compare
+from reference_trainer.evaluation.rows import Row, compare, measure
 from reference_trainer.evaluation.statistics import Statistics
 from reference_trainer.evaluation.table import as_table
 from reference_trainer.model import TrainedModel
@@ -49,6 +50,38 @@ def test_frechet_distance_orders_real_blurred_and_noise(digits: ImageSet):
     noise = torch.randint(0, 256, others.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     near, middle, far = (compare(real, Statistics.of(features(x)))["frechet"] for x in (others, blurred, noise))
     assert near < 10 < middle < far
+
+
+def of_probabilities(most: list[float]) -> Statistics:
+    """Features of images whose most probable digit has these probabilities; see ``PLAIN``."""
+    most = torch.tensor(most)[:, None]
+    return Statistics.of(torch.cat([most, ((1 - most) / 9).expand(-1, 9)], 1).log())
+
+
+PLAIN = DigitClassifier(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()))
+"""Its features are logits."""
+
+
+def measured(others: Statistics, real: Statistics, held_out: Statistics | None = None) -> Row:
+    row = measure(others, real, PLAIN, held_out)
+    assert isinstance(row, dict)
+    return row
+
+
+def test_an_image_is_a_sure_digit_from_a_probability_of_nine_tenths_on():
+    drawn = of_probabilities([0.99, 0.95, 0.91, 0.89, 0.7, 0.6, 0.51, 0.2])
+    assert measured(drawn, of_probabilities([0.99, 0.9, 0.8]))["sure_digits"] == 3 / 8
+
+
+def test_the_distance_to_held_out_images_is_theirs_and_asks_for_more_of_them_than_features(rng: torch.Generator):
+    drawn, real, held_out = (torch.randn(20, 10, generator=rng) + i for i in (0, 1, 3))
+    of_drawn, of_real = Statistics.of(drawn), Statistics.of(real)
+    row = measured(of_drawn, of_real, Statistics.of(held_out))
+    assert row["frechet_held_out"] == frechet_distance(held_out, drawn) > 2 * row["frechet"]
+    assert row["frechet"] == frechet_distance(real, drawn)
+    assert "frechet_held_out" in measured(of_drawn, of_real, Statistics.of(held_out[:11]))
+    assert "frechet_held_out" not in measured(of_drawn, of_real, Statistics.of(held_out[:10]))
+    assert "frechet_held_out" not in measured(of_drawn, of_real)
 
 
 def test_jitter_moves_little_and_keeps_the_range():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
 
 import fuzz
 from hostile import Case, Good, make_good
-from spoilt import Evil
+from spoilt import Evil, leaves
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
@@ -229,6 +230,34 @@ def test_the_judge_sees_each_fault(good: Good, tmp_path: Path, monkeypatch: pyte
     assert row_of(says("error: one line", work=victim.unlink))["overwritten"]
     monkeypatch.setattr(fuzz, "command_line", says("error: one line"))
     assert not fuzz.at_fault(fuzz.judged(Case("", []), good, tmp_path)[0])
+
+
+def test_what_ends_well_is_harmless_if_it_wrote_into_its_own_copy_alone(
+    good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own, others = tmp_path / "victim", good.run / "config.json"
+    own.write_text("before")
+    before = others.read_bytes()
+
+    def judged(file: Path) -> Counter[str]:
+        monkeypatch.setattr(fuzz, "command_line", lambda _: file.write_text("after") - len("after"))
+        return fuzz.judged(Case("", [], must_fail=False), good, tmp_path)[0]
+
+    assert judged(own) == Counter(harmless=1)
+    row = judged(others)
+    others.write_bytes(before)
+    assert row["overwritten"]
+    assert fuzz.at_fault(row)
+
+
+def test_values_that_name_code_leave_the_file_that_the_judge_looks_for_where_they_are_run(good: Good):
+    values = leaves(good.witness)
+    (call,) = [value for value in values if isinstance(value, dict) and value.get("part") == "os:system"]
+    (expression,) = [value for value in values if isinstance(value, str) and value.startswith("__import__")]
+    for run in (lambda: os.system(**{name: text for name, text in call.items() if name != "part"}), expression):
+        assert (eval(run) if isinstance(run, str) else run()) == 0
+        assert good.witness.exists()
+        good.witness.unlink()
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])

@@ -321,6 +321,12 @@ def test_the_fuzzer_knows_the_common_formats_and_starts_from_whole_files(fuzzer:
     assert "YCbCr" not in lost or int(PIL.__version__.split(".")[0]) < 13  # which cannot read the TIFF it wrote
 
 
+@pytest.mark.parametrize("most", [100.0, 0.01])
+def test_the_fuzzer_sees_memory_that_is_eaten(most: float, fuzzer: Any, image_folder: Path, monkeypatch):
+    monkeypatch.setattr(fuzzer, "MOST_GIB", most)
+    assert fuzzer.outcome_of(image_folder).fault.endswith("GiB of memory") == (most < 1)
+
+
 @pytest.mark.parametrize("folder", ["whole", "fault"])
 def test_the_fuzzer_sees_a_fault(folder: str, fuzzer: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch):
     if folder == "fault":

@@ -216,6 +216,16 @@ def test_ctrl_c_saves_and_the_rest_is_as_if_nothing_had_happened(
     assert_same(final_tensors(whole), final_tensors(run(config, tmp_path / "stopped")))
 
 
+def test_a_second_ctrl_c_interrupts_at_once_and_a_second_sigterm_does_not():
+    for first in (signal.SIGINT, signal.SIGTERM):
+        request = loop.StopRequest()
+        request(first, None)
+        request(signal.SIGTERM, None)
+        assert (bool(request), request.terminated) == (True, True)
+        with pytest.raises(KeyboardInterrupt):
+            request(signal.SIGINT, None)
+
+
 @pytest.mark.parametrize("every", [1, 5])
 def test_evaluating_while_training_changes_no_weight(every: int, config: TrainConfig, whole: RunFolder, tmp_path: Path):
     evaluated = run(replace(config, evaluate_every=every), tmp_path / "run")
@@ -343,17 +353,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step_and_saves_not
     assert step < bad
     assert all(row["step"] < bad for row in RunFolder(tmp_path / "run").evaluations())
     assert int(tensors["num_bad_steps"]) == 0
-
-
-def test_zeroing_bad_gradients_counts_them(config: TrainConfig, tmp_path: Path):
-    def poisoned(student: torch.Tensor, x: torch.Tensor, pairs) -> torch.Tensor:
-        return (student * torch.nan).flatten(1).sum(1)
-
-    objective = replace(config.objective, extra=poisoned)
-    config = replace(config, objective=objective, optimizer=RAdam(on_nonfinite="zero"))
-    folder = run(config, tmp_path / "run")
-    assert folder.metrics()[-1]["bad_steps"] == 12
-    assert all(t.isfinite().all() for name, t in final_tensors(folder).items() if name.startswith("network/"))
 
 
 def test_sampling_and_evaluating_a_run(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

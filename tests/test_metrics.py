@@ -86,6 +86,16 @@ def test_identical_sets_are_perfect_and_distant_ones_worthless():
     assert precision_recall(real, real + 100) == (0.0, 0.0)
 
 
+def test_precision_and_recall_are_of_the_first_two_thousand_vectors_of_each_set():
+    """They depend on the size."""
+    real, fake = gaussian(2100, 2, 0), gaussian(2100, 2, 1, shift=1.0)
+    first = precision_recall(real[:2000], fake[:2000])
+    real[2000:] += 1000
+    fake[2000:] -= 1000
+    assert precision_recall(real, fake) == first
+    assert precision_recall(real, fake, limit=2100) != pytest.approx(first, abs=0.02)
+
+
 @pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e15, 1e30])
 def test_precision_and_recall_do_not_depend_on_the_unit_of_the_features(unit: float):
     real, fake = gaussian(60, 3, 0), gaussian(50, 3, 1, shift=0.8)

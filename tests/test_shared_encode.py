@@ -9,7 +9,9 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -38,12 +40,9 @@ OWN = PretrainedAutoencoder(load="test_shared_encode:load")
 
 
 class Thumb:
-    """The mean of every 4 x 4 pixels; takes ``seconds`` a call."""
-
-    seconds = 0.0
+    """The mean of every 4 x 4 pixels."""
 
     def encode(self, images: Tensor) -> Tensor:
-        time.sleep(self.seconds)
         return torch.nn.functional.avg_pool2d(images, 4)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -103,26 +102,55 @@ def test_two_processes_write_each_shard_once_and_the_bytes_of_one(
     assert content(tmp_path / "shared") == content(tmp_path / "whole")
 
 
-def test_what_a_killed_process_worked_at_is_taken_over(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def stuck_in_its_second_shard(folder: Path, out: Path, stuck: Event) -> None:
+    """What a process does that is to be killed: write a shard, claim another, and say so."""
+    write, written = encoding_module.write_shard, list[Path]()
+
+    def once(file: Path, tensors: dict[str, Tensor], about: dict) -> str:
+        if written:
+            stuck.set()
+            signal.pause()
+        written.append(file)
+        return write(file, tensors, about)
+
+    encoding_module.write_shard = once
+    encode(folder, out)
+
+
+def test_what_a_killed_process_worked_at_is_taken_over(image_folder: Path, tmp_path: Path):
     encode(image_folder, tmp_path / "whole")
-    out = tmp_path / "shared"
-    with monkeypatch.context() as slow:
-        slow.setattr(Thumb, "seconds", 0.3)
-        process = FORK.Process(target=encode, args=(image_folder, out), daemon=True)
-        process.start()
-    deadline = time.monotonic() + 60
-    while not list(out.glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    other = threading.Thread(target=encode, args=(image_folder, out))
+    out, stuck = tmp_path / "shared", FORK.Event()
+    process = FORK.Process(target=stuck_in_its_second_shard, args=(image_folder, out, stuck), daemon=True)
+    process.start()
+    assert stuck.wait(60)
+    other = threading.Thread(target=encode, args=(image_folder, out), daemon=True)
     other.start()  # beside it, before it is killed
-    time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("latents_*.safetensors"))) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not (out / "latents_rank00_shard001.safetensors").exists()
+    assert other.is_alive()  # it waits for that one
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join(60)
     other.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_where_nothing_can_be_locked_one_process_writes_the_store_and_says_to_start_no_second(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    encode(image_folder, tmp_path / "whole")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    waiting = SimpleNamespace(sleep=lambda _: pytest.fail("it waits for another process"))
+    monkeypatch.setattr(claims_module, "time", waiting)
+    monkeypatch.setattr(claims_module.fcntl, "flock", refuse)
+    encode(image_folder, tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    assert "cannot be locked (No locks available): start no second process in it" in capsys.readouterr().out
 
 
 def test_a_claim_is_of_one_and_free_again_behind_it(tmp_path: Path):

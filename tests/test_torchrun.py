@@ -28,11 +28,15 @@ STEPS = 100_000
 
 @pytest.fixture
 def torchrun(image_folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Two processes that train ``whole`` and then ``stopped``. When a test fails it is ended, with its children."""
+    """Two processes that train ``whole``, evaluate it and then train ``stopped``.
+
+    When a test fails they are ended, with their children.
+    """
     words = ["train", *TINY, f"--data={image_folder}"]
     whole = [*words, "steps=4", f"--out={tmp_path / 'whole'}"]
     stopped = [*words, f"steps={STEPS}", "save_every=5", f"--out={tmp_path / 'stopped'}"]
-    command = [*TORCHRUN, two_runs.__file__, *whole, two_runs.THEN, *stopped]
+    judged = ["evaluate", str(tmp_path / "whole"), "--samples=20", "--device=cpu"]
+    command = [*TORCHRUN, two_runs.__file__, *whole, two_runs.THEN, *judged, two_runs.THEN, *stopped]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     yield process
@@ -42,7 +46,7 @@ def torchrun(image_folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[st
 
 
 def test_two_processes_write_and_print_once_and_sigterm_saves(torchrun: subprocess.Popen[str], tmp_path: Path):
-    """The one slow test of torchrun itself, so both facts of one start."""
+    """The one slow test of torchrun itself, so all facts of one start."""
     run = RunFolder(tmp_path / "stopped")
     until = time.monotonic() + 400
     while not run.checkpoints() and time.monotonic() < until and torchrun.poll() is None:
@@ -51,12 +55,15 @@ def test_two_processes_write_and_print_once_and_sigterm_saves(torchrun: subproce
     out, err = torchrun.communicate(timeout=60)
     assert torchrun.returncode != 0
 
-    of_whole, _, of_stopped = err.partition(two_runs.THEN)
-    assert out.count("measured with:") == 1
+    assert err.count(two_runs.THEN) == 2, err
+    of_whole, _, of_stopped = err.split(two_runs.THEN)
+    assert out.count("measured with:") == 2
     assert of_whole.count("training:   0%") == of_whole.count("training: 100%") == 1, err
     whole = RunFolder(tmp_path / "whole")
     assert [row["step"] for row in whole.metrics()] == [2, 4]
-    assert json.loads((whole.root / "evaluation.json").read_text())["rows"]["2 evaluations"]["n"] == 36
+    assert [row["rows"]["2 evaluations"]["n"] for row in whole.evaluations()] == [36]
+    assert json.loads((whole.root / "evaluation.json").read_text())["rows"]["2 evaluations"]["n"] == 20
+    assert out.count("look at") == 1  # by --brief not
     assert [file.name for file in whole.checkpoints()] == ["step_00000004.safetensors"]
 
     assert of_stopped.count("and saved in") == 1, err

@@ -88,13 +88,20 @@ def test_the_rest_of_the_way_is_a_network_told_both_levels():
 
 @pytest.mark.parametrize("s", [LOW, 0.1, 0.9])
 def test_the_exact_trajectories_are_left_in_place_by_the_loss_to_first_order_in_the_gap(s: float):
-    """E[jump(x_u, u, s) | x_t] - jump(x_t, t, s) shrinks like the square of t - u."""
-    x_t, t = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), all_at(1.0)
+    """E[jump(x_u, u, s) | x_t] - jump(x_t, t, s) shrinks like the square of t - u.
+
+    The mean is over two samples with their noise that lie evenly about those which lead to x_t: jumps are linear.
+    """
+    x_t, t = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1.0
+    mean, std = S**2 / (S**2 + t**2) * x_t, S * t / (S**2 + t**2) ** 0.5
+    x = torch.cat([mean - std, mean + std])
+    draws = draw(0, 50, x.shape)._replace(z=(x_t.repeat(2, 1) - x) / t)
     off = []
     for gap in (0.02, 0.01, 0.005):
-        u = t - gap
-        x_u = ((S**2 + t * u) / (S**2 + t**2))[:, None] * x_t  # E[x + u z | x_t]
-        off.append(float((true_g(x_u, u, all_at(s)) - true_g(x_t, t, all_at(s))).abs().max()))
+        pairs = LevelPairs(all_at(t, 128), all_at(t - gap, 128), torch.zeros(128), 11)
+        objective = TrajectoryObjective(levels=lambda *_, pairs=pairs: pairs, ends=lambda t, *_: torch.full_like(t, s))
+        terms = objective(true_g, objective.prepare(x, draws, 50, 100), objective.init())
+        off.append(float((terms.teacher - terms.student).unflatten(0, (2, 64)).mean(0).abs().max()))
     assert off[0] / off[1] == pytest.approx(4, rel=0.1)
     assert off[1] / off[2] == pytest.approx(4, rel=0.1)
 

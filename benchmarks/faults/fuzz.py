@@ -4,9 +4,10 @@
 
 Draws inputs of the kinds of hostile.py (damaged images, stores, configurations and checkpoints, pickles under every
 name that is read, command lines, zips with a dataset.json) and gives each to the command line, in this process. Each
-has to end with status 2 and one line; files that were there stay as they are, to the byte; what a pickle or an option
-would have executed leaves a file, which must not be there. A change that turns out harmless ends well and is not
-counted. A row a kind; exit status 1, and the files in DIR with their command, if one broke the rule.
+has to end with status 2 and one line; files that were there stay as they are, to the byte; what a pickle, an option or
+a value in a JSON file would have executed leaves a file, which must not be there. A change that turns out harmless ends
+well, writes into its own copy alone and is not counted. A row a kind; exit status 1, and the files in DIR with their
+command, if one broke the rule.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def judged(case: Case, good: Good, folder: Path) -> tuple[Counter[str], str]:
     status, said = run(case.words)
     executed = good.witness.exists()
     good.witness.unlink(missing_ok=True)
-    if status == 0 and not case.must_fail and not executed:
-        return Counter(harmless=1), said
     after = digests(good.root, folder)
+    changed = [path for path, digest in before.items() if after.get(path) != digest]
+    ended_well = status == 0 and not case.must_fail and not executed  # it may write into the folder of the case
+    if ended_well and not any(path.is_relative_to(good.root) for path in changed):
+        return Counter(harmless=1), said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     return Counter(
         {
@@ -104,7 +107,7 @@ def judged(case: Case, good: Good, folder: Path) -> tuple[Counter[str], str]:
             "one line": int(len(errors) == 1 and errors[0].isprintable() and "Traceback" not in said),
             "status 2": int(status == 2),
             "executed": int(executed),
-            "overwritten": int(any(after.get(path) != digest for path, digest in before.items())),
+            "overwritten": int(bool(changed)),
         }
     ), f"status {status}\n{said}"
 

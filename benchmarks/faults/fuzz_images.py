@@ -4,7 +4,7 @@
 
 Small valid files of every format and mode that Pillow writes are cut, and bytes of them changed, put in and taken out.
 A process of its own reads each folder of them with ``ImageFolder``: it may skip what it likes, but must return or say
-a ``UserError``. A row a format; exit status 1, and the files in DIR, if one broke the rule.
+a ``UserError``, within a minute and 6 GiB. A row a format; exit status 1, and the files in DIR, if one broke the rule.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ LEFT_OUT = {"SPIDER", "ICNS"}
 FAST: dict[str, dict[str, object]] = {"AVIF": {"speed": 10}, "ICO": {"sizes": [(16, 16)]}}
 ANIMATED = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")
 FILES, SECONDS = 40, 60  # a folder; and how long it may take to read it
+MOST_GIB = 6.0
+"""Of memory: the largest image that Pillow opens, of 179 million pixels, as RGBA, eight times and a little more."""
 
 
 @cache
@@ -155,6 +157,8 @@ def read_folder(folder: Path, answer: Connection) -> None:
         except BaseException as error:
             fault = repr(error)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if not fault and peak > MOST_GIB:
+        fault = f"{peak:.1f} GiB of memory"
     answer.send(Outcome(fault, read, time.monotonic() - started, peak))
 
 

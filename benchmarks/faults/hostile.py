@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def stores(good: Good, folder: Path, rng: random.Random) -> Case:
     if way == 0:
         about = rewritten(shard, spoilt_bytes, rng)
     elif way == 1:
-        about, sure = rewritten(store / INDEX, spoilt_json, rng), False
+        about, sure = rewritten(store / INDEX, partial(spoilt_json, witness=good.witness), rng), False
     elif way == 2:
         about = rewritten(store / CODEC, spoilt_bytes, rng)
         sure = not about.endswith(FLIPPED)
@@ -169,7 +170,7 @@ def use_of(run: Path, rng: random.Random) -> list[str]:
 def configurations(good: Good, folder: Path, rng: random.Random) -> Case:
     """config.json of a run that is sampled from, or evaluated."""
     run = copied_run(good, folder)
-    about = rewritten(run / "config.json", spoilt_json, rng)
+    about = rewritten(run / "config.json", partial(spoilt_json, witness=good.witness), rng)
     return Case(about, rng.choice([["sample", str(run), "--n=2"], ["evaluate", str(run), "--samples=4"]]), False)
 
 
@@ -229,7 +230,7 @@ def tables(good: Good, folder: Path, rng: random.Random) -> Case:
     table, about, sure = {"labels": [[name, i % 3] for i, name in enumerate(names)]}, "", False
     written, label = json.dumps(table).encode(), rng.choice([-1, 1.5, "1", None, True, [0], 10**6, 2**70, {}])
     if way == 0:
-        about, written = spoilt_json(written, rng)
+        about, written = spoilt_json(written, rng, good.witness)
     elif way == 1:
         table["labels"][rng.randrange(len(names))][1] = label
         about, written, sure = f"label {label!r}", json.dumps(table).encode(), True

@@ -60,11 +60,15 @@ def spoilt_bytes(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     return how, ways[how]
 
 
-LEAVES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1.5, 2**40, 2**70, 1e308, float("nan"), float("inf")),
-    *("", "x", "x" * 5000, "\x1b[31m\n\r", "../../../etc/passwd", "\x00", "\ud800", [], {}, [[]]),
-    *({"part": "os:system"}, {"part": "DiT"}, {"part": []}, "__import__('os').system('false')", [1, 2, 3], "1"),
-)
+def leaves(witness: Path) -> tuple[Any, ...]:
+    """Values that do not fit; of those that name code, whoever runs it makes a file."""
+    touch = f"touch {witness}"
+    return (
+        *(None, True, -1, 0, 1.5, 2**40, 2**70, 1e308, float("nan"), float("inf")),
+        *("", "x", "x" * 5000, "\x1b[31m\n\r", "../../../etc/passwd", "\x00", "\ud800", [], {}, [[]]),
+        *({"part": "os:system", "command": touch}, {"part": "DiT"}, {"part": []}),
+        *(f"__import__('os').system({touch!r})", [1, 2, 3], "1"),
+    )
 
 
 def paths_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -74,7 +78,7 @@ def paths_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from paths_in(value, (*path, key))
 
 
-def spoilt_json(content: bytes, rng: random.Random) -> tuple[str, bytes]:
+def spoilt_json(content: bytes, rng: random.Random, witness: Path) -> tuple[str, bytes]:
     """The same tree but for one node; or no JSON at all."""
     if rng.random() < 0.2:
         return spoilt_bytes(content, rng)
@@ -90,9 +94,9 @@ def spoilt_json(content: bytes, rng: random.Random) -> tuple[str, bytes]:
         del node[last]
         return f"without {last}", json.dumps(tree).encode()
     if isinstance(node, dict) and rng.random() < 0.1:
-        node["one more"] = rng.choice(LEAVES)
+        node["one more"] = rng.choice(leaves(witness))
         return "one key more", json.dumps(tree).encode()
-    node[last] = rng.choice(LEAVES)
+    node[last] = rng.choice(leaves(witness))
     return f"{'.'.join(map(str, (*above, last)))} = {node[last]!r:.40}", json.dumps(tree).encode()
 
 
