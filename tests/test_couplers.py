@@ -281,7 +281,7 @@ def test_gain_is_one_at_no_cost_and_near_zero_for_independent_noise():
     assert abs(float(coupling_gain(x, z, independent(x, z)))) < 0.02
 
 
-@pytest.mark.parametrize("coupler", [independent, exact, Entropic(), WithinClasses()], ids=str)
+@pytest.mark.parametrize("coupler", [independent, exact, Entropic(), WithinClasses()])
 def test_of_no_samples_there_is_a_permutation_too(coupler):
     x = torch.zeros(0, 3)
     labels = torch.zeros(0, dtype=torch.long)

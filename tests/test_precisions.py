@@ -211,3 +211,13 @@ def test_the_usual_skip_by_name_is_the_usual_skip(rng):
         assert torch.equal(named(x_t, t), usual(x_t, t))
     with pytest.raises(ValueError, match="sigma_data"):
         Preconditioning(sigma_data=0.0)
+
+
+def test_a_batch_moves_with_all_that_f_is_told_however_deep():
+    ones = torch.ones(2)
+    told = {"text": {"embeds": torch.ones(2, 3), "ids": [ones, (ones, "a")]}, "labels": ones, "scale": 2.0}
+    moved = Batch(torch.ones(2, 3), torch.ones(2, 3), LevelPairs(ones, ones, ones, 2), told).to("meta").conditions
+    text = moved["text"]
+    assert {text["embeds"].device.type, text["ids"][0].device.type, text["ids"][1][0].device.type} == {"meta"}
+    assert (moved["labels"].device.type, moved["scale"], text["ids"][1][1]) == ("meta", 2.0, "a")
+    assert told["text"]["embeds"].device.type == "cpu"
