@@ -45,7 +45,7 @@ def raw_latents(images: ImageSet, places: Tensor, codec: Codec, device: torch.de
     Args:
         device: where ``codec`` is.
     Raises:
-        UserError: the codec gives NaN or infinite values.
+        UserError: an autoencoder of the user's that fails.
     """
     if isinstance(images, StoredImages):
         return images.latents_at(places)
