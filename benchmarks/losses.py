@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import argparse
 import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # before what a Python may lack is imported
     runpy.run_path(str(Path(__file__).parents[1] / "analysis" / "needed.py"))
+    if find_spec("kornia") is None:
+        sys.exit("error: kornia, whose losses are compared, is missing: pip install -e '.[dev]' in a clone")
 
 import kornia
 import torch
