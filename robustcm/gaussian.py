@@ -81,7 +81,7 @@ class Gaussian:
         flat = x.detach().flatten(1).double().cpu()
         if len(flat) <= (components := flat.shape[1] if rank is None else rank):
             raise ValueError(f"{len(flat)} samples are too few for {components} components")
-        if (flat == flat[0]).all():  # not by their variance: the mean of equal numbers need not be that number
+        if (flat == flat[0]).all():  # whose mean need not be that number, nor their variance 0
             raise ValueError(f"all {len(flat)} samples are the same: every component is constant")
         return Gaussian.of(flat.mean(0), torch.cov(flat.T).reshape(flat.shape[1], -1), rank)
 

@@ -83,7 +83,7 @@ def match_moments(samples: Tensor, mean: Tensor, covariance: Tensor) -> MomentMa
     centre = x.mean(0)
     own = (x - centre).T @ (x - centre) / (n - 1)
     axes, variances, _ = principal(own, d)
-    if (x == x[0]).all():  # not by their variance: the mean of equal numbers need not be that number
+    if (x == x[0]).all() or variances[0] <= 0:  # the mean of equal numbers need not be that number
         raise ValueError(f"all {n} samples are the same: nothing varies")
     varies = variances > CONSTANT * variances[0]
     axes, rest, spread = axes[:, varies], axes[:, ~varies], variances[varies].sqrt()

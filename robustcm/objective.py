@@ -86,14 +86,14 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
         pairs = LevelPairs(*(_there(value, device) for value in self.pairs))
-        conditions = _there(dict(self.conditions), device)
+        conditions = _there(self.conditions, device)
         x, z, progress, x_lo = (_there(value, device) for value in (self.x, self.z, self.progress, self.x_lo))
         return Batch(x, z, pairs, conditions, progress, x_lo)
 
 
 def _there(value: Any, device: torch.device | str) -> Any:
     """``value`` with the tensors in it, however deep, on ``device``."""
-    if type(value) is dict:
+    if isinstance(value, Mapping):
         return {name: _there(part, device) for name, part in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_there(part, device) for part in value)

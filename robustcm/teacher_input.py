@@ -71,7 +71,7 @@ class KeepCovariance:
         mean = flat.mean(0)
         axes, variances = _principal(flat - mean, min(self.components, len(flat) - 1))
         total = float((flat - mean).square().sum() / len(flat))
-        if (flat == flat[0]).all():  # not by their variance: the mean of equal numbers need not be that number
+        if (flat == flat[0]).all() or total <= 0:  # the mean of equal numbers need not be that number
             raise ValueError(f"all {len(x)} samples are the same: nothing varies")
         along, in_all = torch.zeros_like(variances), 0.0
         if paired is not None:

@@ -137,6 +137,7 @@ GOOD = (drawn(50, 3, 0), torch.zeros(3), torch.eye(3))
         ((GOOD[0], GOOD[1], GOOD[2] * math.nan), "covariance has numbers"),
         ((torch.ones(9, 3), *GOOD[1:]), "all 9 samples are the same"),
         ((torch.full((7, 3), 0.1, dtype=torch.float64), *GOOD[1:]), "all 7 samples are the same"),
+        ((1e-200 * drawn(7, 3, 0).double(), *GOOD[1:]), "all 7 samples are the same"),  # as far as float64 knows
     ],
 )
 def test_what_cannot_be_had_is_said(given, says):

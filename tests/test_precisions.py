@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -215,7 +216,11 @@ def test_the_usual_skip_by_name_is_the_usual_skip(rng):
 
 def test_a_batch_moves_with_all_that_f_is_told_however_deep():
     ones = torch.ones(2)
-    told = {"text": {"embeds": torch.ones(2, 3), "ids": [ones, (ones, "a")]}, "labels": ones, "scale": 2.0}
+    told = {
+        "text": MappingProxyType({"embeds": torch.ones(2, 3), "ids": [ones, (ones, "a")]}),
+        "labels": ones,
+        "scale": 2.0,
+    }
     moved = Batch(torch.ones(2, 3), torch.ones(2, 3), LevelPairs(ones, ones, ones, 2), told).to("meta").conditions
     text = moved["text"]
     assert {text["embeds"].device.type, text["ids"][0].device.type, text["ids"][1][0].device.type} == {"meta"}
